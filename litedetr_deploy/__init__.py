@@ -1,0 +1,31 @@
+"""Deployment of Lite DETR and other deformable-attention detectors.
+
+Importing this package needs numpy alone: everything heavier is imported by the name that needs it.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "load_model": "model.checkpoint",
+    "export_onnx": "export.export",
+    "create_session": "runtime.session",
+    "Detector": "runtime.detector",
+    "LiteDetrError": "errors",
+}
+_MODULES = {"native": "ops.native", "ops": "ops"}
+
+__all__ = [*_NAMES, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        return getattr(import_module(f".{_NAMES[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

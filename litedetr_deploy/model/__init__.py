@@ -1,0 +1,1 @@
+"""What is deployed: the detectors in PyTorch, for inference."""

@@ -1,0 +1,126 @@
+"""What tells one detector from another: one dataclass for every variant, and the paper's names for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from ..errors import LiteDetrError
+
+BACKBONES = ("r50", "r101")
+ENCODER_LAYERS = 6
+
+_VARIANT = re.compile(
+    r"(?P<lite>lite-)?(?P<family>dino)-(?P<backbone>r50|r101)"
+    r"(?:-h(?P<high>\d)l(?P<low>\d)-\(?(?P<between>\d)\+1\)?x(?P<expansions>\d))?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """A detector of the DINO family, with a full-scale or an interleaved (Lite) encoder.
+
+    The field names follow the official configuration where it has one (config/DINO/DINO_4scale.py).
+    """
+
+    family: str = "dino"
+    backbone: str = "r50"
+    num_classes: int = 91
+    num_queries: int = 900
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_levels: int = 4
+    encoder_points: int = 4
+    decoder_points: int = 4
+    dim_feedforward: int = 2048  # encoder
+    decoder_dim_feedforward: int = 2048
+    encoder_layers: int = ENCODER_LAYERS
+    decoder_layers: int = 6
+    enc_scale: int = 3  # how many of the coarse levels are high-level features (paper section 3.2)
+    num_expansion: int = 6  # how many layers update all levels; 6 of 6 is the full-scale encoder
+    small_expand: bool = False  # low-level tokens have a light feed-forward network of their own
+    key_aware: bool = False  # key-aware deformable attention (paper section 3.3)
+    proj_key: bool = False  # encoder attention has its own key projection
+    same_loc: bool = False  # encoder attention shares its offsets between levels
+
+    def __post_init__(self):
+        def refuse(name, wanted):
+            raise LiteDetrError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+
+        if self.backbone not in BACKBONES:
+            refuse("backbone", f"one of {', '.join(BACKBONES)}")
+        if not 1 <= self.enc_scale < self.num_levels:
+            refuse("enc_scale", f"from 1 to {self.num_levels - 1} (the number of high-level maps)")
+        if self.num_expansion < 1 or self.encoder_layers % self.num_expansion:
+            refuse("num_expansion", f"a divisor of the {self.encoder_layers} encoder layers")
+        if self.hidden_dim % self.num_heads or self.hidden_dim // self.num_heads % 4:
+            refuse("num_heads", f"such that hidden_dim {self.hidden_dim} / num_heads is a multiple of 4")
+        if self.hidden_dim % 32:
+            refuse("hidden_dim", "a multiple of 32 (group normalisation has 32 groups)")
+        if self.proj_key and not self.key_aware:
+            refuse("proj_key", "False when key_aware is False")
+
+    @property
+    def full_layers(self) -> tuple[bool, ...]:
+        """For every encoder layer, whether it updates all tokens ('F') or the high-level ones ('H').
+
+        Official code, TransformerEncoder.forward: layer i is F where (i + 1) % (layers / num_expansion) == 0.
+        """
+        every = self.encoder_layers // self.num_expansion
+        return tuple((i + 1) % every == 0 for i in range(self.encoder_layers))
+
+    @property
+    def is_lite(self) -> bool:
+        return self.num_expansion < self.encoder_layers or self.small_expand
+
+    @property
+    def name(self) -> str:
+        """The variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
+        base = f"{self.family}-{self.backbone}"
+        if not self.is_lite:
+            return base
+        # The paper counts a block of two layers whose second is an F layer (HF) as 2+1.
+        between = self.encoder_layers // self.num_expansion
+        scales = f"h{self.enc_scale}l{self.num_levels - self.enc_scale}"
+        return f"lite-{base}-{scales}-{between}+1x{self.num_expansion}"
+
+    @property
+    def attention_nodes(self) -> int:
+        """How many deformable attention nodes the exported graph has."""
+        return self.encoder_layers + self.decoder_layers
+
+
+VARIANT_EXAMPLES = "lite-dino-r50-h3l1-2+1x3, lite-dino-r50-h3l1-6+1x1, lite-dino-r50-h2l2-2+1x3, dino-r50"
+
+
+def parse_variant(variant: str, **overrides) -> DetectorConfig:
+    """The configuration that a name stands for; `overrides` replace single fields.
+
+    Both 'lite-dino-r50-h3l1-2+1x3' and the paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' are understood.  A
+    Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Published Lite models are
+    key-aware and have the small feed-forward network; full-scale DINO has neither.
+    """
+    match = _VARIANT.fullmatch(variant.strip().replace(" ", "-"))
+    if not match:
+        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
+    fields = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
+    if match["lite"]:
+        fields |= {"enc_scale": 3, "num_expansion": 3, "small_expand": True, "key_aware": True}
+        if match["high"]:
+            high, low = int(match["high"]), int(match["low"])
+            between, expansions = int(match["between"]), int(match["expansions"])
+            if high + low != 4 or high < 1 or low < 1:
+                raise LiteDetrError(f"variant {variant!r}: H{high}L{low} must share out the 4 levels, as H3L1 does.")
+            if between * expansions != ENCODER_LAYERS:
+                raise LiteDetrError(
+                    f"variant {variant!r}: ({between}+1)x{expansions} must multiply to {ENCODER_LAYERS} layers; "
+                    "the encoders are (6+1)x1, (3+1)x2, (2+1)x3 and (1+1)x6."
+                )
+            fields |= {"enc_scale": high, "num_expansion": expansions}
+    elif match["high"]:
+        raise LiteDetrError(
+            f"variant {variant!r} names an interleaved encoder but not a Lite model. Did you mean 'lite-{variant}'?"
+        )
+    return dataclasses.replace(DetectorConfig(**fields), **overrides)

@@ -1,0 +1,88 @@
+"""The DINO decoder: six layers that refine boxes (dynamic anchors), for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attention import DeformableAttention, SelfAttention
+from .config import DetectorConfig
+from .position import box_position
+
+
+class MLP(nn.Module):
+    """Linears with ReLU between them."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """Official util/misc.py, with its eps."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention (norm2), deformable cross-attention (norm1), feed-forward (norm3)."""
+
+    def __init__(self, config: DetectorConfig):
+        super().__init__()
+        dim, hidden = config.hidden_dim, config.decoder_dim_feedforward
+        # The official decoder never has proj_key or same_loc.
+        self.cross_attn = DeformableAttention(
+            dim, config.num_heads, config.num_levels, config.decoder_points, config.key_aware
+        )
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attn = SelfAttention(dim, config.num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, hidden)
+        self.linear2 = nn.Linear(hidden, dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x, position, reference_boxes, memory, spatial_shapes, padding_mask) -> Tensor:
+        x = self.norm2(x + self.self_attn(x + position, x))
+        attended = self.cross_attn(x + position, reference_boxes, memory, spatial_shapes, padding_mask)
+        x = self.norm1(x + attended)
+        return self.norm3(x + self.linear2(self.linear1(x).relu()))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DetectorConfig):
+        super().__init__()
+        dim = config.hidden_dim
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.ref_point_head = MLP(2 * dim, dim, dim, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        boxes: Tensor,
+        memory: Tensor,
+        spatial_shapes: Tensor,
+        valid_ratios: Tensor,
+        padding_mask: Tensor | None,
+        bbox_embed: nn.Module,
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement;
+        valid_ratios [N, L, 2] (x, y).  Returns the last layer's normalised features and boxes [N, Q, 4]."""
+        box_ratios = torch.cat((valid_ratios, valid_ratios), -1)[:, None]  # N, 1, L, 4
+        for layer in self.layers:
+            reference_boxes = boxes[:, :, None] * box_ratios
+            # Positions are those of level 0, whose valid ratio is the closest to the image's.
+            position = self.ref_point_head(box_position(reference_boxes[:, :, 0], x.shape[-1] // 2))
+            x = layer(x, position, reference_boxes, memory, spatial_shapes, padding_mask)
+            before = inverse_sigmoid(boxes)
+            if layer is not self.layers[-1]:
+                # References are refined with the features before the norm, final boxes with those after it.
+                boxes = (bbox_embed(x) + before).sigmoid()
+        x = self.norm(x)
+        return x, (bbox_embed(x) + before).sigmoid()

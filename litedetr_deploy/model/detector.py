@@ -1,0 +1,159 @@
+"""The detector: backbone, encoder, query selection, decoder and heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import DetectorConfig
+from .decoder import MLP, Decoder
+from .encoder import Encoder
+from .position import map_position
+from .resnet import OUT_CHANNELS, ResNet
+
+
+class Detector(nn.Module):
+    """DINO with a full-scale or an interleaved encoder, for inference.
+
+    Sources: Lite DETR (arXiv 2303.07335), DINO (arXiv 2203.03605); official models/dino/dino.py and
+    deformable_transformer.py.
+    """
+
+    def __init__(self, config: DetectorConfig):
+        super().__init__()
+        self.config = config
+        dim = config.hidden_dim
+        self.backbone = ResNet(config.backbone)
+        self.input_proj = nn.ModuleList(_projection(channels, dim, 1) for channels in OUT_CHANNELS)
+        for level in range(len(OUT_CHANNELS), config.num_levels):
+            self.input_proj.append(_projection(OUT_CHANNELS[-1] if level == len(OUT_CHANNELS) else dim, dim, 3))
+        self.level_embed = nn.Parameter(torch.randn(config.num_levels, dim))
+        self.encoder = Encoder(config)
+        self.enc_output = nn.Linear(dim, dim)
+        self.enc_output_norm = nn.LayerNorm(dim)
+        self.enc_out_class_embed = nn.Linear(dim, config.num_classes)
+        self.enc_out_bbox_embed = MLP(dim, dim, 4, 3)
+        self.tgt_embed = nn.Embedding(config.num_queries, dim)
+        self.decoder = Decoder(config)
+        self.class_embed = nn.Linear(dim, config.num_classes)
+        self.bbox_embed = MLP(dim, dim, 4, 3)
+
+    def forward(
+        self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Detects objects.
+
+        images [N, 3, H, W], normalised with ImageNet's mean and deviation; pixel_mask [N, H, W], True = padding
+        at the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
+
+        Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
+        [N, S, dim], the encoder's output; proposal_scores [N, S], the best class logit of every token;
+        topk_indices [N, Q].
+        """
+        maps = self._maps(images)
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        spatial_shapes = torch.stack([torch._shape_as_tensor(m)[2:] for m in maps]).to(images.device)
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        masks = [None if pixel_mask is None else resize_mask(pixel_mask, h, w) for h, w in shapes]
+        position = torch.cat(
+            [
+                map_position(h, w, self.config.hidden_dim, mask, images.device) + self.level_embed[level]
+                for level, ((h, w), mask) in enumerate(zip(shapes, masks))
+            ],
+            1,
+        )
+        padding_mask = None if pixel_mask is None else torch.cat([mask.flatten(1) for mask in masks], 1)
+        # Valid extents of every level in pixels: [N or 1, L, 2] (x, y).
+        extents = torch.stack([valid_extent(h, w, mask, images.device) for (h, w), mask in zip(shapes, masks)], 1)
+        sizes = torch.stack((spatial_shapes[:, 1], spatial_shapes[:, 0]), -1).float()
+        valid_ratios = extents / sizes
+        centres = torch.cat([pixel_centres(h, w, images.device) for h, w in shapes])  # S, 2, in pixels
+        level_of_token = torch.cat([torch.full((h * w,), i, device=images.device) for i, (h, w) in enumerate(shapes)])
+        centres = centres[None] / extents[:, level_of_token]  # N or 1, S, 2, in 0..1 of the valid extent
+
+        num_low = sum(h * w for h, w in shapes[: self.config.num_levels - self.config.enc_scale])
+        references = (centres[:, :, None] * valid_ratios[:, None]).expand(len(images), -1, -1, -1)
+        memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
+
+        features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
+        proposal_scores = self.enc_out_class_embed(features).amax(-1)
+        if topk_indices is None:
+            topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
+        selected = take_tokens(features, topk_indices)
+        boxes = (self.enc_out_bbox_embed(selected) + take_tokens(proposals, topk_indices)).sigmoid()
+        queries = self.tgt_embed.weight[None].expand(len(images), -1, -1)
+        queries, boxes = self.decoder(
+            queries, boxes, memory, spatial_shapes, valid_ratios, padding_mask, self.bbox_embed
+        )
+        return {
+            "pred_logits": self.class_embed(queries),
+            "pred_boxes": boxes,
+            "memory": memory,
+            "proposal_scores": proposal_scores,
+            "topk_indices": topk_indices,
+        }
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The projected maps of all levels, [N, dim, h, w] each."""
+        backbone_maps = self.backbone(images)
+        maps = [projection(m) for projection, m in zip(self.input_proj, backbone_maps)]
+        x = backbone_maps[-1]
+        for projection in self.input_proj[len(backbone_maps) :]:
+            x = projection(x)
+            maps.append(x)
+        return maps
+
+    def _proposals(self, memory, centres, level_of_token, padding_mask) -> tuple[Tensor, Tensor]:
+        """Features [N, S, dim] that compete to become queries, and their boxes [N or 1, S, 4] before the sigmoid.
+
+        A token whose box reaches beyond (0.01, 0.99), or that is padding, has its memory zeroed and an infinite
+        box, and still competes (official models/dino/utils.py, gen_encoder_output_proposals).
+        """
+        side = 0.05 * 2.0 ** level_of_token.float()
+        boxes = torch.cat((centres, side[None, :, None].expand(len(centres), -1, 2)), -1)
+        valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+        if padding_mask is not None:
+            valid = valid & ~padding_mask[..., None]
+        proposals = torch.log(boxes / (1 - boxes)).masked_fill(~valid, float("inf"))
+        features = self.enc_output_norm(self.enc_output(memory.masked_fill(~valid, 0.0)))
+        return features, proposals.expand(len(memory), -1, -1)
+
+
+def _projection(in_channels: int, dim: int, kernel: int) -> nn.Sequential:
+    stride, padding = (2, 1) if kernel == 3 else (1, 0)
+    return nn.Sequential(nn.Conv2d(in_channels, dim, kernel, stride, padding), nn.GroupNorm(32, dim))
+
+
+def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Nearest-neighbour resize [N, H, W] -> [N, height, width], with F.interpolate's float32 index arithmetic.
+
+    Written out because ONNX Resize rounds the indices differently where a product is nearly whole.
+    """
+    for dim, size in ((1, height), (2, width)):
+        old = mask.shape[dim]
+        index = (torch.arange(size, dtype=torch.float32, device=mask.device) * (old / size)).floor().long()
+        mask = mask.index_select(dim, index.clamp(max=old - 1))
+    return mask
+
+
+def valid_extent(height: int, width: int, mask: Tensor | None, device=None) -> Tensor:
+    """The unpadded (width, height) of a map in pixels: [N, 2], or [1, 2] without a mask."""
+    if mask is None:
+        size = torch.arange(1, device=device)
+        return torch.stack((size + width, size + height), -1).float()
+    valid = ~mask
+    return torch.stack((valid[:, 0, :].sum(1), valid[:, :, 0].sum(1)), -1).float()
+
+
+def pixel_centres(height: int, width: int, device=None) -> Tensor:
+    """[height * width, 2]: (x + 0.5, y + 0.5) in row-major order."""
+    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+    return torch.stack((x[None].expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1)
+
+
+def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """x [N, S, C], indices [N, Q] -> [N, Q, C].  As rows of one matrix: the fastest gather everywhere."""
+    n, s, c = x.shape
+    rows = indices + torch.arange(n, device=x.device)[:, None] * s
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (n, -1))

@@ -1,0 +1,52 @@
+"""Sine position encodings of maps and of boxes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_TWO_PI = 2 * math.pi
+
+
+def _interleaved_sine(x: Tensor, features: int, temperature: float) -> Tensor:
+    """[...] -> [..., features]: sin and cos of x / temperature^(2 (i // 2) / features), interleaved."""
+    i = torch.arange(features, dtype=torch.float32, device=x.device)
+    period = temperature ** (2 * (i // 2) / features)
+    angle = x[..., None] / period
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2)
+
+
+def map_position(height: int, width: int, dim: int, mask: Tensor | None, device=None) -> Tensor:
+    """The encoding of a feature map's pixels: [N or 1, height * width, dim], y before x.
+
+    Temperature 20, counted from 1 and normalised by the valid extent, eps 1e-6, scale 2 pi (official
+    models/dino/position_encoding.py, PositionEmbeddingSineHW).  `mask` [N, height, width], True = padding.
+    """
+    temperature, eps = 20.0, 1e-6
+    if mask is None:
+        # Without padding the encoding is separable: two short tables instead of a map.
+        y = torch.arange(1, height + 1, dtype=torch.float32, device=device)
+        x = torch.arange(1, width + 1, dtype=torch.float32, device=device)
+        y = _interleaved_sine(y / (height + eps) * _TWO_PI, dim // 2, temperature)
+        x = _interleaved_sine(x / (width + eps) * _TWO_PI, dim // 2, temperature)
+        position = torch.cat((y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)), -1)
+        return position.flatten(0, 1)[None]
+    valid = (~mask).float()
+    y, x = valid.cumsum(1), valid.cumsum(2)
+    y = y / (y[:, -1:, :] + eps) * _TWO_PI
+    x = x / (x[:, :, -1:] + eps) * _TWO_PI
+    position = torch.cat(
+        (_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), -1
+    )
+    return position.flatten(1, 2)
+
+
+def box_position(boxes: Tensor, dim: int) -> Tensor:
+    """The encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim], in the order y, x, w, h.
+
+    Temperature 10000 (official models/dino/utils.py, gen_sineembed_for_position).
+    """
+    y_x_w_h = torch.stack((boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]), -1)
+    return _interleaved_sine(y_x_w_h * _TWO_PI, dim, 10000.0).flatten(-2)

@@ -1,0 +1,102 @@
+"""ResNet-50 and -101 with frozen batch norm, as the checkpoints name them (torchvision's layout)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
+OUT_CHANNELS = (512, 1024, 2048)  # of strides 8, 16 and 32
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with constant statistics, eps 1e-5 (DETR's models/backbone.py)."""
+
+    eps = 1e-5
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = FrozenBatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = FrozenBatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = FrozenBatchNorm2d(out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), FrozenBatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        y = self.bn3(self.conv3(y))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu()
+
+
+class ResNet(nn.Module):
+    """Images [N, 3, H, W] in; the maps of strides 8, 16 and 32 out."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = FrozenBatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        in_channels = 64
+        for stage, blocks in enumerate(LAYERS[name]):
+            layer = []
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layer.append(Bottleneck(in_channels, 64 << stage, stride))
+                in_channels = (64 << stage) * Bottleneck.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.bn1(self.conv1(x)).relu())
+        x = self.layer1(x)
+        maps = []
+        for layer in (self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+
+def fold_frozen_batch_norm(module: nn.Module) -> None:
+    """Folds every frozen batch norm of `module` into the convolution before it, in place.
+
+    The products are formed in float64, so that the folded weights are the correctly rounded ones.
+    """
+    for parent in list(module.modules()):
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
+            if not (isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d)):
+                continue
+            scale, shift = norm.double().scale_and_shift()
+            folded = nn.Conv2d(
+                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=True
+            )
+            folded.weight.data = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
+            folded.bias.data = shift.to(conv.weight.dtype)
+            setattr(parent, conv_name, folded)
+            setattr(parent, norm_name, nn.Identity())
