@@ -25,8 +25,7 @@ class MLP(nn.Module):
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """Official util/misc.py, with its eps."""
-    x = x.clamp(0, 1)
+    """Of x in 0..1 (official util/misc.py, with its eps)."""
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
@@ -72,13 +71,16 @@ class Decoder(nn.Module):
         padding_mask: Tensor | None,
         bbox_embed: nn.Module,
     ) -> tuple[Tensor, Tensor]:
-        """x [N, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement;
-        valid_ratios [N, L, 2] (x, y).  Returns the last layer's normalised features and boxes [N, Q, 4]."""
-        box_ratios = torch.cat((valid_ratios, valid_ratios), -1)[:, None]  # N, 1, L, 4
+        """x [N or 1, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement;
+        valid_ratios [N or 1, L, 2] (x, y).  Returns the last layer's normalised features and boxes [N, Q, 4]."""
         for layer in self.layers:
-            reference_boxes = boxes[:, :, None] * box_ratios
-            # Positions are those of level 0, whose valid ratio is the closest to the image's.
-            position = self.ref_point_head(box_position(reference_boxes[:, :, 0], x.shape[-1] // 2))
+            if padding_mask is None:  # every valid ratio is 1
+                reference_boxes = torch.cat([boxes[:, :, None]] * valid_ratios.shape[1], 2)
+                level_0 = boxes
+            else:
+                reference_boxes = boxes[:, :, None] * torch.cat((valid_ratios, valid_ratios), -1)[:, None]
+                level_0 = reference_boxes[:, :, 0]
+            position = self.ref_point_head(box_position(level_0, x.shape[-1] // 2))
             x = layer(x, position, reference_boxes, memory, spatial_shapes, padding_mask)
             before = inverse_sigmoid(boxes)
             if layer is not self.layers[-1]:

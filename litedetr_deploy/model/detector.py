@@ -52,7 +52,7 @@ class Detector(nn.Module):
         """
         maps = self._maps(images)
         shapes = [tuple(m.shape[-2:]) for m in maps]
-        spatial_shapes = torch.stack([torch._shape_as_tensor(m)[2:] for m in maps]).to(images.device)
+        spatial_shapes = sizes_tensor([size for shape in shapes for size in shape], images.device).view(-1, 2)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
         masks = [None if pixel_mask is None else resize_mask(pixel_mask, h, w) for h, w in shapes]
         position = torch.cat(
@@ -72,7 +72,7 @@ class Detector(nn.Module):
         centres = centres[None] / extents[:, level_of_token]  # N or 1, S, 2, in 0..1 of the valid extent
 
         num_low = sum(h * w for h, w in shapes[: self.config.num_levels - self.config.enc_scale])
-        references = (centres[:, :, None] * valid_ratios[:, None]).expand(len(images), -1, -1, -1)
+        references = (centres[:, :, None] * valid_ratios[:, None]).expand(images.shape[0], -1, -1, -1)
         memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
 
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
@@ -81,9 +81,8 @@ class Detector(nn.Module):
             topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
         selected = take_tokens(features, topk_indices)
         boxes = (self.enc_out_bbox_embed(selected) + take_tokens(proposals, topk_indices)).sigmoid()
-        queries = self.tgt_embed.weight[None].expand(len(images), -1, -1)
         queries, boxes = self.decoder(
-            queries, boxes, memory, spatial_shapes, valid_ratios, padding_mask, self.bbox_embed
+            self.tgt_embed.weight[None], boxes, memory, spatial_shapes, valid_ratios, padding_mask, self.bbox_embed
         )
         return {
             "pred_logits": self.class_embed(queries),
@@ -110,13 +109,13 @@ class Detector(nn.Module):
         box, and still competes (official models/dino/utils.py, gen_encoder_output_proposals).
         """
         side = 0.05 * 2.0 ** level_of_token.float()
-        boxes = torch.cat((centres, side[None, :, None].expand(len(centres), -1, 2)), -1)
+        boxes = torch.cat((centres, side[None, :, None].expand(centres.shape[0], -1, 2)), -1)
         valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
         if padding_mask is not None:
             valid = valid & ~padding_mask[..., None]
         proposals = torch.log(boxes / (1 - boxes)).masked_fill(~valid, float("inf"))
         features = self.enc_output_norm(self.enc_output(memory.masked_fill(~valid, 0.0)))
-        return features, proposals.expand(len(memory), -1, -1)
+        return features, proposals
 
 
 def _projection(in_channels: int, dim: int, kernel: int) -> nn.Sequential:
@@ -139,10 +138,14 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
 def valid_extent(height: int, width: int, mask: Tensor | None, device=None) -> Tensor:
     """The unpadded (width, height) of a map in pixels: [N, 2], or [1, 2] without a mask."""
     if mask is None:
-        size = torch.arange(1, device=device)
-        return torch.stack((size + width, size + height), -1).float()
+        return sizes_tensor((width, height), device).float()[None]
     valid = ~mask
     return torch.stack((valid[:, 0, :].sum(1), valid[:, :, 0].sum(1)), -1).float()
+
+
+def sizes_tensor(sizes, device=None) -> Tensor:
+    """Sizes as an int64 vector; they stay symbolic where torch.export traces with dynamic sizes."""
+    return torch.cat([torch.full((1,), size, dtype=torch.int64, device=device) for size in sizes])
 
 
 def pixel_centres(height: int, width: int, device=None) -> Tensor:
@@ -153,7 +156,9 @@ def pixel_centres(height: int, width: int, device=None) -> Tensor:
 
 
 def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """x [N, S, C], indices [N, Q] -> [N, Q, C].  As rows of one matrix: the fastest gather everywhere."""
-    n, s, c = x.shape
+    """x [N or 1, S, C], indices [N, Q] -> [N, Q, C].  As rows of one matrix: the fastest gather everywhere."""
+    n, s, _ = x.shape
+    if n == 1:
+        return nn.functional.embedding(indices, x[0])
     rows = indices + torch.arange(n, device=x.device)[:, None] * s
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (n, -1))

@@ -71,6 +71,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """tokens [N, S, dim], fine to coarse; position [N or 1, S, dim]; reference_points [N, S, L, 2]; the first
         `num_low` tokens are low-level; padding_mask [N, S] True = padding.  -> memory [N, S, dim]."""
+        high_position, high_references = position[:, num_low:], reference_points[:, num_low:]
         for full, layer in zip(self.full_layers, self.layers):
             if full:
                 tokens = layer.attend(tokens, position, reference_points, tokens, spatial_shapes, padding_mask)
@@ -81,13 +82,7 @@ class Encoder(nn.Module):
                 else:
                     tokens = layer.feed_forward(tokens)
             else:
-                high = layer.attend(
-                    tokens[:, num_low:],
-                    position[:, num_low:],
-                    reference_points[:, num_low:],
-                    tokens,
-                    spatial_shapes,
-                    padding_mask,
-                )
+                high = tokens[:, num_low:]
+                high = layer.attend(high, high_position, high_references, tokens, spatial_shapes, padding_mask)
                 tokens = torch.cat((tokens[:, :num_low], layer.feed_forward(high)), 1)
         return tokens

@@ -11,11 +11,11 @@ _TWO_PI = 2 * math.pi
 
 
 def _interleaved_sine(x: Tensor, features: int, temperature: float) -> Tensor:
-    """[...] -> [..., features]: sin and cos of x / temperature^(2 (i // 2) / features), interleaved."""
-    i = torch.arange(features, dtype=torch.float32, device=x.device)
-    period = temperature ** (2 * (i // 2) / features)
+    """[...] -> [..., features]: sin and cos of x / temperature^(2 i / features) for i < features / 2, interleaved."""
+    i = torch.arange(features // 2, dtype=torch.float32, device=x.device)
+    period = temperature ** (2 * i / features)
     angle = x[..., None] / period
-    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2)
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
 
 
 def map_position(height: int, width: int, dim: int, mask: Tensor | None, device=None) -> Tensor:
@@ -48,5 +48,5 @@ def box_position(boxes: Tensor, dim: int) -> Tensor:
 
     Temperature 10000 (official models/dino/utils.py, gen_sineembed_for_position).
     """
-    y_x_w_h = torch.stack((boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]), -1)
+    y_x_w_h = boxes.index_select(-1, torch.tensor((1, 0, 2, 3), device=boxes.device))
     return _interleaved_sine(y_x_w_h * _TWO_PI, dim, 10000.0).flatten(-2)

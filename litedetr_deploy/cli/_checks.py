@@ -1,0 +1,58 @@
+"""Checks of arguments that cost nothing, so that they come before torch is imported and before minutes of work."""
+
+import os
+import re
+
+from ..errors import LiteDetrError
+
+
+def readable_file(path, what):
+    """Raise LiteDetrError unless `path` is a file that can be read; `what` names it, as in 'checkpoint'."""
+    if not path.exists():
+        raise LiteDetrError(f"The {what} {path} does not exist. Check the path.")
+    if not path.is_file():
+        raise LiteDetrError(f"The {what} {path} is not a file. Give the path of the file itself.")
+    if not os.access(path, os.R_OK):
+        raise LiteDetrError(f"The {what} {path} cannot be read: permission denied. Change its permissions or copy it.")
+
+
+def writable_model(path):
+    """Raise LiteDetrError unless a model can be written to `path`."""
+    if path.suffix.lower() != ".onnx":
+        raise LiteDetrError(f"The output is {path}; its name must end in .onnx.")
+    if path.is_dir():
+        raise LiteDetrError(f"The output {path} is a directory. Give the name of a file.")
+    writable_directory(path.parent)
+
+
+def writable_directory(path):
+    """Raise LiteDetrError unless `path` is a directory that files can be made in."""
+    if not path.is_dir():
+        state = "is not a directory" if path.exists() else "does not exist"
+        raise LiteDetrError(f"The output directory {path} {state}. Make it first, or choose another.")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise LiteDetrError(f"The output directory {path} is not writable. Choose another, or change its permissions.")
+
+
+def image_size(text):
+    """Return (height, width) for 'HEIGHTxWIDTH' and None for 'dynamic'; raise LiteDetrError for another form."""
+    if text == "dynamic":
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise LiteDetrError(f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, or "
+                            "'dynamic'.")
+    return int(match[1]), int(match[2])
+
+
+def image_files(paths):
+    """Return the files that `paths` stand for, None for no paths; raise LiteDetrError unless each is an image."""
+    if not paths:
+        return None
+    from ..runtime.images import find_images, load_image
+
+    files = find_images(paths)
+    for file in files:
+        load_image(file)
+    return files
+

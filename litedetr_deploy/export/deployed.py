@@ -1,0 +1,57 @@
+"""The detector as it is deployed: normalisation before it, detections after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..model.detector import Detector, take_tokens
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NUM_SELECT = 300  # detections of one image, as the official evaluation keeps
+
+OUTPUTS = {"detections": ("labels", "boxes", "scores"), "raw": ("pred_logits", "pred_boxes")}
+# What verification looks at inside the graph, whatever its outputs.
+PROBES = ("pred_logits", "pred_boxes", "proposal_scores", "topk_indices")
+
+
+class Deployed(nn.Module):
+    """Images in 0..1 to detections in pixels, or to raw logits and boxes."""
+
+    def __init__(self, detector: Detector, outputs: str):
+        super().__init__()
+        self.detector, self.outputs = detector, outputs
+        std = torch.tensor(IMAGENET_STD)[:, None, None]
+        self.register_buffer("scale", 1 / std)
+        self.register_buffer("shift", torch.tensor(IMAGENET_MEAN)[:, None, None] / std)
+
+    def forward(self, images: Tensor, orig_target_sizes: Tensor | None = None, pixel_mask: Tensor | None = None):
+        """images [N, 3, H, W] RGB in 0..1; orig_target_sizes [N, 2] int64 (width, height); pixel_mask [N, H, W],
+        True = padding.  Returns a dict: labels [N, 300] int64, boxes [N, 300, 4] xyxy in original pixels and scores
+        [N, 300] where asked for, then PROBES."""
+        normalised = images * self.scale - self.shift
+        if pixel_mask is not None:
+            # The official loader pads after it normalises: padding is zero there.
+            normalised = normalised.masked_fill(pixel_mask[:, None], 0.0)
+        raw = self.detector(normalised, pixel_mask)
+        values = {name: raw[name] for name in PROBES}
+        if self.outputs == "detections":
+            labels, boxes, scores = postprocess(raw["pred_logits"], raw["pred_boxes"], orig_target_sizes)
+            values = {"labels": labels, "boxes": boxes, "scores": scores} | values
+        return values
+
+
+def postprocess(pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """pred_logits [N, Q, classes], pred_boxes [N, Q, 4] cxcywh in 0..1, sizes [N, 2] (width, height) -> labels,
+    boxes (xyxy, in pixels, not clipped), scores of the best pairs of query and class (official models/dino/dino.py,
+    PostProcess)."""
+    _, num_queries, num_classes = pred_logits.shape
+    logits, pairs = pred_logits.flatten(1).topk(min(NUM_SELECT, num_queries * num_classes), dim=1)
+    labels = pairs % num_classes
+    # An exact division of small whole numbers; integer division would export as seven nodes.
+    boxes = take_tokens(pred_boxes, ((pairs - labels) / num_classes).long())
+    centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
+    sizes = sizes.to(boxes.dtype)
+    boxes = torch.cat((centre - half, centre + half), -1) * torch.cat((sizes, sizes), -1)[:, None]
+    return labels, boxes, logits.sigmoid()

@@ -1,0 +1,177 @@
+"""A detector to a verified ONNX model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from .. import __version__
+from ..errors import LiteDetrError
+from ..files import replaced_when_done
+from ..model.detector import Detector
+from ..model.resnet import fold_frozen_batch_norm
+from ..ops import schema, torch_op
+from ..runtime.session import METADATA_KEY
+from . import graph, limits
+from .deployed import OUTPUTS, PROBES, Deployed
+from .verify import Verification, verify_onnx
+
+TRACE_BATCH = 2  # torch.export takes a size of 1 for a constant
+
+
+@dataclass
+class ExportReport:
+    path: str
+    size_bytes: int
+    seconds: float
+    attention_nodes: int
+    metadata: dict
+    verification: list[dict] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(row["passed"] for row in self.verification)
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "passed": self.passed}
+
+
+def export_onnx(
+    model: Detector,
+    path: str | os.PathLike,
+    attention: str = "op",
+    precision: str = "fp32",
+    image_size: tuple[int, int] | None = (800, 1333),
+    outputs: str = "detections",
+    pixel_mask: bool = False,
+    opset: int = 17,
+    calibration=None,
+    verify: bool = True,
+    images=None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> ExportReport:
+    """Writes `model` as ONNX, checks the file and compares it with PyTorch.
+
+    attention: 'op' writes one node of the domain `litedetr` for every deformable attention; 'gather' and
+        'gridsample' write standard ONNX ops.
+    image_size: (height, width), or None for dynamic sizes.  The batch is always dynamic.
+    outputs: 'detections' (labels, boxes in pixels, scores) or 'raw' (pred_logits, pred_boxes).
+    pixel_mask: whether the graph takes a mask of the padding.
+    images: pictures to verify with (paths, PIL images or arrays); None: the package draws some.
+    progress: called with the name of each stage as it begins.
+
+    The file and `<path>.json` beside it appear complete or not at all.  Raises LiteDetrError for wishes that cannot
+    be met; a failed comparison is not an error: see the report's `passed`.
+    """
+    limits.check(attention, precision, image_size, outputs, opset)
+    if calibration is not None:
+        raise LiteDetrError("calibration images are for precision 'int8', which this version does not export.")
+    start = time.monotonic()
+    path = Path(path)
+    progress("trace the model")
+    program, input_names = _trace(model, image_size, outputs, pixel_mask)
+    progress("translate to ONNX")
+    onnx_model = _translate(program, attention, input_names, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
+    progress("optimise the graph")
+    images_shape = onnx_model.graph.inputs[0].shape
+    symbols = {str(images_shape[i].value): name for i, name in ((0, "batch"), (2, "height"), (3, "width"))
+               if isinstance(images_shape[i], ir.SymbolicDim)}  # fmt: skip
+    graph.finish(onnx_model, opset, OUTPUTS[outputs], symbols)
+    nodes = graph.attention_nodes(onnx_model)
+    expected = model.config.attention_nodes if attention == "op" else 0
+    if nodes != expected:
+        raise LiteDetrError(
+            f"the exported graph has {nodes} nodes of the domain {schema.DOMAIN!r} and the model {expected} deformable "
+            "attentions: the exporter lost some. This is a bug in litedetr-deploy or in this version of torch "
+            f"({torch.__version__})."
+        )
+    metadata = {
+        "tool_version": __version__,
+        "op_version": schema.VERSION,
+        "variant": model.config.name,
+        "attention": attention,
+        "precision": precision,
+        "image_size": list(image_size) if image_size else None,
+        "outputs": outputs,
+        "pixel_mask": pixel_mask,
+        "class_names": None,
+    }
+    report = ExportReport(str(path), 0, 0.0, nodes, metadata)
+    with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:
+        progress("write and check the file")
+        _write(onnx_model, metadata, temporary)
+        _check(temporary)
+        if verify:
+            verification = verify_onnx(temporary, model, images, progress)
+            report.verification = verification.rows
+            metadata["verification"] = verification.summary()
+            progress("write the verdict into the file")
+            _write(onnx_model, metadata, temporary)
+        report.size_bytes = temporary.stat().st_size
+        report.seconds = round(time.monotonic() - start, 1)
+        temporary_json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
+
+
+def _trace(model: Detector, image_size, outputs: str, pixel_mask: bool):
+    """The model as an exported program, and the names of its inputs."""
+    model = copy.deepcopy(model)
+    fold_frozen_batch_norm(model)
+    deployed = Deployed(model, outputs).eval()
+    # Any size will do where sizes are dynamic; unlike sides keep height and width apart.
+    height, width = image_size or (256, 320)
+    sizes = {} if image_size else {"height": Dim.DYNAMIC, "width": Dim.DYNAMIC}
+    inputs = {"images": torch.zeros(TRACE_BATCH, 3, height, width)}
+    dynamic = {"images": {0: Dim.DYNAMIC, **dict(zip((2, 3), sizes.values()))}}
+    if outputs == "detections":
+        inputs["orig_target_sizes"] = torch.tensor([[width, height]]).repeat(TRACE_BATCH, 1)
+        dynamic["orig_target_sizes"] = {0: Dim.DYNAMIC}
+    if pixel_mask:
+        inputs["pixel_mask"] = torch.zeros(TRACE_BATCH, height, width, dtype=torch.bool)
+        dynamic["pixel_mask"] = {0: Dim.DYNAMIC, **dict(zip((1, 2), sizes.values()))}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about itself
+        return torch.export.export(deployed, (), inputs, dynamic_shapes=dynamic, strict=False), list(inputs)
+
+
+def _translate(program, attention: str, input_names: list[str], output_names: list[str]) -> ir.Model:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=graph.TRACE_OPSET,
+            custom_translation_table=torch_op.onnx_translations(attention),
+            input_names=input_names,
+            output_names=output_names,
+            optimize=False,
+            verbose=False,
+        ).model
+
+
+def _write(model: ir.Model, metadata: dict, path: Path) -> None:
+    model.metadata_props[METADATA_KEY] = json.dumps(metadata)
+    model.producer_name, model.producer_version = "litedetr-deploy", __version__
+    ir.save(model, path)
+
+
+def _check(path: Path) -> None:
+    """onnx's checker, and types and shapes of every output by its inference."""
+    onnx.checker.check_model(path)
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+    for output in inferred.graph.output:
+        kind = output.type.tensor_type
+        if not kind.elem_type or not kind.HasField("shape"):
+            raise LiteDetrError(f"the exported graph's output {output.name!r} has no type or shape: a bug, please report.")

@@ -1,0 +1,130 @@
+"""The traced graph made into the graph that is shipped: folded, named and typed for the asked opset."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from ..ops import schema
+
+# Everything that follows from the weights and a fixed image size is folded: at 800x1333 the position encoding is
+# the largest such constant (22 MB).
+FOLD_LIMIT = 1 << 30
+
+TRACE_OPSET = 18  # what the exporter writes by itself
+
+
+def finish(model: ir.Model, opset: int, outputs: tuple[str, ...], sizes: dict[str, str]) -> None:
+    """Optimises the exporter's model and brings it to `opset`, in place.
+
+    outputs: the names of the graph's outputs; the trace's other outputs remain as named values inside.
+    sizes: the trace's symbols for dynamic sizes -> the names that a user sees.
+    """
+    _fold_weights(model.graph)
+    optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    common.CommonSubexpressionEliminationPass()(model)
+    _fix_reshapes(model.graph)
+    kept = [value for value in model.graph.outputs if value.name in outputs]
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(kept)
+    common.RemoveUnusedNodesPass()(model)
+    _set_opset(model, opset)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
+        value.metadata_props.clear()
+        value.shape = _rename(value.shape, sizes)
+
+
+def _rename(shape: ir.Shape | None, sizes: dict[str, str]) -> ir.Shape | None:
+    if shape is None:
+        return None
+    pattern = "|".join(rf"\b{re.escape(symbol)}\b" for symbol in sizes)
+    return ir.Shape(
+        re.sub(pattern, lambda match: sizes[match[0]], str(size.value))
+        if isinstance(size, ir.SymbolicDim) and size.value is not None else size
+        for size in shape
+    )  # fmt: skip
+
+
+def _fold_weights(graph: ir.Graph) -> None:
+    """Weights transposed and cut at export; the results keep the name of the weight they come from."""
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        if source is None or source.const_value is None or source.name not in graph.initializers:
+            continue
+        if node.op_type == "Transpose":
+            folded = source.const_value.numpy().transpose(node.attributes["perm"].as_ints())
+        elif node.op_type == "Slice" and all(ir.convenience.get_const_tensor(i) is not None for i in node.inputs[1:]):
+            starts, ends, axes, steps = (ir.convenience.get_const_tensor(i).numpy() for i in node.inputs[1:])
+            cut = [slice(None)] * len(source.shape)
+            for start, end, axis, step in zip(starts, ends, axes, steps):
+                cut[axis] = slice(start, end, step)
+            folded = source.const_value.numpy()[tuple(cut)]
+        else:
+            continue
+        name, number = source.name, 0
+        while name in graph.initializers and not (len(source.uses()) == 1 and name == source.name):
+            number += 1
+            name = f"{source.name}.{number}"
+        output = node.outputs[0]
+        graph.remove(node)
+        if name == source.name:
+            graph.initializers.pop(name)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(folded.shape),
+            type=source.type,
+            const_value=ir.tensor(np.ascontiguousarray(folded), name=name),
+        )
+        graph.initializers[name] = value
+        output.replace_all_uses_with(value)
+
+
+def _fix_reshapes(graph: ir.Graph) -> None:
+    """Reshapes whose target the trace computed from Shape get a constant one, where at most one size is unknown."""
+    for node in graph:
+        if node.op_type != "Reshape" or ir.convenience.get_const_tensor(node.inputs[1]) is not None:
+            continue
+        producer = node.inputs[1].producer()
+        whole_shape = producer is not None and producer.op_type == "Shape" and "end" not in producer.attributes
+        target = producer.inputs[0].shape if whole_shape else node.outputs[0].shape
+        if target is None or sum(not isinstance(size, int) for size in target) > 1:
+            continue
+        sizes = [size if isinstance(size, int) else -1 for size in target]
+        node.outputs[0].shape = target
+        node.replace_input_with(1, _constant(graph, "shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64)))
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+    return graph.initializers[name]
+
+
+def _set_opset(model: ir.Model, opset: int) -> None:
+    """From the trace's opset to the asked one.  Between 17 and 19 only the form of the axes of a few reductions
+    differs among the operators that the detectors use."""
+    if opset < TRACE_OPSET:
+        for node in model.graph:
+            if node.op_type in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd") and len(node.inputs) > 1:
+                axes = ir.convenience.get_const_tensor(node.inputs[1])
+                node.resize_inputs(1)
+                node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
+            elif node.op_type == "Split" and "num_outputs" in node.attributes:
+                node.attributes.pop("num_outputs")  # equal parts are the default of opset 13
+    model.opset_imports[""] = opset
+    for node in model.graph:
+        node.version = None
+
+
+def attention_nodes(model: ir.Model) -> int:
+    """How many nodes of our domain the graph has."""
+    return sum(node.domain == schema.DOMAIN for node in model.graph)

@@ -1,0 +1,126 @@
+"""The detector: an artifact that takes pictures and returns what is on them."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ..errors import LiteDetrError
+from .images import RESIZE_MODES, load_image, prepare
+from .postprocess import postprocess
+from .session import OnnxSession
+
+
+@dataclass
+class Detections:
+    """What was found on one image, best score first."""
+
+    labels: np.ndarray  # [K] int64
+    boxes: np.ndarray  # [K, 4] float32, (x1, y1, x2, y2) in pixels of the image as given, not clipped to it
+    scores: np.ndarray  # [K] float32, 0..1
+    names: list[str] | None = None  # [K] str, where the artifact or the caller knows them
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class Detector:
+    """Runs an artifact on pictures.
+
+    artifact: path of an ONNX model that `litedetr export` made.
+    providers, threads: as `create_session` takes them.
+    class_names: name of each label; those in the artifact when not given.
+
+    Raises LiteDetrError when the artifact cannot be loaded or does not have a detector's inputs and outputs.
+    """
+
+    def __init__(self, artifact, providers=None, threads=None, class_names=None):
+        self.session = OnnxSession(artifact, providers, threads)
+        self.class_names = class_names or self.session.metadata.get("class_names")
+        inputs, outputs = set(self.session.inputs), set(self.session.outputs)
+        self.raw = {"pred_logits", "pred_boxes"} <= outputs
+        wanted = {"images"} if self.raw else {"images", "orig_target_sizes"}
+        if (not (self.raw or {"labels", "boxes", "scores"} <= outputs)
+                or not wanted <= inputs <= wanted | {"pixel_mask"}):
+            raise LiteDetrError(f"{artifact} is no detector that can be run: its inputs are {sorted(inputs)} and its "
+                                f"outputs {sorted(outputs)}. Wanted: images and orig_target_sizes -> labels, boxes, "
+                                "scores, or images -> pred_logits, pred_boxes. `litedetr export` makes such a model.")
+        self.takes_mask = "pixel_mask" in inputs
+        height, width = self.session.inputs["images"][2:]
+        # (height, width) of the input, None when dynamic
+        self.image_size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+    def predict(self, images, threshold: float = 0.0, batch_size: int = 1,
+                resize: str | None = None) -> list[Detections]:
+        """Return a list with the `Detections` of each image.
+
+        images: one image or an iterable of them, each as `load_image` takes it.
+        threshold: detections with a lower score are dropped.
+        batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
+        resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official evaluation's
+        'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model takes a pixel mask,
+        else 'stretch'.
+
+        Raises LiteDetrError for an image that cannot be read and for a `resize` that the model cannot take.
+        """
+        return list(self.stream(images, threshold, batch_size, resize))
+
+    def stream(self, images, threshold: float = 0.0, batch_size: int = 1,
+               resize: str | None = None) -> Iterator[Detections]:
+        """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end."""
+        if batch_size < 1:
+            raise LiteDetrError(f"batch_size is {batch_size}; it must be 1 or more.")
+        mode = self._resize_mode(resize)
+        if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
+        batch = []
+        for image in images:
+            prepared = prepare(load_image(image), mode, self.image_size)
+            if batch and (len(batch) == batch_size or prepared.pixels.shape != batch[0].pixels.shape):
+                yield from self._run(batch, threshold)
+                batch = []
+            batch.append(prepared)
+        if batch:
+            yield from self._run(batch, threshold)
+
+    def _resize_mode(self, resize):
+        if resize is None:
+            if self.image_size is None:
+                return "shortest_edge"
+            return "letterbox" if self.takes_mask else "stretch"
+        if resize not in RESIZE_MODES:
+            raise LiteDetrError(f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.")
+        if resize == "shortest_edge" and self.image_size is not None:
+            raise LiteDetrError("resize 'shortest_edge' gives every aspect ratio its own size, and the model's is "
+                                f"fixed at {self.image_size[0]}x{self.image_size[1]} (height x width). Use 'stretch' or "
+                                "'letterbox', or export with `--image-size dynamic`.")
+        if resize != "shortest_edge" and self.image_size is None:
+            raise LiteDetrError(f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. Use "
+                                "'shortest_edge', or export with `--image-size HEIGHTxWIDTH`.")
+        if resize == "letterbox" and not self.takes_mask:
+            raise LiteDetrError("resize 'letterbox' pads the image, and the model takes no mask that says where. Use "
+                                "'stretch', or export with `--pixel-mask`.")
+        return resize
+
+    def _run(self, batch, threshold):
+        sizes = np.array([prepared.original_size for prepared in batch], np.int64)
+        feed = {"images": np.stack([prepared.pixels for prepared in batch])}
+        if self.takes_mask:
+            feed["pixel_mask"] = np.stack([prepared.mask for prepared in batch])
+        if self.raw:
+            output = self.session.run(feed)
+            found = postprocess(output["pred_logits"], output["pred_boxes"], sizes)
+        else:
+            output = self.session.run(feed | {"orig_target_sizes": sizes})
+            found = output["labels"], output["boxes"], output["scores"]
+        for labels, boxes, scores in zip(*found):
+            keep = scores >= threshold
+            labels = labels[keep]
+            yield Detections(labels, boxes[keep], scores[keep], self._names(labels))
+
+    def _names(self, labels):
+        if self.class_names is None:
+            return None
+        return [self.class_names[label] if label < len(self.class_names) else f"class {label}" for label in labels]

@@ -1,0 +1,168 @@
+"""What of this machine and this installation matters to a model that is to run here."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import __version__
+from ..errors import LiteDetrError
+from ..ops import native, schema
+from .session import create_session, import_onnxruntime, register_ops
+
+OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing on the CPU needs it
+
+# (name, distributions that bring it, needed to run a model on the CPU, what it is for and how to get it)
+PACKAGES = (
+    ("numpy", ("numpy",), True, "pip install numpy"),
+    ("pillow", ("pillow",), True, "pip install pillow"),
+    ("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), True,
+     "runs the models: pip install litedetr-deploy[onnxruntime]"),
+    ("torch", ("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
+    ("onnx", ("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
+    ("openvino", ("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
+    ("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-lean-cu13"), False,
+     "engines for NVIDIA GPUs need NVIDIA's tensorrt package"),
+)
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+                "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16")
+
+
+@dataclass
+class Finding:
+    """One thing that was looked for."""
+
+    topic: str
+    name: str
+    state: str  # OK, ABSENT or BROKEN
+    value: str  # version, path, or what went wrong
+    remedy: str = ""  # how to get it where it is absent or broken
+
+
+def inspect_environment() -> list[Finding]:
+    """Return a list of `Finding`: packages, native libraries, ONNX Runtime with our ops, CPU and GPU."""
+    return [*_packages(), *_libraries(), *_onnxruntime(), *_cpu(), *_gpu()]
+
+
+def _packages():
+    yield Finding("packages", "litedetr-deploy", OK, __version__)
+    yield Finding("packages", "python", OK, f"{platform.python_version()} on {platform.platform()}")
+    for name, distributions, needed, remedy in PACKAGES:
+        versions = [version for version in map(_version, distributions) if version]
+        if versions:
+            yield Finding("packages", name, OK, versions[0])
+        else:
+            yield Finding("packages", name, BROKEN if needed else ABSENT, "not installed", remedy)
+
+
+def _version(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _libraries():
+    for name, needed in (("core", True), ("onnxruntime", True), ("tensorrt", False)):
+        try:
+            yield Finding("native libraries", name, OK, str(native.library(name)))
+        except FileNotFoundError as error:
+            yield Finding("native libraries", name, BROKEN if needed else ABSENT, "not found", str(error))
+            continue
+        if name == "core":
+            try:
+                yield Finding("native libraries", "CPU kernels", OK, native.load_core().kda_cpu_isa().decode())
+            except RuntimeError as error:
+                yield Finding("native libraries", "CPU kernels", BROKEN, "cannot be used", str(error))
+
+
+def _onnxruntime():
+    try:
+        ort = import_onnxruntime()
+    except LiteDetrError as error:
+        yield Finding("ONNX Runtime", "import", BROKEN, "fails", str(error))
+        return
+    yield Finding("ONNX Runtime", "providers", OK, ", ".join(ort.get_available_providers()))
+    try:
+        native.library("onnxruntime")
+    except FileNotFoundError:
+        return  # reported above
+    try:
+        register_ops(ort.SessionOptions())
+        yield Finding("ONNX Runtime", "op library", OK, "registers")
+    except LiteDetrError as error:
+        yield Finding("ONNX Runtime", "op library", BROKEN, "cannot be registered", str(error))
+        return
+    try:
+        model = _one_op_model()
+    except ImportError:
+        yield Finding("ONNX Runtime", "op", ABSENT, "not tried", "to try the op here, pip install onnx")
+        return
+    try:
+        _run_one_op(model)
+        yield Finding("ONNX Runtime", "op", OK, f"{schema.KEY_AWARE} runs and is right")
+    except Exception as error:  # ONNX Runtime's classes share no base
+        yield Finding("ONNX Runtime", "op", BROKEN, "does not run", f"{error}. Build the op library again: "
+                                                                    "pip install --force-reinstall .")
+
+
+def _one_op_model():
+    """Return a model, as bytes, of one key-aware attention op: one head of 4 channels, one level, one point."""
+    from onnx import TensorProto, helper
+
+    types = {"I": TensorProto.INT64}
+    inputs = [name for name, _, optional in schema.INPUTS[schema.KEY_AWARE] if not optional]
+    node = helper.make_node(schema.KEY_AWARE, inputs, [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
+                            **schema.PLUGIN_ATTRIBUTES)
+    values = [helper.make_tensor_value_info(name, types.get(letter, TensorProto.FLOAT), None)
+              for name, letter, optional in schema.INPUTS[schema.KEY_AWARE] if not optional]
+    output = helper.make_tensor_value_info(schema.OUTPUT, TensorProto.FLOAT, None)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
+    graph = helper.make_graph([node], "one_op", values, [output])
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
+def _run_one_op(model):
+    """Run `_one_op_model` on a 1x1 map sampled at its centre, which must give back the value there."""
+    value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
+    [output] = create_session(model).run(None, {
+        "query": np.ones((1, 1, 4), np.float32), "value": value,
+        "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
+        "sampling_offsets": np.zeros((1, 1, 2), np.float32), "spatial_shapes": np.ones((1, 2), np.int64),
+    })
+    if not np.allclose(output, value):
+        raise ValueError(f"it gives {output.tolist()} where {value.tolist()} is right")
+
+
+def _cpu():
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = [line.partition(":") for line in text.splitlines()]
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    flags = fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
+    yield Finding("CPU", "model", OK, fields.get("model name") or platform.processor() or platform.machine())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("CPU", "cores for this process", OK, str(cores))
+    yield Finding("CPU", "features", OK, " ".join(name for name in CPU_FEATURES if name in flags) or "not known")
+
+
+def _gpu():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        yield Finding("GPU", "driver library", OK, "libcuda.so.1 loads")
+    except OSError:
+        yield Finding("GPU", "driver library", ABSENT, "no libcuda.so.1", "for an NVIDIA GPU install NVIDIA's driver")
+    if shutil.which("nvidia-smi") is None:
+        yield Finding("GPU", "devices", ABSENT, "no nvidia-smi", "for an NVIDIA GPU install NVIDIA's driver")
+        return
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        yield Finding("GPU", "devices", OK, answer.replace("\n", "; "))
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Finding("GPU", "devices", ABSENT, "nvidia-smi fails", f"{error}; check NVIDIA's driver")

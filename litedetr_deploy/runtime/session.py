@@ -1,0 +1,142 @@
+"""Sessions: the one place that starts an inference engine, with the attention ops registered."""
+
+import json
+import os
+from pathlib import Path
+
+from ..errors import LiteDetrError
+from ..ops import native, schema
+
+METADATA_KEY = "litedetr"  # of the ONNX file's metadata_props; its value is one JSON object
+
+
+def create_session(onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
+    """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
+
+    onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
+    providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
+    threads: threads inside an operator; ONNX Runtime's choice, one a physical core, when not given.
+
+    Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
+    damaged, and when its attention ops are not those of this version.
+    """
+    name = "the given bytes" if isinstance(onnx, bytes) else os.fspath(onnx)
+    if not isinstance(onnx, bytes):
+        if not Path(name).is_file():
+            state = "is a directory" if Path(name).is_dir() else "does not exist"
+            raise LiteDetrError(f"{name} {state}. Give the path of an ONNX model, for instance one that "
+                                "`litedetr export` made.")
+        if not os.access(name, os.R_OK):
+            raise LiteDetrError(f"{name} cannot be read: permission denied. Change its permissions or copy it.")
+    ort = import_onnxruntime()
+    providers = _check_providers(ort, providers)
+    options = ort.SessionOptions()
+    if threads is not None:
+        if threads < 1:
+            raise LiteDetrError(f"threads is {threads}; it must be 1 or more. Leave it out to let ONNX Runtime choose.")
+        options.intra_op_num_threads = threads
+
+    no_library = None
+    try:
+        register_ops(options)
+    except LiteDetrError as error:  # matters only to a model that holds our ops
+        no_library = error
+    try:
+        session = ort.InferenceSession(onnx if isinstance(onnx, bytes) else name, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
+        raise _explain(name, error, no_library) from error
+    _check_op_version(name, read_metadata(session))
+    return session
+
+
+def import_onnxruntime():
+    """Return the `onnxruntime` module; raise LiteDetrError when it cannot be imported."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise LiteDetrError(f"ONNX Runtime cannot be imported ({error}). Install it with "
+                            "`pip install litedetr-deploy[onnxruntime]`.") from error
+    return onnxruntime
+
+
+def register_ops(options):
+    """Register the compiled attention ops with `onnxruntime.SessionOptions`; raise LiteDetrError when that fails."""
+    try:
+        library = native.library("onnxruntime")
+    except FileNotFoundError as error:
+        raise LiteDetrError(str(error)) from error
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise LiteDetrError(f"ONNX Runtime {import_onnxruntime().__version__} cannot use the op library {library}: "
+                            f"{error}. Build it again on this machine, or install a newer onnxruntime.") from error
+
+
+def read_metadata(session) -> dict:
+    """Return what `litedetr export` wrote into the model as a dict; empty for a model that something else made."""
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
+    try:
+        metadata = json.loads(text)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise LiteDetrError(f"The model's metadata entry {METADATA_KEY!r} is not a JSON object: {text[:80]!r}. "
+                            "Something rewrote it after the export: export the model again.")
+    return metadata
+
+
+class OnnxSession:
+    """An ONNX artifact, ready to run.  `Detector` uses no more of an engine than this.
+
+    inputs: name -> shape, a tuple with an int where the size is fixed and something else where it is dynamic
+    outputs: names, in the model's order
+    metadata: what `litedetr export` wrote into the model
+    """
+
+    def __init__(self, artifact, providers=None, threads=None):
+        self._session = create_session(artifact, providers, threads)
+        self.inputs = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        self.metadata = read_metadata(self._session)
+
+    def run(self, feed: dict) -> dict:
+        """Run on a dict of name -> array; return a dict of name -> array."""
+        return dict(zip(self.outputs, self._session.run(self.outputs, feed)))
+
+
+def _check_providers(ort, providers):
+    providers = list(providers or ["CPUExecutionProvider"])
+    available = ort.get_available_providers()
+    for provider in providers:
+        provider_name = provider if isinstance(provider, str) else provider[0]
+        # ONNX Runtime itself only warns and then runs on the CPU.
+        if provider_name not in available:
+            raise LiteDetrError(f"ONNX Runtime has no execution provider {provider_name!r} here; it has "
+                                f"{', '.join(available)}. Choose one of these, or install the onnxruntime package "
+                                "that brings the one you want.")
+    return providers
+
+
+def _explain(name, error, no_library):
+    """Turn ONNX Runtime's failure to load `name` into a LiteDetrError."""
+    message = str(error)
+    if f"{schema.DOMAIN}:" in message and "is not a registered function/op" in message:
+        if no_library is not None:
+            return LiteDetrError(f"{name} holds the fused attention ops, and their library is not usable. {no_library} "
+                                 "A model exported with `--attention gather` runs without it.")
+        return LiteDetrError(f"{name} holds an op that the installed op library does not have ({message}). This "
+                             f"package has version {schema.VERSION} of the ops: export the model again, or install "
+                             "the litedetr-deploy that made it.")
+    if "INVALID_PROTOBUF" in message or "No graph was found" in message:
+        return LiteDetrError(f"{name} is not an ONNX model, or a damaged one: ONNX Runtime cannot parse it. Check that "
+                             "it was copied completely, or export it again.")
+    return LiteDetrError(f"ONNX Runtime cannot load {name}: {message}. Export the model again with `litedetr export`, "
+                         "or load it with the version of onnxruntime that it was made for.")
+
+
+def _check_op_version(name, metadata):
+    version = metadata.get("op_version", schema.VERSION)
+    if metadata.get("attention") == "op" and version != schema.VERSION:
+        raise LiteDetrError(f"{name} was exported with version {version} of the attention ops; this package has "
+                            f"version {schema.VERSION}. Export the model again, or install litedetr-deploy "
+                            f"{metadata.get('tool_version', 'of that time')}.")

@@ -1,0 +1,417 @@
+/* KeyAwareDeformAttn and MSDeformAttn (domain litedetr) as ONNX Runtime custom ops for the CPU.
+ *
+ * This file checks types and shapes and calls plugins/kda; the same ops are described in
+ * litedetr_deploy/ops/schema.py.  It is written against ONNX Runtime's C API, whose functions are reached through the
+ * table that the runtime hands over, so nothing of ONNX Runtime is linked.  No exception leaves it.
+ */
+#include <onnxruntime_c_api.h>
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <new>
+
+#include "kda.h"
+
+namespace {
+
+/* The oldest API that has all that is used here (KernelInfoGetAllocator), so that older runtimes than the headers
+ * load the library as well. */
+constexpr uint32_t kApiVersion = 18;
+static_assert(kApiVersion <= ORT_API_VERSION, "the ONNX Runtime headers are older than 1.18");
+
+constexpr const char *kDomain = "litedetr";
+constexpr const char *kKeyAwareName = "KeyAwareDeformAttn";
+constexpr const char *kPlainName = "MSDeformAttn";
+constexpr int kOpVersion = 1;
+
+/* Inputs, in order; MSDeformAttn has attention_logits in place of query, and no key. */
+enum Input { kQuery, kValue, kReferencePoints, kSamplingOffsets, kSpatialShapes, kKey, kNumInputs };
+
+constexpr size_t kMessageSize = 512;
+constexpr size_t kAlignment = 64;
+
+/* One op for one combination of types; ONNX Runtime selects among ops of one name by the types of the inputs. */
+struct Op : OrtCustomOp {
+  const OrtApi *api;
+  bool key_aware;
+  ONNXTensorElementDataType type;
+  ONNXTensorElementDataType offset_type;
+
+  const char *name() const { return key_aware ? kKeyAwareName : kPlainName; }
+  const char *input_name(size_t input) const {
+    static constexpr const char *kNames[kNumInputs] = {"query",           "value",         "reference_points",
+                                                       "sampling_offsets", "spatial_shapes", "key"};
+    return input == kQuery && !key_aware ? "attention_logits" : kNames[input];
+  }
+  ONNXTensorElementDataType input_type(size_t input) const {
+    switch (input) {
+      case kReferencePoints: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      case kSamplingOffsets: return offset_type;
+      case kSpatialShapes: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+      default: return type;
+    }
+  }
+};
+
+/* ---- Small parts -------------------------------------------------------------------------------------------- */
+
+#define RETURN_IF_ERROR(expression)                             \
+  do {                                                          \
+    if (OrtStatus *status_ = (expression)) return status_;      \
+  } while (0)
+
+/* "KeyAwareDeformAttn: <message>" */
+__attribute__((format(printf, 3, 4))) OrtStatus *error(const Op &op, OrtErrorCode code, const char *format, ...) {
+  char message[kMessageSize];
+  const int length = snprintf(message, sizeof message, "%s: ", op.name());
+  va_list values;
+  va_start(values, format);
+  vsnprintf(message + length, sizeof message - length, format, values);
+  va_end(values);
+  return op.api->CreateStatus(code, message);
+}
+
+kda_dtype dtype_of(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return KDA_FLOAT16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return KDA_BFLOAT16;
+    default: return KDA_FLOAT32;
+  }
+}
+
+struct Shape {
+  static constexpr size_t kMaxRank = 8;
+  size_t rank = 0;
+  int64_t sizes[kMaxRank] = {};
+
+  struct Text {
+    char characters[128];
+  };
+  Text text() const {
+    Text text = {"["};
+    int length = 1;
+    for (size_t i = 0; i < rank && length < 100; ++i) {
+      length += snprintf(text.characters + length, sizeof text.characters - length, i ? ", %lld" : "%lld",
+                         static_cast<long long>(sizes[i]));
+    }
+    snprintf(text.characters + length, sizeof text.characters - length, "]");
+    return text;
+  }
+};
+
+struct Tensor {
+  void *data = nullptr;
+  Shape shape;
+};
+
+OrtStatus *read_tensor(const Op &op, const OrtKernelContext *context, size_t input, Tensor *tensor) {
+  const OrtApi &api = *op.api;
+  const OrtValue *value = nullptr;
+  RETURN_IF_ERROR(api.KernelContext_GetInput(context, input, &value));
+  if (!value) return nullptr; /* an optional input that is absent */
+  RETURN_IF_ERROR(api.GetTensorMutableData(const_cast<OrtValue *>(value), &tensor->data));
+  OrtTensorTypeAndShapeInfo *info = nullptr;
+  RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &info));
+  OrtStatus *status = api.GetDimensionsCount(info, &tensor->shape.rank);
+  if (!status && tensor->shape.rank > Shape::kMaxRank) {
+    status = error(op, ORT_INVALID_ARGUMENT, "%s has %zu dimensions", op.input_name(input), tensor->shape.rank);
+  }
+  if (!status) status = api.GetDimensions(info, tensor->shape.sizes, tensor->shape.rank);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  return status;
+}
+
+OrtStatus *check_rank(const Op &op, size_t input, const Tensor &tensor, size_t rank) {
+  if (tensor.shape.rank == rank) return nullptr;
+  return error(op, ORT_INVALID_ARGUMENT, "%s has shape %s; it should have %zu dimensions", op.input_name(input),
+               tensor.shape.text().characters, rank);
+}
+
+OrtStatus *check_shape(const Op &op, size_t input, const Tensor &tensor, const Shape &wanted) {
+  bool equal = tensor.shape.rank == wanted.rank;
+  for (size_t i = 0; equal && i < wanted.rank; ++i) equal = tensor.shape.sizes[i] == wanted.sizes[i];
+  if (equal) return nullptr;
+  return error(op, ORT_INVALID_ARGUMENT, "%s has shape %s; it should be %s", op.input_name(input),
+               tensor.shape.text().characters, wanted.text().characters);
+}
+
+/* ---- The kernel --------------------------------------------------------------------------------------------- */
+
+struct Kernel {
+  const Op *op;
+  int32_t num_heads;
+  int32_t num_points;
+  OrtAllocator *allocator; /* ONNX Runtime's arena for the CPU */
+};
+
+OrtStatus *read_attribute(const Op &op, const OrtKernelInfo *info, const char *name, int32_t *value) {
+  int64_t number = 0;
+  if (OrtStatus *status = op.api->KernelInfoGetAttribute_int64(info, name, &number)) {
+    op.api->ReleaseStatus(status);
+    return error(op, ORT_INVALID_ARGUMENT, "the attribute %s (int) is missing", name);
+  }
+  if (number < 1 || number > INT32_MAX) {
+    return error(op, ORT_INVALID_ARGUMENT, "the attribute %s is %lld; it should be at least 1", name,
+                 static_cast<long long>(number));
+  }
+  *value = static_cast<int32_t>(number);
+  return nullptr;
+}
+
+OrtStatus *create_kernel(const OrtCustomOp *custom_op, const OrtApi *, const OrtKernelInfo *info, void **created) {
+  const Op &op = *static_cast<const Op *>(custom_op);
+  Kernel kernel = {&op, 0, 0, nullptr};
+  RETURN_IF_ERROR(read_attribute(op, info, "num_heads", &kernel.num_heads));
+  RETURN_IF_ERROR(read_attribute(op, info, "num_points", &kernel.num_points));
+  RETURN_IF_ERROR(op.api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &kernel.allocator));
+  *created = new (std::nothrow) Kernel(kernel);
+  if (*created) return nullptr;
+  op.api->ReleaseAllocator(kernel.allocator);
+  return error(op, ORT_FAIL, "out of memory");
+}
+
+void destroy_kernel(void *pointer) {
+  const Kernel *kernel = static_cast<const Kernel *>(pointer);
+  kernel->op->api->ReleaseAllocator(kernel->allocator);
+  delete kernel;
+}
+
+/* ONNX Runtime's own threads behind kda_executor. */
+struct Threads {
+  const OrtApi *api;
+  const OrtKernelContext *context;
+  kda_task task;
+  void *state;
+
+  static void run_index(void *self, size_t index) {
+    const Threads *threads = static_cast<const Threads *>(self);
+    threads->task(static_cast<int64_t>(index), static_cast<int64_t>(index) + 1, threads->state);
+  }
+  static void run(void *self, int64_t count, kda_task task, void *state) {
+    Threads *threads = static_cast<Threads *>(self);
+    threads->task = task;
+    threads->state = state;
+    /* 0: no batches fixed in advance; a thread that is done takes the next index.  The tasks are some 20 us each. */
+    OrtStatus *status = threads->api->KernelContext_ParallelFor(threads->context, run_index,
+                                                                static_cast<size_t>(count), 0, threads);
+    if (status) { /* it refuses before it starts */
+      threads->api->ReleaseStatus(status);
+      task(0, count, state);
+    }
+  }
+};
+
+OrtStatus *compute(void *pointer, OrtKernelContext *context) {
+  const Kernel &kernel = *static_cast<const Kernel *>(pointer);
+  const Op &op = *kernel.op;
+  const OrtApi &api = *op.api;
+
+  size_t num_inputs = 0;
+  RETURN_IF_ERROR(api.KernelContext_GetInputCount(context, &num_inputs));
+  if (num_inputs > kNumInputs) num_inputs = kNumInputs;
+  Tensor tensors[kNumInputs];
+  for (size_t input = 0; input < num_inputs; ++input) {
+    RETURN_IF_ERROR(read_tensor(op, context, input, &tensors[input]));
+  }
+  const Tensor &query = tensors[kQuery], &value = tensors[kValue], &references = tensors[kReferencePoints];
+  const Tensor &shapes = tensors[kSpatialShapes], &key = tensors[kKey];
+
+  RETURN_IF_ERROR(check_rank(op, kQuery, query, 3));
+  RETURN_IF_ERROR(check_rank(op, kValue, value, 3));
+  RETURN_IF_ERROR(check_rank(op, kReferencePoints, references, 4));
+  RETURN_IF_ERROR(check_rank(op, kSpatialShapes, shapes, 2));
+  const int64_t batch = value.shape.sizes[0], num_tokens = value.shape.sizes[1], channels = value.shape.sizes[2];
+  const int64_t num_queries = query.shape.sizes[1], num_levels = shapes.shape.sizes[0];
+  const int64_t width = references.shape.sizes[3];
+  if (channels % kernel.num_heads != 0) {
+    return error(op, ORT_INVALID_ARGUMENT, "value has %lld channels; they should divide by the %d heads",
+                 static_cast<long long>(channels), kernel.num_heads);
+  }
+  if (width != 2 && width != 4) {
+    return error(op, ORT_INVALID_ARGUMENT, "reference_points has shape %s; the last size should be 2 or 4",
+                 references.shape.text().characters);
+  }
+  if (num_levels > KDA_MAX_LEVELS) {
+    return error(op, ORT_NOT_IMPLEMENTED, "spatial_shapes has %lld levels; the kernels take at most %d",
+                 static_cast<long long>(num_levels), KDA_MAX_LEVELS);
+  }
+  const int64_t samples = int64_t{kernel.num_heads} * num_levels * kernel.num_points;
+  const Shape output_shape = {3, {batch, num_queries, channels}};
+  RETURN_IF_ERROR(check_shape(op, kQuery, query, {3, {batch, num_queries, op.key_aware ? channels : samples}}));
+  RETURN_IF_ERROR(check_shape(op, kReferencePoints, references, {4, {batch, num_queries, num_levels, width}}));
+  RETURN_IF_ERROR(check_shape(op, kSamplingOffsets, tensors[kSamplingOffsets], {3, {batch, num_queries, 2 * samples}}));
+  RETURN_IF_ERROR(check_shape(op, kSpatialShapes, shapes, {2, {num_levels, 2}}));
+  if (key.data) RETURN_IF_ERROR(check_shape(op, kKey, key, value.shape));
+
+  OrtValue *output = nullptr;
+  RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, output_shape.sizes, output_shape.rank, &output));
+  kda_arguments arguments = {};
+  RETURN_IF_ERROR(api.GetTensorMutableData(output, &arguments.output));
+  arguments.batch = batch;
+  arguments.num_queries = num_queries;
+  arguments.num_tokens = num_tokens;
+  arguments.num_heads = kernel.num_heads;
+  arguments.head_dim = static_cast<int32_t>(channels / kernel.num_heads);
+  arguments.num_levels = static_cast<int32_t>(num_levels);
+  arguments.num_points = kernel.num_points;
+  arguments.reference_width = static_cast<int32_t>(width);
+  arguments.key_aware = op.key_aware;
+  arguments.dtype = dtype_of(op.type);
+  arguments.offset_dtype = dtype_of(op.offset_type);
+  arguments.query = query.data;
+  arguments.key = key.data;
+  arguments.value = value.data;
+  arguments.reference_points = static_cast<const float *>(references.data);
+  arguments.sampling_offsets = tensors[kSamplingOffsets].data;
+  arguments.spatial_shapes = static_cast<const int64_t *>(shapes.data);
+  if (batch == 0 || num_queries == 0) return nullptr;
+
+  char message[kMessageSize] = "";
+  kda_status status = kda_cpu_check(&arguments, message, sizeof message);
+  if (status == KDA_OK) {
+    void *scratch = nullptr;
+    RETURN_IF_ERROR(api.AllocatorAlloc(kernel.allocator, kda_cpu_workspace_size(&arguments) + kAlignment, &scratch));
+    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(scratch) + kAlignment - 1) / kAlignment * kAlignment;
+    Threads threads = {&api, context, nullptr, nullptr};
+    const kda_executor executor = {Threads::run, &threads};
+    status = kda_cpu_forward(&arguments, reinterpret_cast<void *>(aligned), &executor, message, sizeof message);
+    RETURN_IF_ERROR(api.AllocatorFree(kernel.allocator, scratch));
+  }
+  if (status == KDA_OK) return nullptr;
+  return error(op, status == KDA_UNSUPPORTED ? ORT_NOT_IMPLEMENTED : ORT_INVALID_ARGUMENT, "%s", message);
+}
+
+/* ---- The description ---------------------------------------------------------------------------------------- */
+
+/* output [N, Q, M*D] has the Q of the first input, the rest of value and its type.  Sizes may be names.  ONNX Runtime
+ * asks one op for all that share its name, so op.type is not the answer. */
+OrtStatus *infer_shape(const OrtCustomOp *custom_op, OrtShapeInferContext *context) {
+  const Op &op = *static_cast<const Op *>(custom_op);
+  const OrtApi &api = *op.api;
+  int64_t sizes[3];
+  const char *names[3];
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  for (size_t input : {kQuery, kValue}) {
+    OrtTensorTypeAndShapeInfo *info = nullptr; /* belongs to the context */
+    RETURN_IF_ERROR(api.ShapeInferContext_GetInputTypeShape(context, input, &info));
+    size_t rank = 0;
+    RETURN_IF_ERROR(api.GetTensorElementType(info, &type));
+    RETURN_IF_ERROR(api.GetDimensionsCount(info, &rank));
+    if (rank != 3) return nullptr; /* not known yet; a wrong rank is reported when the op runs */
+    int64_t input_sizes[3];
+    const char *input_names[3];
+    RETURN_IF_ERROR(api.GetDimensions(info, input_sizes, 3));
+    RETURN_IF_ERROR(api.GetSymbolicDimensions(info, input_names, 3));
+    for (int i : {0, 1, 2}) {
+      if ((i == 1) != (input == kQuery)) continue;
+      if (input_sizes[i] < 0 && !*input_names[i]) return nullptr; /* neither a number nor a name */
+      sizes[i] = input_sizes[i];
+      names[i] = input_names[i];
+    }
+  }
+  OrtTensorTypeAndShapeInfo *output = nullptr;
+  RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&output));
+  OrtStatus *status = api.SetTensorElementType(output, type);
+  if (!status) status = api.SetDimensions(output, sizes, 3);
+  if (!status) status = api.SetSymbolicDimensions(output, names, 3);
+  if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, output);
+  api.ReleaseTensorTypeAndShapeInfo(output);
+  return status;
+}
+
+Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ONNXTensorElementDataType offset_type) {
+  Op op = {};
+  op.api = api;
+  op.key_aware = key_aware;
+  op.type = type;
+  op.offset_type = offset_type;
+  op.version = kApiVersion;
+  op.GetName = [](const OrtCustomOp *self) { return static_cast<const Op *>(self)->name(); };
+  op.GetExecutionProviderType = [](const OrtCustomOp *) { return "CPUExecutionProvider"; };
+  op.GetInputTypeCount = [](const OrtCustomOp *self) -> size_t {
+    return static_cast<const Op *>(self)->key_aware ? kNumInputs : kKey;
+  };
+  op.GetInputType = [](const OrtCustomOp *self, size_t input) { return static_cast<const Op *>(self)->input_type(input); };
+  op.GetInputCharacteristic = [](const OrtCustomOp *, size_t input) {
+    return input == kKey ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  };
+  op.GetInputMemoryType = [](const OrtCustomOp *, size_t) { return OrtMemTypeDefault; };
+  op.GetOutputTypeCount = [](const OrtCustomOp *) -> size_t { return 1; };
+  op.GetOutputType = [](const OrtCustomOp *self, size_t) { return static_cast<const Op *>(self)->type; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp *, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op.GetVariadicInputMinArity = [](const OrtCustomOp *) { return 0; };
+  op.GetVariadicInputHomogeneity = [](const OrtCustomOp *) { return 0; };
+  op.GetVariadicOutputMinArity = [](const OrtCustomOp *) { return 0; };
+  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp *) { return 0; };
+  op.GetStartVersion = [](const OrtCustomOp *) { return kOpVersion; };
+  op.InferOutputShapeFn = infer_shape;
+  op.CreateKernelV2 = create_kernel;
+  op.KernelComputeV2 = compute;
+  op.KernelDestroy = destroy_kernel;
+  return op;
+}
+
+/* The ops of one ONNX Runtime (a process may hold two), and the domain that owns none of them.  Sessions keep pointers
+ * to both, so a registration lives as long as the process. */
+struct Registration {
+  Op ops[10];
+  OrtCustomOpDomain *domain = nullptr;
+
+  OrtStatus *fill(const OrtApi *api) {
+    constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    constexpr auto kBfloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    constexpr ONNXTensorElementDataType kTypes[5][2] = {
+        {kFloat, kFloat}, {kHalf, kHalf}, {kHalf, kFloat}, {kBfloat, kBfloat}, {kBfloat, kFloat}};
+    RETURN_IF_ERROR(api->CreateCustomOpDomain(kDomain, &domain));
+    Op *op = ops;
+    for (bool key_aware : {true, false}) {
+      for (const auto &types : kTypes) {
+        *op = make_op(api, key_aware, types[0], types[1]);
+        RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op++));
+      }
+    }
+    return nullptr;
+  }
+};
+
+OrtStatus *register_ops(OrtSessionOptions *options, const OrtApi *api) {
+  static std::mutex mutex;
+  static auto *registrations = new std::map<const OrtApi *, Registration>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = registrations->find(api);
+  if (found == registrations->end()) {
+    found = registrations->emplace(std::piecewise_construct, std::forward_as_tuple(api), std::forward_as_tuple()).first;
+    if (OrtStatus *status = found->second.fill(api)) {
+      if (found->second.domain) api->ReleaseCustomOpDomain(found->second.domain);
+      registrations->erase(found);
+      return status;
+    }
+  }
+  return api->AddCustomOpDomain(options, found->second.domain);
+}
+
+}  // namespace
+
+/* What ONNX Runtime calls when a session's options name this library. */
+extern "C" __attribute__((visibility("default"))) OrtStatus *ORT_API_CALL RegisterCustomOps(
+    OrtSessionOptions *options, const OrtApiBase *base) {
+  const OrtApi *api = base->GetApi(kApiVersion);
+  if (!api) {
+    /* API 1 is in every release; it is enough to say what is wrong. */
+    const OrtApi *oldest = base->GetApi(1);
+    if (!oldest) return nullptr;
+    char message[kMessageSize];
+    snprintf(message, sizeof message, "the litedetr custom ops need ONNX Runtime 1.%u or newer; this one is %s",
+             kApiVersion, base->GetVersionString());
+    return oldest->CreateStatus(ORT_NOT_IMPLEMENTED, message);
+  }
+  try {
+    return register_ops(options, api);
+  } catch (...) {
+    return api->CreateStatus(ORT_FAIL, "out of memory while the litedetr custom ops were registered");
+  }
+}

@@ -1,0 +1,405 @@
+/* The CPU operator against its definition in double precision, on every instruction set of this machine. */
+#include <stdio.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "cpu_kernel.h"
+#include "problem.h"
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                \
+  do {                                                       \
+    if (!(condition)) {                                      \
+      ++failures;                                            \
+      printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      printf(__VA_ARGS__);                                   \
+      printf("\n");                                          \
+    }                                                        \
+  } while (0)
+
+std::string describe(const Shape &s) {
+  std::string text = "N " + std::to_string(s.batch) + " Q " + std::to_string(s.queries) + " M " +
+                     std::to_string(s.heads) + " D " + std::to_string(s.dim) + " P " + std::to_string(s.points) +
+                     " reference " + std::to_string(s.reference_width) + " dtype " + std::to_string(s.dtype) +
+                     " offsets " + std::to_string(s.offset_dtype) + (s.key_aware ? " key-aware" : " plain") +
+                     (s.own_key ? " own key" : "") + " levels";
+  for (size_t l = 0; l < s.levels.size(); l += 2) {
+    text += " " + std::to_string(s.levels[l]) + "x" + std::to_string(s.levels[l + 1]);
+  }
+  return text;
+}
+
+/* Half the spacing of `dtype` around 1. */
+double rounding(int32_t dtype) { return dtype == KDA_FLOAT32 ? 0x1p-24 : dtype == KDA_FLOAT16 ? 0x1p-11 : 0x1p-8; }
+
+/* What FP32 arithmetic may lose, in units of its rounding:
+ *   coordinates   a pixel coordinate c rounds by a few times its own size, and moves a sample by that times the
+ *                 difference of neighbours;
+ *   logits        the dot product sums D products, and its error, times the spread of the values, reaches the output;
+ *   softmax, sum  two more sums over the samples.
+ * On top, the output rounds once to its own dtype. */
+double tolerance(const Problem &problem, double largest) {
+  int64_t side = 1;
+  for (int64_t size : problem.shape.levels) side = std::max(side, size);
+  const double samples = double(problem.levels) * problem.shape.points;
+  const double logit_terms = problem.shape.key_aware ? problem.shape.dim + 8.0 * (side + 16) : 0;
+  const double units = 8.0 * (side + 16) + logit_terms + 2 * samples;
+  return largest * (units * rounding(KDA_FLOAT32) + rounding(problem.shape.dtype)) + 0x1p-25;
+}
+
+void check_against_definition(Problem *problem, const char *isa) {
+  CHECK(problem->run() == KDA_OK, "%s", describe(problem->shape).c_str());
+  const std::vector<double> expected = problem->expected();
+  double largest = 0;
+  for (size_t i = 0; i < problem->value.size(); ++i) largest = fmax(largest, fabs(problem->value.get(i)));
+  const double allowed = tolerance(*problem, largest);
+  double worst = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = fabs(problem->output.get(i) - expected[i]);
+    worst = error <= worst ? worst : error; /* keeps a NaN */
+  }
+  CHECK(worst <= allowed, "%s: error %g, allowed %g: %s", isa, worst, allowed, describe(problem->shape).c_str());
+}
+
+void test_sweep(const char *isa) {
+  const int dims[] = {4, 8, 12, 16, 20, 32, 40, 64, 96};
+  const int32_t dtypes[] = {KDA_FLOAT32, KDA_FLOAT16, KDA_BFLOAT16};
+  std::mt19937 random(1);
+  const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+  for (int round = 0; round < 300; ++round) {
+    Shape s;
+    s.batch = pick(1, 3);
+    s.queries = pick(1, 40);
+    s.heads = pick(1, 4);
+    s.dim = round % 3 == 0 ? 32 : dims[pick(0, 8)];
+    s.points = round % 3 == 0 ? 4 : pick(1, KDA_MAX_POINTS);
+    s.reference_width = 2 * pick(1, 2);
+    s.levels.clear();
+    const int levels = round % 3 == 0 ? 4 : pick(1, KDA_MAX_LEVELS);
+    for (int i = 0; i < 2 * levels; ++i) s.levels.push_back(pick(0, 4) ? pick(2, 12) : 1);
+    s.key_aware = pick(0, 3) != 0;
+    s.own_key = s.key_aware && pick(0, 2) == 0;
+    s.dtype = dtypes[pick(0, 2)];
+    s.offset_dtype = pick(0, 1) ? s.dtype : KDA_FLOAT32;
+    Problem problem(s);
+    problem.randomise(round);
+    check_against_definition(&problem, isa);
+  }
+}
+
+/* Several chunks of queries, and maps as wide as those of real images. */
+void test_large(const char *isa) {
+  Shape s;
+  s.queries = 300;
+  s.heads = 2;
+  s.dim = 32;
+  s.points = 4;
+  s.levels = {20, 167, 10, 84, 5, 42, 3, 21};
+  for (int width = 2; width <= 4; width += 2) {
+    s.reference_width = width;
+    Problem problem(s);
+    problem.randomise(7);
+    check_against_definition(&problem, isa);
+  }
+}
+
+void test_empty(const char *isa) {
+  for (int which = 0; which < 2; ++which) {
+    Shape s;
+    s.batch = which;
+    s.queries = 1 - which == 0 ? 0 : 5;
+    Problem problem(s);
+    CHECK(problem.run() == KDA_OK, "%s", isa);
+  }
+}
+
+/* One head, one level, one point: the output is the sample itself, whatever the logit.  Sizes are powers of two, so
+ * that coordinates are exact. */
+Problem single_point(float pixel_x, float pixel_y, int64_t height, int64_t width, int32_t dim) {
+  Shape s;
+  s.dim = dim;
+  s.levels = {height, width};
+  Problem problem(s);
+  problem.randomise(3);
+  problem.references = {0.5f / width, 0.5f / height}; /* pixel (0, 0) */
+  problem.offsets.set(0, pixel_x);
+  problem.offsets.set(1, pixel_y);
+  return problem;
+}
+
+void test_borders(const char *isa) {
+  for (int dim : {4, 32}) {
+    for (int64_t width : {1, 8}) {
+      for (int64_t height : {1, 4}) {
+        for (float y : {-2.0f, -1.0f, -0.5f, 0.0f, 0.25f, height - 1.0f, height - 0.5f, float(height), height + 3.0f}) {
+          for (float x : {-2.0f, -1.0f, -0.5f, 0.0f, 0.75f, width - 1.0f, width - 0.5f, float(width), width + 3.0f}) {
+            Problem problem = single_point(x, y, height, width, dim);
+            check_against_definition(&problem, isa);
+          }
+        }
+      }
+    }
+  }
+}
+
+/* A token of NaN or Inf reaches exactly the samples that it is a corner of inside the map, zero weight included. */
+void test_non_finite_values(const char *isa) {
+  const int64_t height = 4, width = 8;
+  for (float poison : {NAN, INFINITY}) {
+    for (int64_t token : {int64_t{0}, width - 1, width + 3, (height - 1) * width, height * width - 1}) {
+      for (float y = -2; y <= height + 1; y += 0.5f) {
+        for (float x = -2; x <= width + 1; x += 0.5f) {
+          Problem problem = single_point(x, y, height, width, 32);
+          for (int d = 0; d < 32; ++d) problem.value.set(token * 32 + d, poison);
+          problem.run();
+          const int64_t x0 = static_cast<int64_t>(floor(x)), y0 = static_cast<int64_t>(floor(y));
+          const int64_t tx = token % width, ty = token / width;
+          const bool touched = tx >= x0 && tx <= x0 + 1 && ty >= y0 && ty <= y0 + 1;
+          const std::vector<double> expected = problem.expected();
+          for (int d = 0; d < 32; ++d) {
+            const float got = problem.output.get(d);
+            /* A logit of Inf or NaN makes the softmax NaN, so every touched output is NaN. */
+            CHECK(isnan(got) == touched, "%s: %g at (%g, %g), token %d", isa, got, x, y, int(token));
+            if (!touched) CHECK(fabs(got - expected[d]) < 1e-5, "%s: %g, not %g", isa, got, expected[d]);
+          }
+        }
+      }
+    }
+  }
+  /* Plain attention: the logit is apart from the value, so Inf stays Inf where its weight is not 0. */
+  Shape s;
+  s.key_aware = false;
+  s.dim = 32;
+  s.levels = {height, width};
+  Problem problem(s);
+  problem.randomise(3);
+  problem.references = {0.5f / width, 0.5f / height};
+  problem.offsets.set(0, 2.5f);
+  problem.offsets.set(1, 1.5f);
+  problem.value.set((2 * width + 3) * 32 + 5, INFINITY);
+  problem.run();
+  for (int d = 0; d < 32; ++d) CHECK(isinf(problem.output.get(d)) == (d == 5), "%s", isa);
+}
+
+/* Locations far away, infinite or NaN lie outside: zero, and nothing is read out of bounds. */
+void test_wild_locations(const char *isa) {
+  for (float wild : {1e6f, 3e9f, 1e19f, 1e30f, 3e38f, INFINITY, NAN}) {
+    for (float sign : {-1.0f, 1.0f}) {
+      for (int where = 0; where < 4; ++where) {
+        Problem problem = single_point(0, 0, 4, 8, 32);
+        if (where < 2) {
+          problem.offsets.set(where, sign * wild);
+        } else {
+          problem.references[where - 2] = sign * wild;
+        }
+        problem.run();
+        for (int d = 0; d < 32; ++d) CHECK(problem.output.get(d) == 0, "%s: %g", isa, sign * wild);
+      }
+    }
+  }
+  /* Infinite boxes, as inverse sigmoids of invalid proposals make them, among four levels of four points. */
+  Shape s;
+  s.queries = 9;
+  s.dim = 32;
+  s.points = 4;
+  s.reference_width = 4;
+  s.levels = {8, 8, 4, 4, 2, 2, 1, 1};
+  Problem problem(s);
+  problem.randomise(5);
+  for (size_t i = 0; i < problem.references.size(); ++i) {
+    if (i % 3) problem.references[i] = i % 2 ? INFINITY : NAN;
+  }
+  problem.run();
+  for (size_t i = 0; i < problem.output.size(); ++i) CHECK(isfinite(problem.output.get(i)), "%s", isa);
+}
+
+/* A logit of minus infinity takes no part; logits far apart do not overflow. */
+void test_extreme_logits(const char *isa) {
+  Shape s;
+  s.dim = 32;
+  s.points = 4;
+  s.levels = {8, 8, 4, 4, 2, 2, 1, 1};
+  s.key_aware = false;
+  Problem problem(s);
+  problem.randomise(11);
+  for (int p = 0; p < 16; ++p) problem.query.set(p, p % 3 == 0 ? -INFINITY : p % 3 == 1 ? 3e38f : -3e38f);
+  check_against_definition(&problem, isa);
+}
+
+struct Threads {
+  int64_t grain;
+  int count;
+  static void run(void *self, int64_t count, kda_task task, void *state) {
+    const Threads *threads = static_cast<Threads *>(self);
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> pool;
+    for (int t = 0; t < threads->count; ++t) {
+      pool.emplace_back([&] {
+        for (;;) {
+          const int64_t begin = next.fetch_add(threads->grain);
+          if (begin >= count) return;
+          task(begin, std::min(begin + threads->grain, count), state);
+        }
+      });
+    }
+    for (std::thread &thread : pool) thread.join();
+  }
+};
+
+int32_t serial_for(int64_t begin, int64_t end, int64_t grain, kda_task task, void *state) {
+  for (int64_t i = begin; i < end; i += grain) task(i, std::min(i + grain, end), state);
+  return 0;
+}
+
+/* The same rows in other batch items and other chunks give the same bits. */
+void test_executors(const char *isa) {
+  Shape s;
+  s.batch = 2;
+  s.queries = 333;
+  s.heads = 3;
+  s.dim = 32;
+  s.points = 4;
+  s.levels = {9, 13, 5, 7, 3, 4, 2, 2};
+  for (bool own_key : {false, true}) {
+    s.own_key = own_key;
+    Problem alone(s);
+    alone.randomise(13);
+    for (Tensor *tensor : {&alone.query, &alone.key, &alone.value, &alone.offsets}) {
+      std::copy_n(tensor->floats.begin(), tensor->size() / 2, tensor->floats.begin() + tensor->size() / 2);
+    }
+    std::copy_n(alone.references.begin(), alone.references.size() / 2,
+                alone.references.begin() + alone.references.size() / 2);
+    /* ... and the last query repeats the first, in another chunk. */
+    const auto repeat = [&](float *data, size_t size) {
+      std::copy_n(data, size, data + (s.queries - 1) * size);
+    };
+    repeat(alone.query.floats.data(), s.heads * s.dim);
+    repeat(alone.offsets.floats.data(), s.heads * 16 * 2);
+    repeat(alone.references.data(), 8);
+    alone.run();
+    const auto &output = alone.output.floats;
+    const size_t half = output.size() / 2, row = s.heads * s.dim;
+    CHECK(own_key || memcmp(&output[0], &output[(s.queries - 1) * row], row * 4) == 0, "%s: chunks differ", isa);
+    CHECK(std::equal(&output[row], &output[(s.queries - 1) * row], &output[half + row]), "%s: items differ", isa);
+    for (int count : {1, 2, 5}) {
+      for (int64_t grain : {1, 3, 1000}) {
+        Problem together = alone;
+        std::fill(together.output.floats.begin(), together.output.floats.end(), -1.0f);
+        Threads threads = {grain, count};
+        const kda_executor executor = {Threads::run, &threads};
+        CHECK(together.run(&executor) == KDA_OK, "%s", isa);
+        CHECK(together.output.floats == output, "%s: %d threads, grain %d", isa, count, int(grain));
+      }
+    }
+    Problem other = alone;
+    const kda_parallel_for function = serial_for;
+    kda_executor executor = {kda_run_parallel_for, nullptr};
+    memcpy(&executor.self, &function, sizeof function);
+    CHECK(other.run(&executor) == KDA_OK && other.output.floats == output, "%s: kda_run_parallel_for", isa);
+  }
+}
+
+/* Every half, subnormals, infinities and NaN included, survives the way through the kernel: plain attention of one point
+ * on a pixel copies the token. */
+void test_half_round_trip(const char *isa) {
+  Shape s;
+  s.queries = 64;
+  s.dim = 1024;
+  s.levels = {1, 64};
+  s.key_aware = false;
+  for (int32_t dtype : {KDA_FLOAT16, KDA_BFLOAT16}) {
+    s.dtype = dtype;
+    Problem problem(s);
+    for (int i = 0; i < 65536; ++i) problem.value.words[i] = static_cast<uint16_t>(i);
+    /* References on the left border minus half a pixel would touch a neighbour; column q - 1 of NaN must not. */
+    for (int q = 0; q < 64; ++q) problem.references[2 * q] = (q + 0.5f) / 64, problem.references[2 * q + 1] = 0.5f;
+    problem.run();
+    for (int i = 0; i < 65536; ++i) {
+      const float in = problem.value.get(i), out = problem.output.get(i);
+      /* The right neighbour has weight 0, which NaN and Inf survive. */
+      const bool neighbour = i + 1024 < 65536 && !isfinite(problem.value.get(i + 1024));
+      if (!isfinite(in) || neighbour) {
+        CHECK(!isfinite(out), "%s: word %x became %g", isa, i, out);
+      } else {
+        CHECK(in == out, "%s: word %x: %g became %g", isa, i, in, out);
+      }
+    }
+  }
+}
+
+void test_messages() {
+  Shape s;
+  s.levels = {4, 8};
+  Problem problem(s);
+  const auto expect = [&](const char *what, kda_status status, void (*change)(kda_arguments *)) {
+    kda_arguments a = problem.arguments();
+    change(&a);
+    char message[256] = "";
+    CHECK(kda_cpu_check(&a, message, sizeof message) == status, "%s", message);
+    CHECK(strcmp(message, what) == 0, "got  '%s'\n  want '%s'", message, what);
+    char forward_message[256] = "";
+    char workspace[64];
+    CHECK(kda_cpu_forward(&a, workspace, nullptr, forward_message, sizeof forward_message) == status, "%s", what);
+    CHECK(strcmp(message, forward_message) == 0, "%s", forward_message);
+    char cut[8];
+    CHECK(kda_cpu_check(&a, cut, sizeof cut) == status && strlen(cut) == 7, "%s", cut);
+    CHECK(kda_cpu_check(&a, nullptr, 0) == status, "%s", what);
+  };
+  expect("value has 31 tokens; it must have 32, the sum of height * width over spatial_shapes", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->num_tokens = 31; });
+  expect("head_dim is 6; the CPU kernels take multiples of 4", KDA_UNSUPPORTED,
+         [](kda_arguments *a) { a->head_dim = 6; });
+  expect("num_points is 9; the kernels take at most 8", KDA_UNSUPPORTED,
+         [](kda_arguments *a) { a->num_points = 9; });
+  expect("spatial_shapes has 9 levels; the kernels take at most 8", KDA_UNSUPPORTED,
+         [](kda_arguments *a) { a->num_levels = 9; });
+  expect("reference_points has a last dimension of 3; it must be 2 (x, y) or 4 (x, y, w, h)", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->reference_width = 3; });
+  expect("sampling_offsets has dtype 1 (float16); it must be float32 or the dtype of value, float32",
+         KDA_INVALID_ARGUMENT, [](kda_arguments *a) { a->offset_dtype = KDA_FLOAT16; });
+  expect("value has dtype 7; it must be 0 (float32), 1 (float16) or 2 (bfloat16)", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->dtype = 7; });
+  expect("query has -1 queries; it must have at least 0", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->num_queries = -1; });
+  expect("query is NULL; it must point to the tensor's data", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->query = nullptr; });
+  expect("attention_logits is NULL; it must point to the tensor's data", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->key_aware = 0, a->query = nullptr; });
+  expect("spatial_shapes is NULL; it must point to [1, 2] int64", KDA_INVALID_ARGUMENT,
+         [](kda_arguments *a) { a->spatial_shapes = nullptr; });
+  problem.shape.levels[0] = 0;
+  expect("spatial_shapes has (0, 8) at level 0; both must be at least 1", KDA_INVALID_ARGUMENT, [](kda_arguments *) {});
+  problem.shape.levels[0] = 4;
+  const kda_arguments a = problem.arguments();
+  char message[256] = "";
+  CHECK(kda_cpu_forward(&a, nullptr, nullptr, message, sizeof message) == KDA_INVALID_ARGUMENT, "%s", message);
+  CHECK(strncmp(message, "workspace is NULL; it must have ", 32) == 0, "%s", message);
+}
+
+}  // namespace
+
+int main() {
+  CHECK(kda_abi_version() == KDA_ABI_VERSION, "%d", kda_abi_version());
+  test_messages();
+  for (const char *isa : {"generic", "neon", "avx2", "avx512"}) {
+    if (!kda::select_isa(isa)) continue;
+    CHECK(strcmp(kda_cpu_isa(), isa) == 0, "%s", kda_cpu_isa());
+    test_sweep(isa);
+    test_large(isa);
+    test_empty(isa);
+    test_borders(isa);
+    test_non_finite_values(isa);
+    test_wild_locations(isa);
+    test_extreme_logits(isa);
+    test_executors(isa);
+    test_half_round_trip(isa);
+    printf("%s: done\n", isa);
+  }
+  printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,115 @@
+import onnxruntime
+import pytest
+
+import litedetr_deploy as ld
+from litedetr_deploy.ops import native
+from litedetr_deploy.runtime.session import OnnxSession, read_metadata
+
+from .tiny_artifact import save_detector, save_with_attention_op
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    def missing(name):
+        raise FileNotFoundError(f"The library {name} was not built. Build it.")
+
+    monkeypatch.setattr(native, "library", missing)
+
+
+def test_a_model_of_standard_ops_needs_no_library(tmp_path, no_library):
+    session = ld.create_session(save_detector(tmp_path / "model.onnx"))
+    assert isinstance(session, onnxruntime.InferenceSession)
+    assert read_metadata(session)["variant"] == "lite-dino-r50-h3l1-2+1x3"
+
+
+def test_bytes_and_threads(tmp_path):
+    model = save_detector(tmp_path / "model.onnx").read_bytes()
+    assert ld.create_session(model, threads=1).get_session_options().intra_op_num_threads == 1
+    with pytest.raises(ld.LiteDetrError, match="threads is 0"):
+        ld.create_session(model, threads=0)
+
+
+def test_onnx_session_describes_the_artifact(tmp_path):
+    session = OnnxSession(save_detector(tmp_path / "model.onnx", pixel_mask=True))
+    assert session.inputs["images"][1:] == (3, 64, 96)
+    assert set(session.inputs) == {"images", "orig_target_sizes", "pixel_mask"}
+    assert session.outputs == ("labels", "boxes", "scores")
+    assert session.metadata["attention"] == "gather"
+
+
+def test_missing_library_is_named_with_its_remedy(tmp_path, no_library):
+    path = save_with_attention_op(tmp_path / "model.onnx")
+    with pytest.raises(ld.LiteDetrError, match=r"model\.onnx holds the fused attention ops.*was not built.*gather"):
+        ld.create_session(path)
+
+
+def test_library_that_does_not_load(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(native, "library", lambda name: broken)
+    ld.create_session(save_detector(tmp_path / "standard.onnx"))
+    with pytest.raises(ld.LiteDetrError, match=r"cannot use the op library .*broken\.so"):
+        ld.create_session(save_with_attention_op(tmp_path / "model.onnx"))
+
+
+def test_other_op_version(tmp_path, no_library):
+    path = save_detector(tmp_path / "model.onnx", attention="op", op_version=7)
+    with pytest.raises(ld.LiteDetrError, match="version 7 of the attention ops; this package has version 1"):
+        ld.create_session(path)
+
+
+def test_unknown_op_of_ours(tmp_path):
+    try:
+        native.library("onnxruntime")
+    except FileNotFoundError:
+        pytest.skip("the ONNX Runtime library is not built")
+    path = save_with_attention_op(tmp_path / "model.onnx", "NextYearsAttn")
+    with pytest.raises(ld.LiteDetrError, match="does not have.*NextYearsAttn"):
+        ld.create_session(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"This is a text file.\n" * 30, b"\x89PNG\r\n\x1a\n" + bytes(range(256))])
+def test_not_an_onnx(tmp_path, content, capfd):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ld.LiteDetrError, match=r"model\.onnx is not an ONNX model, or a damaged one"):
+        ld.create_session(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_truncated_onnx(tmp_path):
+    path = save_detector(tmp_path / "model.onnx")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ld.LiteDetrError, match="damaged"):
+        ld.create_session(path)
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(ld.LiteDetrError, match=r"gone\.onnx does not exist"):
+        ld.create_session(tmp_path / "gone.onnx")
+    with pytest.raises(ld.LiteDetrError, match="is a directory"):
+        ld.create_session(tmp_path)
+
+
+def test_provider_that_is_not_there(tmp_path):
+    with pytest.raises(ld.LiteDetrError, match="no execution provider 'MoonExecutionProvider'"):
+        ld.create_session(save_detector(tmp_path / "model.onnx"), providers=["MoonExecutionProvider"])
+
+
+def test_onnxruntime_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"x")
+    with pytest.raises(ld.LiteDetrError, match=r"pip install litedetr-deploy\[onnxruntime\]"):
+        ld.create_session(path)
+
+
+def test_metadata_that_is_not_json(tmp_path):
+    import onnx
+
+    path = save_detector(tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.metadata_props[0].value = "{"
+    onnx.save(model, path)
+    with pytest.raises(ld.LiteDetrError, match="not a JSON object"):
+        ld.create_session(path)
