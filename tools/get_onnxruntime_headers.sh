@@ -14,7 +14,7 @@ package=libonnxruntime-dev
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 fail() {
-  echo "get_onnxruntime_headers: $1 Give CMake the folder of onnxruntime_c_api.h with -DORT_INCLUDE_DIR=... instead." >&2
+  echo "$(basename "$0"): $1 Or give CMake the folder of onnxruntime_c_api.h: -DORT_INCLUDE_DIR=FOLDER." >&2
   exit 1
 }
 
@@ -56,12 +56,14 @@ private_apt() {
     "$@"
 }
 log=$scratch/log
-private_apt update >"$log" 2>&1 || fail "the package list of Debian $suite cannot be had: $(tail -n 1 "$log")."
+reason() { grep -m 1 '^E: ' "$log" || tail -n 1 "$log"; }
+private_apt update >"$log" 2>&1 || fail "the package list of Debian $suite cannot be had ($(reason))."
 (cd "$scratch" && private_apt download "$package") >"$log" 2>&1 ||
-  fail "$package of Debian $suite cannot be downloaded: $(tail -n 1 "$log")."
+  fail "$package of Debian $suite cannot be downloaded ($(reason))."
 dpkg -x "$scratch/$package"_*.deb "$scratch/unpacked" || fail "$package does not unpack."
 [ -n "$(find_header "$scratch/unpacked")" ] || fail "$package has no onnxruntime_c_api.h."
 
 # One rename, so that no half-filled folder is ever found; of two that run at once the first wins.
-mv -T "$scratch/unpacked" "$folder" 2>/dev/null || [ -n "$(find_header "$folder")" ] || fail "$folder cannot be written."
+mv -T "$scratch/unpacked" "$folder" 2>/dev/null || [ -n "$(find_header "$folder")" ] ||
+  fail "$folder cannot be written."
 find_header "$folder"

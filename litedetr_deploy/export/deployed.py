@@ -30,16 +30,19 @@ class Deployed(nn.Module):
         """images [N, 3, H, W] RGB in 0..1; orig_target_sizes [N, 2] int64 (width, height); pixel_mask [N, H, W],
         True = padding.  Returns a dict: labels [N, 300] int64, boxes [N, 300, 4] xyxy in original pixels and scores
         [N, 300] where asked for, then PROBES."""
-        normalised = images * self.scale - self.shift
-        if pixel_mask is not None:
-            # The official loader pads after it normalises: padding is zero there.
-            normalised = normalised.masked_fill(pixel_mask[:, None], 0.0)
-        raw = self.detector(normalised, pixel_mask)
+        raw = self.detector(self.normalise(images, pixel_mask), pixel_mask)
         values = {name: raw[name] for name in PROBES}
         if self.outputs == "detections":
             labels, boxes, scores = postprocess(raw["pred_logits"], raw["pred_boxes"], orig_target_sizes)
             values = {"labels": labels, "boxes": boxes, "scores": scores} | values
         return values
+
+    def normalise(self, images: Tensor, pixel_mask: Tensor | None) -> Tensor:
+        normalised = images * self.scale - self.shift
+        if pixel_mask is not None:
+            # The official loader pads after it normalises: padding is zero there.
+            normalised = normalised.masked_fill(pixel_mask[:, None], 0.0)
+        return normalised
 
 
 def postprocess(pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

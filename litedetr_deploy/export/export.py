@@ -22,6 +22,7 @@ from ..files import replaced_when_done
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
+from ..runtime.coco import CLASS_NAMES
 from ..runtime.session import METADATA_KEY
 from . import graph, limits
 from .deployed import OUTPUTS, PROBES, Deployed
@@ -75,6 +76,7 @@ def export_onnx(
     be met; a failed comparison is not an error: see the report's `passed`.
     """
     limits.check(attention, precision, image_size, outputs, opset)
+    limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
     if calibration is not None:
         raise LiteDetrError("calibration images are for precision 'int8', which this version does not export.")
     start = time.monotonic()
@@ -105,7 +107,8 @@ def export_onnx(
         "image_size": list(image_size) if image_size else None,
         "outputs": outputs,
         "pixel_mask": pixel_mask,
-        "class_names": None,
+        # The labels of a model with COCO's 91 slots are COCO's category ids.
+        "class_names": list(CLASS_NAMES) if model.config.num_classes == len(CLASS_NAMES) else None,
     }
     report = ExportReport(str(path), 0, 0.0, nodes, metadata)
     with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
 
 from ..ops import schema
 
@@ -24,14 +24,21 @@ def finish(model: ir.Model, opset: int, outputs: tuple[str, ...], sizes: dict[st
     outputs: the names of the graph's outputs; the trace's other outputs remain as named values inside.
     sizes: the trace's symbols for dynamic sizes -> the names that a user sees.
     """
+    optimizer.fold_constants(model)  # small ones, such as the bounds of slices
+    _deduplicate(model)
     _fold_weights(model.graph)
-    optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
-    common.CommonSubexpressionEliminationPass()(model)
+    _fold(model)
+    rewriter.rewrite(model)  # slices of everything, pairs of transposes or reshapes
+    _fold(model)
     _fix_reshapes(model.graph)
+    _name_weights(model.graph)
     kept = [value for value in model.graph.outputs if value.name in outputs]
     model.graph.outputs.clear()
     model.graph.outputs.extend(kept)
     common.RemoveUnusedNodesPass()(model)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            model.graph.initializers.pop(name)
     _set_opset(model, opset)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -49,6 +56,22 @@ def _rename(shape: ir.Shape | None, sizes: dict[str, str]) -> ir.Shape | None:
         if isinstance(size, ir.SymbolicDim) and size.value is not None else size
         for size in shape
     )  # fmt: skip
+
+
+def _fold(model: ir.Model) -> None:
+    optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+    )
+    _deduplicate(model)
+
+
+def _deduplicate(model: ir.Model) -> None:
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.IdentityEliminationPass()(model)
+    # Shapes and bounds, not weights: two biases that happen to be equal keep their names.
+    common.DeduplicateInitializersPass(size_limit=8)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _fold_weights(graph: ir.Graph) -> None:
@@ -85,6 +108,25 @@ def _fold_weights(graph: ir.Graph) -> None:
         output.replace_all_uses_with(value)
 
 
+def _name_weights(graph: ir.Graph) -> None:
+    """Matrices that the translation transposed lost their names; the bias added behind them still has its own."""
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or weight.name not in graph.initializers or ".weight" in weight.name:
+            continue
+        for add, _ in node.outputs[0].uses():
+            if add.op_type == "Add" and add.inputs[1].name in graph.initializers:
+                head, dot, tail = add.inputs[1].name.rpartition("bias")
+                name = f"{head}weight{tail}"
+                named = graph.initializers.get(name)
+                if named is not None and np.array_equal(named.const_value.numpy(), weight.const_value.numpy()):
+                    weight.replace_all_uses_with(named)  # a head that several layers share
+                elif dot and named is None:
+                    graph.initializers.pop(weight.name)
+                    weight.name = weight.const_value.name = name
+                    graph.initializers[name] = weight
+
+
 def _fix_reshapes(graph: ir.Graph) -> None:
     """Reshapes whose target the trace computed from Shape get a constant one, where at most one size is unknown."""
     for node in graph:
@@ -96,7 +138,7 @@ def _fix_reshapes(graph: ir.Graph) -> None:
         if target is None or sum(not isinstance(size, int) for size in target) > 1:
             continue
         sizes = [size if isinstance(size, int) else -1 for size in target]
-        node.outputs[0].shape = target
+        node.outputs[0].shape, node.outputs[0].type = target, node.inputs[0].type
         node.replace_input_with(1, _constant(graph, "shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64)))
 
 

@@ -38,3 +38,15 @@ def check(attention: str, precision: str, image_size: tuple[int, int] | None, ou
                 f"the image size is {height}x{width}; both sides must be at least {SMALLEST_SIDE} pixels, the stride "
                 "of the coarsest feature level."
             )
+
+
+def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_levels: int) -> None:
+    """Raises LiteDetrError where an image has fewer feature tokens than the detector selects queries."""
+    if image_size is None:
+        return
+    tokens = sum(-(-image_size[0] // stride) * -(-image_size[1] // stride) for stride in (8 << i for i in range(num_levels)))
+    if tokens < num_queries:
+        raise LiteDetrError(
+            f"an image of {image_size[0]}x{image_size[1]} has {tokens} feature tokens, fewer than the {num_queries} "
+            "queries of the model. Choose a larger image size, such as 256x320."
+        )

@@ -1,2 +1,295 @@
-class Verification: pass
-def verify_onnx(*a): pass
+"""An ONNX model against the PyTorch model that it was made from.
+
+The detector picks its queries by a top-k over tokens, and each query slot has content of its own: where two tokens
+score the same to rounding, two runtimes may pick them in another order and then differ in those queries entirely.
+So the scores of all tokens are compared, then the choice, then logits and boxes of PyTorch given the same choice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from ..errors import LiteDetrError
+from ..model.detector import Detector
+from ..ops import reference, schema, torch_op
+from ..runtime.images import load_image, prepare
+from ..runtime.sample import sample_images
+from ..runtime.session import METADATA_KEY, create_session
+from .deployed import PROBES, Deployed, postprocess
+
+# What float32 rounding may change.  The floors are twenty times what the official code's outputs move with other
+# threads or kernels on small images.  A model can amplify rounding further: PyTorch's own spread is measured, and
+# SPREADS of it are allowed, up to the caps, beyond which a difference could show in a detection.
+SPREADS = 4
+FLOORS = {"proposal_scores": 2e-4, "pred_logits": 2e-4, "pred_boxes": 3e-4}  # logits: of the largest magnitude;
+CAPS = {"proposal_scores": 1e-2, "pred_logits": 1e-2, "pred_boxes": 3e-3}  # boxes: of the image's side
+NAMES = {"proposal_scores": "token scores", "pred_logits": "logits", "pred_boxes": "boxes"}
+
+DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
+
+
+@dataclass
+class Verification:
+    """rows: dicts with case, quantity, difference, tolerance, passed."""
+
+    rows: list[dict] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(row["passed"] for row in self.rows)
+
+    def add(self, case: str, quantity: str, difference: float, tolerance: float) -> None:
+        difference = float(difference)
+        passed = difference <= tolerance  # NaN fails
+        finite = difference if np.isfinite(difference) else float(np.finfo(np.float32).max)
+        self.rows.append(
+            {"case": case, "quantity": quantity, "difference": finite, "tolerance": tolerance, "passed": passed}
+        )
+
+    def summary(self) -> dict:
+        """For the model's metadata: the verdict, and the largest difference of every quantity."""
+        quantities = dict.fromkeys(row["quantity"] for row in self.rows)
+        largest = {q: max(row["difference"] for row in self.rows if row["quantity"] == q) for q in quantities}
+        return {"passed": self.passed, "largest_difference": largest}
+
+    def to_dict(self) -> dict:
+        return {"verification": self.rows, "passed": self.passed}
+
+
+def verify_onnx(
+    path: str | os.PathLike,
+    model: Detector,
+    images: Sequence | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Verification:
+    """Runs the ONNX model in ONNX Runtime and `model` in PyTorch, both in float32 on the CPU, and compares.
+
+    Inputs are pictures (`images`, else drawn ones) and noise; batches of one and of three with two identical rows;
+    at two sizes where the graph takes any.  The attention op alone is compared with its definition in float64.
+    Raises LiteDetrError for a model that `litedetr export` did not make.
+    """
+    graph = _ProbedGraph(Path(path))
+    size = graph.metadata["image_size"]
+    verification = Verification()
+    if graph.metadata["attention"] == "op":
+        progress("verify: the attention op against float64")
+        _verify_op(verification, model)
+    pictures = [load_image(image) for image in (images or sample_images(1))]
+    for height, width in DYNAMIC_SIZES if size is None else [size]:
+        name = f"{height}x{width}, " if size is None else ""
+        cases = [
+            (f"{name}picture {i + 1}" if len(pictures) > 1 else f"{name}picture", *_picture(p, height, width, graph))
+            for i, p in enumerate(pictures)
+        ]
+        cases.append((f"{name}noise", *_noise(height, width, graph)))
+        expected, tolerances = [], None
+        for case, image, mask in cases:
+            progress(f"verify: {case}")
+            outputs = graph.run(image, mask)
+            wanted = _run_pytorch(model, image, mask, outputs["topk_indices"])
+            if tolerances is None:
+                tolerances = _tolerances(model, image, mask, wanted)
+            _compare(verification, case, outputs, wanted, tolerances)
+            expected.append(wanted)
+        progress(f"verify: {name}batch of 3")
+        first, last = cases[0], cases[-1]
+        batch = graph.run(
+            *(None if first[i] is None else np.concatenate((first[i], last[i], first[i])) for i in (1, 2))
+        )
+        _compare_batch(verification, f"{name}batch of 3", batch, (expected[0], expected[-1]), tolerances)
+    return verification
+
+
+class _ProbedGraph:
+    """The model with the values of PROBES as further outputs."""
+
+    def __init__(self, path: Path):
+        try:
+            proto = onnx.load(path)
+        except Exception as error:  # protobuf's own error classes differ between its implementations
+            raise LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {error}.") from error
+        self.metadata = _metadata(proto, path)
+        self.outputs = [output.name for output in proto.graph.output]
+        known = {name for node in proto.graph.node for name in node.output}
+        if missing := [name for name in PROBES if name not in known]:
+            raise LiteDetrError(
+                f"{path} has no value {missing[0]!r} to compare. Verify the file that `litedetr export` wrote, before "
+                "other tools rewrite it."
+            )
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in PROBES if name not in self.outputs)
+        self.session = create_session(proto.SerializeToString())
+
+    def run(self, image: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
+        """image [N, 3, H, W] in 0..1, mask [N, H, W] or None -> inputs, outputs and probes by name."""
+        n, _, height, width = image.shape
+        feed = {"images": image}
+        if "labels" in self.outputs:
+            feed["orig_target_sizes"] = np.array([[width, height]] * n, np.int64)
+        if mask is not None:
+            feed["pixel_mask"] = mask
+        names = list(dict.fromkeys([*self.outputs, *PROBES]))
+        return feed | dict(zip(names, self.session.run(names, feed)))
+
+
+def _metadata(proto: onnx.ModelProto, path: Path) -> dict:
+    for entry in proto.metadata_props:
+        if entry.key == METADATA_KEY:
+            return json.loads(entry.value)
+    raise LiteDetrError(f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): nothing to verify.")
+
+
+def _picture(picture, height: int, width: int, graph: _ProbedGraph):
+    masked = graph.metadata["pixel_mask"]
+    prepared = prepare(picture, "letterbox" if masked else "stretch", (height, width))
+    return prepared.pixels[None], prepared.mask[None] if masked else None
+
+
+def _noise(height: int, width: int, graph: _ProbedGraph):
+    rng = np.random.default_rng(0)
+    image = rng.random((1, 3, height, width), np.float32)
+    if not graph.metadata["pixel_mask"]:
+        return image, None
+    mask = np.zeros((1, height, width), bool)
+    mask[:, height * 7 // 8 :], mask[:, :, width * 5 // 6 :] = True, True
+    return image, mask
+
+
+def _run_pytorch(model: Detector, image, mask, topk_indices) -> dict[str, np.ndarray]:
+    """What PyTorch makes of the same image with the same choice of queries."""
+    normalise = Deployed(model, "raw").normalise
+    mask = None if mask is None else torch.from_numpy(mask)
+    with torch.inference_mode():
+        values = model(normalise(torch.from_numpy(image), mask), mask, torch.from_numpy(topk_indices))
+    return {name: values[name].numpy() for name in PROBES}
+
+
+def _tolerances(model: Detector, image, mask, wanted) -> dict[str, float]:
+    """Largest differences that rounding explains, by value: PyTorch against itself with other threads and with the
+    last bit of every pixel changed at random."""
+    bits = np.random.default_rng(2).integers(-1, 2, image.shape, np.int32)
+    nudged = np.abs((image.view(np.int32) + bits * (image > 0)).view(np.float32))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        other = _run_pytorch(model, nudged, mask, wanted["topk_indices"])
+    finally:
+        torch.set_num_threads(threads)
+    tolerances = {}
+    for name in NAMES:
+        scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
+        spread = _largest(other[name] - wanted[name])
+        tolerances[name] = float(np.clip(SPREADS * spread, FLOORS[name] * scale, CAPS[name] * scale))
+    return tolerances
+
+
+def _compare(verification: Verification, case: str, outputs, wanted, tolerances) -> None:
+    scores = wanted["proposal_scores"]
+    for name in NAMES:
+        verification.add(case, NAMES[name], _largest(outputs[name] - wanted[name]), tolerances[name])
+    error = _choice_error(scores, outputs["topk_indices"])
+    verification.add(case, "choice of queries", error, tolerances["proposal_scores"])
+    if "labels" in outputs:
+        _compare_detections(verification, case, outputs)
+
+
+def _compare_detections(verification: Verification, case: str, outputs) -> None:
+    """The graph's post-processing against PyTorch's on the same logits: equal but for the order of equal scores."""
+    logits, boxes = torch.from_numpy(outputs["pred_logits"]), torch.from_numpy(outputs["pred_boxes"])
+    sizes = torch.from_numpy(outputs["orig_target_sizes"])
+    labels, corners, scores = (value.numpy() for value in postprocess(logits, boxes, sizes))
+    eps = float(np.finfo(np.float32).eps)
+    verification.add(case, "detections: scores", _largest(outputs["scores"] - scores), 4 * eps)
+    distinct = np.diff(scores, axis=1, prepend=2.0) != 0
+    distinct[:, :-1] &= distinct[:, 1:]
+    verification.add(case, "detections: labels", (outputs["labels"] != labels)[distinct].sum(), 0.0)
+    difference = _largest((outputs["boxes"] - corners)[distinct])
+    verification.add(case, "detections: boxes", difference, 4 * eps * _scale(corners))
+
+
+def _compare_batch(verification: Verification, case: str, batch, expected, tolerances) -> None:
+    """A batch of rows A, B, A against single runs of A and B, and its two equal rows against each other."""
+    for name in ("pred_logits", "pred_boxes"):
+        difference = _largest(batch[name][0] - batch[name][2])
+        verification.add(case, f"identical rows: {NAMES[name]}", difference, tolerances[name])
+    for row, wanted in zip((0, 1), expected):
+        error = _choice_error(wanted["proposal_scores"], batch["topk_indices"][row : row + 1])
+        verification.add(f"{case}, row {row + 1}", "choice of queries", error, tolerances["proposal_scores"])
+        if (batch["topk_indices"][row] == wanted["topk_indices"][0]).all():
+            for name in ("pred_logits", "pred_boxes"):
+                difference = _largest(batch[name][row] - wanted[name][0])
+                verification.add(f"{case}, row {row + 1}", NAMES[name], difference, tolerances[name])
+
+
+def _choice_error(scores: np.ndarray, indices: np.ndarray) -> float:
+    """By how much scores [N, S] speak against having picked `indices` [N, Q], in this order, as the top ones."""
+    best = -np.sort(-scores, axis=1)[:, : indices.shape[1]]
+    return _largest(np.take_along_axis(scores, indices, axis=1) - best)
+
+
+def _largest(difference: np.ndarray) -> float:
+    """The largest magnitude; NaN counts as infinite."""
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).max(initial=0.0))
+
+
+def _scale(values: np.ndarray) -> float:
+    return max(1.0, float(np.abs(values).max()))
+
+
+def _verify_op(verification: Verification, model: Detector) -> None:
+    """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical."""
+    config = model.config
+    shapes = np.array([[100 >> i, 168 >> i] for i in range(config.num_levels)], np.int64)
+    rng = np.random.default_rng(1)
+    n, tokens, queries, dim = 3, int(shapes.prod(1).sum()), 256, config.hidden_dim
+    samples = config.num_heads * config.num_levels * config.decoder_points
+    first = "query" if config.key_aware else "attention_logits"
+    feed = {
+        first: rng.standard_normal((n, queries, dim if config.key_aware else samples)),
+        "value": rng.standard_normal((n, tokens, dim)),
+        "reference_points": rng.random((n, queries, config.num_levels, 4)),
+        "sampling_offsets": rng.standard_normal((n, queries, samples * 2)) * 2,
+    }
+    feed = {name: array.astype(np.float32) for name, array in feed.items()} | {"spatial_shapes": shapes}
+    for name in feed:
+        if name != "spatial_shapes":
+            feed[name][2] = feed[name][0]
+    op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
+    attributes = {"num_heads": config.num_heads, "num_points": config.decoder_points}
+    output = create_session(_one_node(op_type, feed, attributes)).run(None, feed)[0]
+    tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
+    doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    if config.key_aware:
+        wanted = reference.key_aware_deform_attn(**doubles, **attributes)
+        in_torch = torch_op.key_aware_deform_attn(**tensors, **attributes)
+    else:
+        wanted = reference.ms_deform_attn(**doubles, **attributes)
+        in_torch = torch_op.ms_deform_attn(**tensors, **attributes)
+    # A float32 location is off by an eps or so of its map, hence by this many pixels, and a value by as much of its
+    # range of several units per pixel.
+    tolerance = 4 * float(np.finfo(np.float32).eps) * float(shapes.max()) * _scale(feed["value"])
+    verification.add("attention op alone", "ONNX Runtime against float64", _largest(output - wanted.numpy()), tolerance)
+    verification.add("attention op alone", "PyTorch against float64", _largest((in_torch - wanted).numpy()), tolerance)
+    verification.add("attention op alone", "identical rows, bit for bit", _largest(output[0] - output[2]), 0.0)
+
+
+def _one_node(op_type: str, feed: dict[str, np.ndarray], attributes: dict[str, int]) -> bytes:
+    helper = onnx.helper
+    node = helper.make_node(
+        op_type, list(feed), [schema.OUTPUT], domain=schema.DOMAIN, **attributes, **schema.PLUGIN_ATTRIBUTES
+    )
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feed.items()
+    ]
+    output = helper.make_tensor_value_info(schema.OUTPUT, onnx.TensorProto.FLOAT, None)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
+    graph = helper.make_graph([node], op_type, inputs, [output])
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()

@@ -72,7 +72,12 @@ def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
     head_dim = channels // num_heads
     num_levels = spatial_shapes.shape[0]
     samples = num_levels * num_points
-    num_queries = op.Shape(queries, start=1, end=2)
+    batch, num_queries = op.Shape(queries, start=0, end=1), op.Shape(queries, start=1, end=2)
+    rows = op.Mul(batch, _ints(num_heads))
+
+    def reshape(tensor, *sizes):
+        """To sizes of which Q may be 0."""
+        return op.Reshape(tensor, op.Concat(*sizes, axis=0), allowzero=1)
 
     # The grid spans -1 to 1: 2 * location - 1.
     offsets = op.Reshape(_as_float(offsets), _ints(0, 0, num_heads, num_levels, num_points, 2))
@@ -84,7 +89,6 @@ def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
         scale = op.Mul(op.Unsqueeze(_part(references, 2, 4, axis=3), _ints(2, 4)), _float(1 / num_points))
     grid = op.Add(op.Sub(op.Mul(centres, _float(2.0)), _float(1.0)), op.Mul(offsets, scale))
     grid = op.Transpose(grid, perm=[3, 0, 2, 1, 4, 5])  # [L, N, M, Q, P, 2]
-    grid_shape = op.Concat(_ints(-1), num_queries, _ints(num_points, 2), axis=0)
 
     def samples_of(maps):
         """[N, S, M*D] -> [N*M, D, Q, L*P]"""
@@ -93,8 +97,8 @@ def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
         for level in range(num_levels):
             size = op.Gather(spatial_shapes, _int(level), axis=0)  # [2]
             end = op.Add(start, op.Mul(_part(size, 0, 1, axis=0), _part(size, 1, 2, axis=0)))
-            image = op.Reshape(op.Slice(maps, start, end, _ints(2)), op.Concat(_ints(-1, head_dim), size, axis=0))
-            points = op.Reshape(op.Gather(grid, _int(level), axis=0), grid_shape)
+            image = reshape(op.Slice(maps, start, end, _ints(2)), rows, _ints(head_dim), size)
+            points = reshape(op.Gather(grid, _int(level), axis=0), rows, num_queries, _ints(num_points, 2))
             sampled.append(op.GridSample(image, points, mode="bilinear", padding_mode="zeros", align_corners=0))
             start = end
         return op.Concat(*sampled, axis=3)
@@ -104,15 +108,14 @@ def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
         keys = samples_of(key[0]) if key and key[0] is not None else values
         query = op.Mul(_as_float(queries), _float(1 / math.sqrt(head_dim)))
         query = op.Transpose(op.Reshape(query, _ints(0, 0, num_heads, head_dim)), perm=[0, 2, 3, 1])
-        query = op.Reshape(query, op.Concat(_ints(-1, head_dim), num_queries, _ints(1), axis=0))
+        query = reshape(query, rows, _ints(head_dim), num_queries, _ints(1))
         logits = op.ReduceSum(op.Mul(keys, query), _ints(1), keepdims=1)  # [N*M, 1, Q, L*P]
     else:
         logits = op.Reshape(_as_float(queries), _ints(0, 0, num_heads, samples))
         logits = op.Transpose(logits, perm=[0, 2, 1, 3])
-        logits = op.Reshape(logits, op.Concat(_ints(-1, 1), num_queries, _ints(samples), axis=0))
+        logits = reshape(logits, rows, _ints(1), num_queries, _ints(samples))
     output = op.ReduceSum(op.Mul(values, op.Softmax(logits, axis=-1)), _ints(3), keepdims=0)  # [N*M, D, Q]
-    batch = op.Shape(value, start=0, end=1)
-    output = op.Reshape(output, op.Concat(batch, _ints(channels), num_queries, axis=0))
+    output = reshape(output, batch, _ints(channels), num_queries)
     return _like(op.Transpose(output, perm=[0, 2, 1]), value)
 
 

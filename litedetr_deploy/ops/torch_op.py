@@ -43,10 +43,8 @@ def key_aware_deform_attn(
         ValueError: a shape or a type does not fit; the message names the tensor.
         RuntimeError: the native library is missing, or cannot do what was asked.
     """
-    tensors = {"query": query, "value": value, "reference_points": reference_points}
-    tensors |= {"sampling_offsets": sampling_offsets, "spatial_shapes": spatial_shapes, "key": key}
-    _check_shapes(schema.KEY_AWARE, tensors, num_heads, num_points)
-    return _run_cpu(schema.KEY_AWARE, tensors, num_heads, num_points)
+    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, key)
+    return _run_cpu(schema.KEY_AWARE, _checked(schema.KEY_AWARE, inputs, num_heads, num_points), num_heads, num_points)
 
 
 @torch.library.custom_op(f"{schema.DOMAIN}::ms_deform_attn", mutates_args=(), device_types="cpu")
@@ -60,64 +58,49 @@ def ms_deform_attn(
     num_points: int,
 ) -> Tensor:
     """[N, Q, M*D]; see the module's docstring.  Raises as `key_aware_deform_attn` does."""
-    tensors = {"attention_logits": attention_logits, "value": value, "reference_points": reference_points}
-    tensors |= {"sampling_offsets": sampling_offsets, "spatial_shapes": spatial_shapes}
-    _check_shapes(schema.PLAIN, tensors, num_heads, num_points)
-    return _run_cpu(schema.PLAIN, tensors, num_heads, num_points)
+    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
+    return _run_cpu(schema.PLAIN, _checked(schema.PLAIN, inputs, num_heads, num_points), num_heads, num_points)
 
 
 @key_aware_deform_attn.register_fake
-def _(
-    query, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points, key=None
-) -> Tensor:
-    tensors = {"query": query, "value": value, "reference_points": reference_points}
-    tensors |= {"sampling_offsets": sampling_offsets, "spatial_shapes": spatial_shapes, "key": key}
-    _check_shapes(schema.KEY_AWARE, tensors, num_heads, num_points)
-    return _empty_output(query, value)
+def _(query, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points, key=None) -> Tensor:
+    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, key)
+    return _empty_output(_checked(schema.KEY_AWARE, inputs, num_heads, num_points))
 
 
 @ms_deform_attn.register_fake
-def _(
-    attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points
-) -> Tensor:
-    tensors = {"attention_logits": attention_logits, "value": value, "reference_points": reference_points}
-    tensors |= {"sampling_offsets": sampling_offsets, "spatial_shapes": spatial_shapes}
-    _check_shapes(schema.PLAIN, tensors, num_heads, num_points)
-    return _empty_output(attention_logits, value)
+def _(attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points) -> Tensor:
+    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
+    return _empty_output(_checked(schema.PLAIN, inputs, num_heads, num_points))
 
 
-def _empty_output(query: Tensor, value: Tensor) -> Tensor:
-    return value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+def _empty_output(tensors: dict[str, Tensor]) -> Tensor:
+    queries, value = next(iter(tensors.values())), tensors["value"]
+    return value.new_empty(queries.shape[0], queries.shape[1], value.shape[2])
 
 
-def _check_shapes(op_type: str, tensors: dict[str, Tensor | None], num_heads: int, num_points: int) -> None:
-    """Everything that shapes and types alone can tell; sizes may be symbolic.  What the values of spatial_shapes
-    tell is checked by the kernel."""
+def _checked(op_type: str, inputs: tuple[Tensor | None, ...], num_heads: int, num_points: int) -> dict[str, Tensor]:
+    """The inputs that are there, by name, after all checks that shapes and types alone allow; sizes may be symbolic.
+    What the values of spatial_shapes tell is checked by the kernel."""
+    named = zip(schema.INPUTS[op_type], inputs, strict=True)
+    tensors = {name: tensor for (name, _, _), tensor in named if tensor is not None}
+    _require(
+        num_heads > 0 and num_points > 0,
+        lambda: f"num_heads is {num_heads} and num_points is {num_points}; both should be at least 1",
+    )
+    _check_types(op_type, tensors)
     queries = next(iter(tensors.values()))
-    value, references, shapes = tensors["value"], tensors["reference_points"], tensors["spatial_shapes"]
-    _require(num_heads > 0 and num_points > 0, lambda: f"num_heads is {num_heads} and num_points {num_points}; both should be positive")
-
-    for name, letter, _ in schema.INPUTS[op_type]:
-        tensor = tensors[name]
-        if tensor is None:
-            continue
-        rank = {"reference_points": 4, "spatial_shapes": 2}.get(name, 3)
-        _require(tensor.dim() == rank, lambda: f"{name} has shape {_shape(tensor)}; it should have {rank} dimensions")
-        allowed = {
-            "T": (value.dtype,) if value.dtype in _DTYPES else tuple(_DTYPES),
-            "U": (value.dtype, torch.float32),
-            "F": (torch.float32,),
-            "I": (torch.int64,),
-        }[letter]
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
-        _require(
-            tensor.dtype in allowed, lambda: f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it should be {wanted}"
-        )
-
+    value, references, spatial_shapes = tensors["value"], tensors["reference_points"], tensors["spatial_shapes"]
     n, s, channels = value.shape
-    q, num_levels = queries.shape[1], shapes.shape[0]
-    _require(channels % num_heads == 0, lambda: f"value has {channels} channels; they should divide by the {num_heads} heads")
-    _require(references.shape[3] in (2, 4), lambda: f"reference_points has shape {_shape(references)}; the last size should be 2 or 4")
+    q, num_levels = queries.shape[1], spatial_shapes.shape[0]
+    _require(
+        channels % num_heads == 0,
+        lambda: f"value has {channels} channels; they should divide by the {num_heads} heads",
+    )
+    _require(
+        references.shape[3] in (2, 4),
+        lambda: f"reference_points has shape {_text(references.shape)}; the last size should be 2 or 4",
+    )
     samples = num_heads * num_levels * num_points
     wanted = {
         "query": (n, q, channels),
@@ -128,11 +111,34 @@ def _check_shapes(op_type: str, tensors: dict[str, Tensor | None], num_heads: in
         "spatial_shapes": (num_levels, 2),
     }
     for name, tensor in tensors.items():
-        if tensor is not None and name in wanted:
-            for size, want in zip(tensor.shape, wanted[name], strict=True):
+        if name in wanted:
+            for size, wanted_size in zip(tensor.shape, wanted[name], strict=True):
                 _require(
-                    size == want, lambda: f"{name} has shape {_shape(tensor)}; it should be {_shape(wanted[name])}"
+                    size == wanted_size,
+                    lambda: f"{name} has shape {_text(tensor.shape)}; it should be {_text(wanted[name])}",
                 )
+    return tensors
+
+
+def _check_types(op_type: str, tensors: dict[str, Tensor]) -> None:
+    """Ranks and element types."""
+    dtype = tensors["value"].dtype
+    allowed = {
+        "T": (dtype,) if dtype in _DTYPES else tuple(_DTYPES),
+        "U": (dtype, torch.float32),
+        "F": (torch.float32,),
+        "I": (torch.int64,),
+    }
+    ranks = {"reference_points": 4, "spatial_shapes": 2}
+    letters = {name: letter for name, letter, _ in schema.INPUTS[op_type]}
+    for name, tensor in tensors.items():
+        rank, letter = ranks.get(name, 3), letters[name]
+        _require(
+            tensor.dim() == rank,
+            lambda: f"{name} has shape {_text(tensor.shape)}; it should have {rank} dimensions",
+        )
+        wanted = " or ".join(_name(dtype) for dtype in dict.fromkeys(allowed[letter]))
+        _require(tensor.dtype in allowed[letter], lambda: f"{name} is {_name(tensor.dtype)}; it should be {wanted}")
 
 
 def _require(condition: bool, message: Callable[[], str]) -> None:
@@ -140,15 +146,19 @@ def _require(condition: bool, message: Callable[[], str]) -> None:
         torch._check_value(condition, message)
 
 
-def _shape(tensor) -> str:
-    return str(list(getattr(tensor, "shape", tensor)))
+def _text(shape: tuple) -> str:
+    return str(list(shape))
 
 
-def _run_cpu(op_type: str, tensors: dict[str, Tensor | None], num_heads: int, num_points: int) -> Tensor:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _run_cpu(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int) -> Tensor:
     core = native.load_core()
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     queries, value = next(iter(tensors.values())), tensors["value"]
-    output = _empty_output(queries, value)
+    output = _empty_output(tensors)
     arguments = native.Arguments(
         batch=value.shape[0],
         num_queries=queries.shape[1],
@@ -189,9 +199,9 @@ def _torch_threads() -> native.Executor:
     """PyTorch's own threads, so that torch.set_num_threads holds here too.  `torch_parallel_for` belongs to
     PyTorch's stable C ABI (torch/csrc/stable/c/shim.h) and has the signature kda_parallel_for."""
     libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    address = lambda function: ctypes.cast(function, ctypes.c_void_p).value
     return native.Executor(
-        run=address(native.load_core().kda_run_parallel_for), self=address(libtorch.torch_parallel_for)
+        run=ctypes.cast(native.load_core().kda_run_parallel_for, ctypes.c_void_p),
+        self=ctypes.cast(libtorch.torch_parallel_for, ctypes.c_void_p),
     )
 
 

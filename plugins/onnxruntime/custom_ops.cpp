@@ -12,6 +12,8 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <tuple>
+#include <utility>
 
 #include "kda.h"
 
@@ -334,7 +336,9 @@ Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ON
   op.GetInputTypeCount = [](const OrtCustomOp *self) -> size_t {
     return static_cast<const Op *>(self)->key_aware ? kNumInputs : kKey;
   };
-  op.GetInputType = [](const OrtCustomOp *self, size_t input) { return static_cast<const Op *>(self)->input_type(input); };
+  op.GetInputType = [](const OrtCustomOp *self, size_t input) {
+    return static_cast<const Op *>(self)->input_type(input);
+  };
   op.GetInputCharacteristic = [](const OrtCustomOp *, size_t input) {
     return input == kKey ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   };
@@ -354,8 +358,8 @@ Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ON
   return op;
 }
 
-/* The ops of one ONNX Runtime (a process may hold two), and the domain that owns none of them.  Sessions keep pointers
- * to both, so a registration lives as long as the process. */
+/* The ops of one ONNX Runtime (a process may hold two) and the domain that lists them.  Sessions keep pointers to both,
+ * so a registration lives as long as the process. */
 struct Registration {
   Op ops[10];
   OrtCustomOpDomain *domain = nullptr;

@@ -1,0 +1,127 @@
+"""The ONNX Runtime custom ops against the reference, what they refuse, and what the library exports."""
+
+import subprocess
+
+import hypothesis
+import hypothesis.strategies as st
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from litedetr_deploy.ops import native, onnx_schema
+
+from . import cases
+
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+
+
+def run(shape, inputs, threads=1):
+    return cases.run_session(cases.make_session(cases.make_op_model(shape), threads), inputs)
+
+
+@cases.quick(max_examples=60)
+@hypothesis.given(cases.shapes(dtype=DTYPES))
+def test_equals_reference(shape):
+    inputs = cases.make_inputs(shape)
+    cases.assert_right(shape, inputs, run(shape, inputs))
+
+
+@cases.quick(max_examples=30)
+@hypothesis.given(cases.nonfinite_cases(dtype=DTYPES))
+def test_nan_and_inf_spread_as_in_the_reference(case):
+    shape, inputs = case
+    cases.assert_spreads_right(shape, inputs, run(shape, inputs))
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries"])
+@pytest.mark.parametrize("key", ["shared", "own", "none"])
+def test_empty_input_gives_empty_output(key, empty):
+    shape = cases.Shape(key=key, **{empty: 0})
+    assert run(shape, cases.make_inputs(shape)).shape == (shape.batch, shape.queries, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equal_rows_give_equal_bits(dtype):
+    shape = cases.Shape(dtype=dtype, queries=300, head_dim=32)
+    output = run(shape, cases.repeat_rows(cases.make_inputs(shape), 3), threads=2)
+    assert torch.equal(output[0], output[1]) and torch.equal(output[0], output[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_change_nothing(threads):
+    shape = cases.Shape(queries=1000, head_dim=32)
+    inputs = cases.make_inputs(shape)
+    assert torch.equal(run(shape, inputs, threads), cases.run_torch(shape, inputs))
+
+
+def test_one_session_runs_other_sizes():
+    shape = cases.Shape()
+    session = cases.make_session(cases.make_op_model(shape))
+    for maps in ([(2, 3), (1, 1), (1, 2)], [(9, 8), (7, 1), (1, 6)], [(1, 1), (1, 1), (1, 1)]):
+        other = cases.Shape(maps=maps, batch=len(maps[0]), queries=maps[0][0])
+        inputs = cases.make_inputs(other)
+        cases.assert_right(other, inputs, cases.run_session(session, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shape_inference(dtype):
+    model = cases.make_op_model(cases.Shape(dtype=dtype))
+    output = cases.make_session(model).get_outputs()[0]
+    assert output.shape == ["value_0", "query_1", "value_2"]
+    assert output.type == {torch.float32: "tensor(float)", torch.float16: "tensor(float16)"}[dtype]
+
+    onnx_schema.register()
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.output[0].type.tensor_type
+    assert [size.dim_param for size in inferred.shape.dim] == ["query_0", "query_1", "value_2"]
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("query", torch.zeros(2, 5, 15), r"query has shape \[2, 5, 15\]; it should be \[2, 5, 16\]"),
+        ("value", torch.zeros(2, 48, 15), "value has 15 channels; they should divide by the 2 heads"),
+        ("key", torch.zeros(2, 47, 16), r"key has shape \[2, 47, 16\]; it should be \[2, 48, 16\]"),
+        ("reference_points", torch.zeros(2, 5, 3, 3), r"reference_points has shape \[2, 5, 3, 3\]; .* 2 or 4"),
+        ("reference_points", torch.zeros(2, 4, 3, 2), r"reference_points has shape \[2, 4, 3, 2\]; .* \[2, 5, 3, 2\]"),
+        ("sampling_offsets", torch.zeros(2, 5, 46), r"sampling_offsets has shape \[2, 5, 46\]; .* \[2, 5, 48\]"),
+        ("spatial_shapes", torch.tensor([[5, 7], [3, 4], [2, 1]]), "48 tokens"),
+        ("spatial_shapes", torch.ones(3, 3).long(), r"spatial_shapes has shape \[3, 3\]; it should be \[3, 2\]"),
+        ("spatial_shapes", torch.ones(9, 2).long(), "spatial_shapes has 9 levels; the kernels take at most 8"),
+    ],
+)
+def test_errors_name_the_op_and_the_tensor(name, wrong, message):
+    shape = cases.Shape(key="own")
+    session = cases.make_session(cases.make_op_model(shape))
+    with pytest.raises(Exception, match=f"KeyAwareDeformAttn: .*{message}"):
+        cases.run_session(session, cases.make_inputs(shape) | {name: wrong})
+
+
+@pytest.mark.parametrize("key, op_type", [("shared", "KeyAwareDeformAttn"), ("none", "MSDeformAttn")])
+def test_attribute_that_cannot_be(key, op_type):
+    with pytest.raises(Exception, match=f"{op_type}: the attribute num_heads is 0; it should be at least 1"):
+        cases.make_session(cases.make_op_model(cases.Shape(key=key), num_heads=0))
+
+
+def test_attribute_that_is_missing():
+    model = cases.make_op_model(cases.Shape())
+    attributes = [a for a in model.graph.node[0].attribute if a.name != "num_points"]
+    del model.graph.node[0].attribute[:]
+    model.graph.node[0].attribute.extend(attributes)
+    with pytest.raises(Exception, match=r"KeyAwareDeformAttn: the attribute num_points \(int\) is missing"):
+        cases.make_session(model)
+
+
+def test_library_can_be_registered_again():
+    path = str(native.library("onnxruntime"))
+    for _ in range(3):
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(path)
+
+
+def test_library_exports_its_entry_point_alone():
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", native.library("onnxruntime")], capture_output=True, text=True, check=True
+    )
+    assert [line.split()[-1] for line in listed.stdout.splitlines()] == ["RegisterCustomOps"]
