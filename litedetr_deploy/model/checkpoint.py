@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -50,6 +49,11 @@ def load_model(checkpoint=None, variant: str | None = None, **overrides) -> Dete
         contents = read_checkpoint(checkpoint)
         state_dict, training = _state_dict(contents, str(checkpoint)), _training_arguments(contents)
         name = Path(checkpoint).name
+    if training.get("value_proj_after"):
+        raise LiteDetrError(
+            "the checkpoint was trained with value_proj_after = True, which the official code itself cannot run; there "
+            "is nothing to deploy it as. Train with value_proj_after = False."
+        )
     config = recognise(state_dict, variant, training, name, **overrides)
     with torch.device("meta"):
         model = Detector(config)
@@ -74,29 +78,23 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # whatever bytes that are no pickle make the unpickler do
         if "Unsupported global" in str(error) or "not an allowed global" in str(error):
             raise LiteDetrError(
                 f"checkpoint {path} holds Python objects beyond tensors, which are not loaded because they can run "
                 "code. Re-save the weights alone where you trust the file: "
                 "torch.save({'model': checkpoint['model']}, 'weights.pth')."
             ) from error
-        raise LiteDetrError(_unreadable(path)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise LiteDetrError(_unreadable(path)) from error
+        raise LiteDetrError(
+            f"checkpoint {path} ({path.stat().st_size:,} bytes) is not a PyTorch checkpoint, or is truncated: download "
+            "or copy it again and compare its size with the original's."
+        ) from error
     if not isinstance(contents, Mapping):
         raise LiteDetrError(
             f"checkpoint {path} holds a {type(contents).__name__}; it must hold a dict of tensors, or a dict whose "
             "'model' is one."
         )
     return contents
-
-
-def _unreadable(path: Path) -> str:
-    return (
-        f"checkpoint {path} ({path.stat().st_size:,} bytes) is not a PyTorch checkpoint, or is truncated: download "
-        "or copy it again and compare its size with the original's."
-    )
 
 
 def _state_dict(contents: Mapping, source: str) -> dict[str, Tensor]:
@@ -286,7 +284,7 @@ def _convert(state_dict: Mapping[str, Tensor], model: Detector) -> dict[str, Ten
         else:
             found[ours] = value.float()
     problems = [
-        ("missing", [_official_key(key) for key in wanted if key not in found]),
+        ("missing", [official_key(key) for key in wanted if key not in found]),
         ("unexpected", unexpected),
         ("misshapen", misshapen),
         ("heads that differ between layers, which must be one shared head", different),
@@ -297,7 +295,8 @@ def _convert(state_dict: Mapping[str, Tensor], model: Detector) -> dict[str, Ten
     return found
 
 
-def _official_key(key: str) -> str:
+def official_key(key: str) -> str:
+    """The key under which official checkpoints hold our parameter `key` (of a shared head, the first alias)."""
     first = key.split(".")[0]
     if first in ("bbox_embed", "class_embed"):
         return key.replace(first, f"{first}.0", 1)

@@ -11,7 +11,6 @@ pass raises.  Importing this module registers the ops; the native library is loa
 
 import ctypes
 import functools
-import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
