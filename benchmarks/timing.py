@@ -1,7 +1,7 @@
 """Timing that all benchmarks share: fair repetitions, medians and percentiles, and a description of the machine.
 
-A benchmark warms its contenders up, asks `repetitions` how often each fits into its share of the time, and calls
-them in the order of `interleave`, so that a machine that slows down slows all of them.
+A benchmark warms its contenders up, asks `repetitions` how often each fits into its share of the time, and runs
+`time_call` on them in the order of `interleave`, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ FEWEST, MOST = 3, 1000  # repetitions, whatever the time allows
 DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
 
 
-def time_call(call: Callable[[], object]) -> float:
-    """Seconds that one call takes when it finds neither its data in the caches nor busy threads of others."""
+def time_call(call: Callable[[], object], cold: bool = False) -> float:
+    """Seconds of one call that the threads of others do not disturb.
+
+    Warm: right after an untimed call, as in a model, where what the operator reads has just been computed.  Cold: with
+    the caches full of something else.
+    """
     time.sleep(REST)
-    evict_caches()
+    if cold:
+        evict_caches()
+    else:
+        call()
     start = time.perf_counter()
     output = call()  # kept, so that freeing it is not timed
     seconds = time.perf_counter() - start
@@ -37,11 +44,10 @@ def time_call(call: Callable[[], object]) -> float:
     return seconds
 
 
-def repetitions(call: Callable[[], object], budget: float) -> int:
-    """How many timed calls fit into `budget` seconds, rest included.  Warms up: the first call is not looked at."""
-    call()
+def repetitions(call: Callable[[], object], budget: float, cold: bool = False) -> int:
+    """How many timed calls fit into `budget` seconds, rest included, by the time that one takes now."""
     start = time.perf_counter()
-    time_call(call)
+    time_call(call, cold)
     return max(FEWEST, min(MOST, int(budget / (time.perf_counter() - start))))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import time
 import warnings
@@ -26,7 +27,7 @@ from ..runtime.coco import CLASS_NAMES
 from ..runtime.session import METADATA_KEY
 from . import graph, limits
 from .deployed import OUTPUTS, PROBES, Deployed
-from .verify import Verification, verify_onnx
+from .verify import verify_onnx
 
 TRACE_BATCH = 2  # torch.export takes a size of 1 for a constant
 
@@ -81,37 +82,27 @@ def export_onnx(
         raise LiteDetrError("calibration images are for precision 'int8', which this version does not export.")
     start = time.monotonic()
     path = Path(path)
-    progress("trace the model")
-    program, input_names = _trace(model, image_size, outputs, pixel_mask)
-    progress("translate to ONNX")
-    onnx_model = _translate(program, attention, input_names, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
-    progress("optimise the graph")
-    images_shape = onnx_model.graph.inputs[0].shape
-    symbols = {str(images_shape[i].value): name for i, name in ((0, "batch"), (2, "height"), (3, "width"))
-               if isinstance(images_shape[i], ir.SymbolicDim)}  # fmt: skip
-    graph.finish(onnx_model, opset, OUTPUTS[outputs], symbols)
-    nodes = graph.attention_nodes(onnx_model)
-    expected = model.config.attention_nodes if attention == "op" else 0
-    if nodes != expected:
-        raise LiteDetrError(
-            f"the exported graph has {nodes} nodes of the domain {schema.DOMAIN!r} and the model {expected} deformable "
-            "attentions: the exporter lost some. This is a bug in litedetr-deploy or in this version of torch "
-            f"({torch.__version__})."
-        )
-    metadata = {
-        "tool_version": __version__,
-        "op_version": schema.VERSION,
-        "variant": model.config.name,
-        "attention": attention,
-        "precision": precision,
-        "image_size": list(image_size) if image_size else None,
-        "outputs": outputs,
-        "pixel_mask": pixel_mask,
-        # The labels of a model with COCO's 91 slots are COCO's category ids.
-        "class_names": list(CLASS_NAMES) if model.config.num_classes == len(CLASS_NAMES) else None,
-    }
-    report = ExportReport(str(path), 0, 0.0, nodes, metadata)
     with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:
+        progress("trace the model")
+        program, input_names = _trace(model, image_size, outputs, pixel_mask)
+        progress("translate to ONNX")
+        onnx_model = _translate(program, attention, input_names, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
+        progress("optimise the graph")
+        graph.finish(onnx_model, opset, OUTPUTS[outputs], _symbols(onnx_model))
+        nodes = _check_nodes(onnx_model, model.config.attention_nodes if attention == "op" else 0)
+        metadata = {
+            "tool_version": __version__,
+            "op_version": schema.VERSION,
+            "variant": model.config.name,
+            "attention": attention,
+            "precision": precision,
+            "image_size": list(image_size) if image_size else None,
+            "outputs": outputs,
+            "pixel_mask": pixel_mask,
+            # The labels of a model with COCO's 91 slots are COCO's category ids.
+            "class_names": list(CLASS_NAMES) if model.config.num_classes == len(CLASS_NAMES) else None,
+        }
+        report = ExportReport(str(path), 0, 0.0, nodes, metadata)
         progress("write and check the file")
         _write(onnx_model, metadata, temporary)
         _check(temporary)
@@ -125,6 +116,25 @@ def export_onnx(
         report.seconds = round(time.monotonic() - start, 1)
         temporary_json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
+
+
+def _symbols(onnx_model: ir.Model) -> dict[str, str]:
+    """The trace's symbols of dynamic sizes -> the names that a user sees."""
+    shape = onnx_model.graph.inputs[0].shape
+    names = {0: "batch", 2: "height", 3: "width"}
+    return {str(shape[i].value): name for i, name in names.items() if isinstance(shape[i], ir.SymbolicDim)}
+
+
+def _check_nodes(onnx_model: ir.Model, expected: int) -> int:
+    """torch's exporter has dropped custom ops silently before: count them."""
+    nodes = graph.attention_nodes(onnx_model)
+    if nodes != expected:
+        raise LiteDetrError(
+            f"the exported graph has {nodes} nodes of the domain {schema.DOMAIN!r} and the model {expected} deformable "
+            "attentions: the exporter lost some. This is a bug in litedetr-deploy or in this version of torch "
+            f"({torch.__version__})."
+        )
+    return nodes
 
 
 def _trace(model: Detector, image_size, outputs: str, pixel_mask: bool):
@@ -149,6 +159,8 @@ def _trace(model: Detector, image_size, outputs: str, pixel_mask: bool):
 
 
 def _translate(program, attention: str, input_names: list[str], output_names: list[str]) -> ir.Model:
+    # It warns about torchvision's ops, of which the detectors have none.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.onnx.export(

@@ -113,3 +113,21 @@ def load_core() -> ctypes.CDLL:
         ctypes.c_size_t,
     ]
     return core
+
+
+@functools.cache
+def load_cuda() -> ctypes.CDLL:
+    """The 'core' library with the argument types of its CUDA part set.  Built without nvcc, it answers UNSUPPORTED.
+
+    Raises:
+        RuntimeError: as `load_core`.
+    """
+    core = load_core()
+    core.kda_cuda_forward.restype = ctypes.c_int
+    core.kda_cuda_forward.argtypes = [
+        ctypes.POINTER(Arguments),
+        ctypes.c_void_p,  # cudaStream_t
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
+    return core

@@ -6,7 +6,9 @@
                                       num_heads, num_points)
 
 Shapes and types are those of `schema.INPUTS`; `reference` defines what they compute.  For inference: a backward
-pass raises.  Importing this module registers the ops; the native library is loaded by the first call.
+pass raises.  On CUDA all tensors are on one device, spatial_shapes too, and nothing waits for the device, so that a
+call can be captured in a CUDA graph.  Importing this module registers the ops; the native library is loaded by the
+first call.
 """
 
 import ctypes
@@ -22,6 +24,7 @@ from . import native, schema
 
 _DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 _MESSAGE_SIZE = 512
+_CUDA_ALIGNMENT = 16  # bytes; kda_cuda_check in plugins/kda/cuda.cpp
 _thread = threading.local()
 
 
@@ -59,6 +62,18 @@ def ms_deform_attn(
     """[N, Q, M*D]; see the module's docstring.  Raises as `key_aware_deform_attn` does."""
     inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
     return _run_cpu(schema.PLAIN, _checked(schema.PLAIN, inputs, num_heads, num_points), num_heads, num_points)
+
+
+@key_aware_deform_attn.register_kernel("cuda")
+def _(query, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points, key=None) -> Tensor:
+    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, key)
+    return _run_cuda(schema.KEY_AWARE, _checked(schema.KEY_AWARE, inputs, num_heads, num_points), num_heads, num_points)
+
+
+@ms_deform_attn.register_kernel("cuda")
+def _(attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points) -> Tensor:
+    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
+    return _run_cuda(schema.PLAIN, _checked(schema.PLAIN, inputs, num_heads, num_points), num_heads, num_points)
 
 
 @key_aware_deform_attn.register_fake
@@ -156,9 +171,53 @@ def _name(dtype: torch.dtype) -> str:
 def _run_cpu(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int) -> Tensor:
     core = native.load_core()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    queries, value = next(iter(tensors.values())), tensors["value"]
     output = _empty_output(tensors)
-    arguments = native.Arguments(
+    arguments = _arguments(op_type, tensors, num_heads, num_points, output)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    status = core.kda_cpu_check(arguments, message, _MESSAGE_SIZE)
+    if status == native.OK:
+        workspace = _workspace(core.kda_cpu_workspace_size(arguments))
+        status = core.kda_cpu_forward(arguments, workspace.data_ptr(), _torch_threads(), message, _MESSAGE_SIZE)
+    _raise_unless_ok(status, op_type, message)
+    return output
+
+
+def _run_cuda(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int) -> Tensor:
+    """On PyTorch's current stream of the tensors' device."""
+    device = _common_cuda_device(tensors)
+    core = native.load_cuda()
+    tensors = {name: _contiguous_and_aligned(tensor) for name, tensor in tensors.items()}
+    output = _empty_output(tensors)
+    arguments = _arguments(op_type, tensors, num_heads, num_points, output)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        status = core.kda_cuda_forward(arguments, stream, message, _MESSAGE_SIZE)
+    _raise_unless_ok(status, op_type, message)
+    return output
+
+
+def _common_cuda_device(tensors: dict[str, Tensor]) -> torch.device:
+    device = next(tensor.device for tensor in tensors.values() if tensor.is_cuda)  # one is, or this would not run
+    for name, tensor in tensors.items():
+        _require(
+            tensor.device == device,
+            lambda: f"{name} is on {tensor.device}; it should be on {device}, where the others are: "
+            f"{name}.to('{device}')",
+        )
+    return device
+
+
+def _contiguous_and_aligned(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()  # a slice can be contiguous and start anywhere
+    return tensor if tensor.data_ptr() % _CUDA_ALIGNMENT == 0 else tensor.clone()
+
+
+def _arguments(
+    op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int, output: Tensor
+) -> native.Arguments:
+    queries, value = next(iter(tensors.values())), tensors["value"]
+    return native.Arguments(
         batch=value.shape[0],
         num_queries=queries.shape[1],
         num_tokens=value.shape[1],
@@ -173,15 +232,12 @@ def _run_cpu(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_point
         output=output.data_ptr(),
         **{name.replace("attention_logits", "query"): tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
-    status = core.kda_cpu_check(arguments, message, _MESSAGE_SIZE)
-    if status == native.OK:
-        workspace = _workspace(core.kda_cpu_workspace_size(arguments))
-        status = core.kda_cpu_forward(arguments, workspace.data_ptr(), _torch_threads(), message, _MESSAGE_SIZE)
+
+
+def _raise_unless_ok(status: int, op_type: str, message: ctypes.Array) -> None:
     if status != native.OK:
         error = ValueError if status == native.INVALID_ARGUMENT else RuntimeError
         raise error(f"{op_type}: {message.value.decode()}")
-    return output
 
 
 def _workspace(size: int) -> Tensor:

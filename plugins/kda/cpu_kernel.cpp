@@ -1,4 +1,5 @@
-/* The CPU kernels: GCC vector extensions, compiled once per instruction set (KDA_KERNEL, KDA_ISA, KDA_LANES). */
+/* The CPU kernels: one source of GCC vector extensions, compiled once per instruction set (KDA_KERNEL, KDA_ISA,
+ * KDA_LANES).  README.md has the measurements behind its choices. */
 #include "cpu_kernel.h"
 
 #if defined(__F16C__)
@@ -14,6 +15,9 @@ using kda::Plan;
 using kda::kMaxSamples;
 
 constexpr int kLanes = KDA_LANES;
+
+/* Queries between the prefetch of a row and its use: rows of one head lie M*D apart, out of the hardware's sight. */
+constexpr int64_t kAhead = 6;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
@@ -114,13 +118,25 @@ KDA_INLINE void to_floats(const uint16_t *source, int64_t count, float *target) 
 /* `count` elements of `dtype`, from the `offset`-th on. */
 KDA_INLINE void read(const void *source, int32_t dtype, int64_t offset, int64_t count, float *target) {
   if (dtype == KDA_FLOAT32) {
-    __builtin_memcpy(target, static_cast<const float *>(source) + offset, count * sizeof(float));
+    const float *floats = static_cast<const float *>(source) + offset;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(target + i, load(floats + i));
+    for (; i < count; ++i) target[i] = floats[i];
   } else if (dtype == KDA_FLOAT16) {
     to_floats<half_to_float>(static_cast<const uint16_t *>(source) + offset, count, target);
   } else {
     to_floats<bfloat_to_float>(static_cast<const uint16_t *>(source) + offset, count, target);
   }
 }
+
+/* The same elements in place where they are floats, else in `buffer`. */
+KDA_INLINE const float *view(const void *source, int32_t dtype, int64_t offset, int64_t count, float *buffer) {
+  if (dtype == KDA_FLOAT32) return static_cast<const float *>(source) + offset;
+  read(source, dtype, offset, count, buffer);
+  return buffer;
+}
+
+KDA_INLINE int64_t bytes_of(int32_t dtype) { return dtype == KDA_FLOAT32 ? 4 : 2; }
 
 /* The first `count` (at most kLanes) lanes of `x`. */
 KDA_INLINE void write(void *target, int32_t dtype, int64_t offset, int64_t count, Floats x) {
@@ -155,15 +171,15 @@ void repack_tensor(const Plan *plan, const void *source, float *target, int64_t 
     const bool inside = y >= 0 && y < level->height;
     /* The last row of all carries one token more, column W of row H. */
     const int64_t zeros = inside ? 1 : level->pitch + (row == plan->rows - 1);
-    for (int64_t head = 0; head < a->num_heads; ++head) {
+    for (int64_t head = 0; head < plan->num_heads; ++head) {
       __builtin_memset(target + (head * plan->tokens + first) * stride, 0, zeros * stride * sizeof(float));
     }
     if (!inside) continue;
     const int64_t token = plan->item * a->num_tokens + level->first_token + y * level->width;
     for (int64_t x = 0; x < level->width; ++x) {
-      for (int64_t head = 0; head < a->num_heads; ++head) {
+      for (int64_t head = 0; head < plan->num_heads; ++head) {
         float *cell = target + (head * plan->tokens + first + 1 + x) * stride;
-        read(source, a->dtype, (token + x) * width + head * dim, dim, cell);
+        read(source, a->dtype, (token + x) * width + (plan->first_head + head) * dim, dim, cell);
         for (int64_t d = dim; d < stride; ++d) cell[d] = 0;
       }
     }
@@ -182,26 +198,32 @@ void repack(const Plan *plan, int64_t begin, int64_t end) {
 struct Lanes {
   alignas(64) float width[kMaxSamples];
   alignas(64) float height[kMaxSamples];
+  /* In floats of the map: from a row to the next, and to pixel (0, 0). */
   alignas(64) int32_t pitch[kMaxSamples];
   alignas(64) int32_t origin[kMaxSamples];
+  int32_t token; /* from a token to the next */
 };
 
-/* Where the samples of one (query, head) read: the upper left corner's workspace index, and the weights of the corners
- * upper left, upper right, lower left, lower right. */
+/* Where the samples of one (query, head) read: floats from the map's start to the corners upper left, upper right, lower
+ * left, lower right, and the corners' weights.  In the workspace the first is enough; in the value as it came, a corner
+ * outside the map has -1. */
 struct Samples {
-  alignas(64) int32_t index[kMaxSamples];
+  alignas(64) int32_t corner[4][kMaxSamples];
   alignas(64) float weight[4][kMaxSamples];
 };
 
 KDA_INLINE void fill_lanes(const Plan *plan, Lanes *lanes) {
-  const int num_points = plan->arguments->num_points;
+  const kda_arguments *a = plan->arguments;
+  const int num_points = a->num_points;
+  lanes->token = static_cast<int32_t>(plan->in_place ? a->num_heads * a->head_dim : plan->stride);
   for (int p = 0; p < kMaxSamples; ++p) {
     /* Lanes beyond the last point repeat the last level, so that they compute something harmless. */
-    const int l = p / num_points < plan->arguments->num_levels ? p / num_points : plan->arguments->num_levels - 1;
+    const int l = p / num_points < a->num_levels ? p / num_points : a->num_levels - 1;
     lanes->width[p] = static_cast<float>(plan->levels[l].width);
     lanes->height[p] = static_cast<float>(plan->levels[l].height);
-    lanes->pitch[p] = plan->levels[l].pitch;
-    lanes->origin[p] = plan->levels[l].origin;
+    const Level *level = &plan->levels[l];
+    lanes->pitch[p] = (plan->in_place ? level->width : level->pitch) * lanes->token;
+    lanes->origin[p] = (plan->in_place ? static_cast<int32_t>(level->first_token) : level->origin) * lanes->token;
   }
 }
 
@@ -211,11 +233,13 @@ KDA_INLINE Ints floor_to_int(Floats x) {
   return truncated + (__builtin_convertvector(truncated, Floats) > x); /* true is -1 */
 }
 
+KDA_INLINE Ints load(const int32_t *source) { return as_ints(load(reinterpret_cast<const float *>(source))); }
+KDA_INLINE void store(int32_t *target, Ints x) { store(reinterpret_cast<float *>(target), as_floats(x)); }
+
 /* A vector's worth of samples, from lane `p` on; x and y in pixels of their levels. */
-KDA_INLINE void locate(const Lanes *lanes, int p, Floats x, Floats y, Samples *samples) {
+template <bool kInPlace>
+KDA_INLINE void locate(const Lanes *lanes, int32_t token, int p, Floats x, Floats y, Samples *samples) {
   const Floats width = load(lanes->width + p), height = load(lanes->height + p);
-  const Ints pitch = as_ints(load(reinterpret_cast<const float *>(lanes->pitch + p)));
-  const Ints origin = as_ints(load(reinterpret_cast<const float *>(lanes->origin + p)));
   /* NaN fails the comparison and lies outside, like an infinity; what is left fits an integer. */
   const Ints inside = (x >= -1.0f) & (x < width) & (y >= -1.0f) & (y < height);
   x = inside ? x : splat(-1.0f);
@@ -223,18 +247,28 @@ KDA_INLINE void locate(const Lanes *lanes, int p, Floats x, Floats y, Samples *s
   const Ints column = floor_to_int(x), row = floor_to_int(y);
   const Floats right = x - __builtin_convertvector(column, Floats), left = 1.0f - right;
   const Floats lower = y - __builtin_convertvector(row, Floats), upper = 1.0f - lower;
-  const Ints index = origin + row * pitch + column;
-  store(reinterpret_cast<float *>(samples->index + p), as_floats(index));
+  const Ints pitch = load(lanes->pitch + p);
+  const Ints corner = load(lanes->origin + p) + row * pitch + column * token;
+  if (kInPlace) {
+    const Ints has_left = column >= 0, has_right = __builtin_convertvector(column + 1, Floats) < width;
+    const Ints has_upper = row >= 0, has_lower = (__builtin_convertvector(row + 1, Floats) < height) & (row >= -1);
+    store(samples->corner[0] + p, (has_upper & has_left) ? corner : splat(-1));
+    store(samples->corner[1] + p, (has_upper & has_right) ? corner + token : splat(-1));
+    store(samples->corner[2] + p, (has_lower & has_left) ? corner + pitch : splat(-1));
+    store(samples->corner[3] + p, (has_lower & has_right) ? corner + pitch + token : splat(-1));
+  } else {
+    store(samples->corner[0] + p, corner);
+  }
   store(samples->weight[0] + p, upper * left);
   store(samples->weight[1] + p, upper * right);
   store(samples->weight[2] + p, lower * left);
   store(samples->weight[3] + p, lower * right);
 }
 
-template <bool kFour>
-KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, const float *reference, const float *offset,
-                               Samples *samples) {
-  const int num_samples = a->num_levels * a->num_points, width = a->reference_width;
+template <bool kFour, bool kInPlace>
+KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, int32_t token, const float *reference,
+                               const float *offset, Samples *samples) {
+  const int num_samples = kFour ? 16 : a->num_levels * a->num_points, width = a->reference_width;
   const Ints even = lane_numbers() * 2;
   const float box_scale = 0.5f / static_cast<float>(a->num_points);
   for (int p = 0; p < num_samples; p += kLanes) {
@@ -244,14 +278,18 @@ KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, const
     Floats centre_x, centre_y, box_width = {}, box_height = {};
     if (kFour) {
       /* Four points a level: this vector's levels are neighbours in memory. */
-      Floats references = {};
-      __builtin_memcpy(&references, reference + p / 4 * width, kLanes / 4 * width * sizeof(float));
-      const Ints level = (lane_numbers() >> 2) * width;
-      centre_x = __builtin_shuffle(references, level);
-      centre_y = __builtin_shuffle(references, level + 1);
+      const Ints level = lane_numbers() >> 2;
       if (width == 4) {
-        box_width = __builtin_shuffle(references, level + 2);
-        box_height = __builtin_shuffle(references, level + 3);
+        const Floats boxes = load(reference + p);
+        centre_x = __builtin_shuffle(boxes, level * 4);
+        centre_y = __builtin_shuffle(boxes, level * 4 + 1);
+        box_width = __builtin_shuffle(boxes, level * 4 + 2);
+        box_height = __builtin_shuffle(boxes, level * 4 + 3);
+      } else {
+        Floats centres = {};
+        __builtin_memcpy(&centres, reference + p / 2, sizeof centres / 2);
+        centre_x = __builtin_shuffle(centres, level * 2);
+        centre_y = __builtin_shuffle(centres, level * 2 + 1);
       }
     } else {
       centre_x = centre_y = Floats{};
@@ -268,7 +306,7 @@ KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, const
       x *= box_width * level_width * box_scale;
       y *= box_height * level_height * box_scale;
     }
-    locate(lanes, p, centre_x * level_width - 0.5f + x, centre_y * level_height - 0.5f + y, samples);
+    locate<kInPlace>(lanes, token, p, centre_x * level_width - 0.5f + x, centre_y * level_height - 0.5f + y, samples);
   }
 }
 
@@ -279,7 +317,7 @@ KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, const
 template <int kBit>
 KDA_INLINE Floats add_halves(Floats a, Floats b) {
   const Ints lanes = lane_numbers();
-  const Floats straight = __builtin_shuffle(a, b, (lanes & kBit) == 0 ? lanes : lanes + kLanes);
+  const Floats straight = (lanes & kBit) == 0 ? a : b;
   const Floats crossed = __builtin_shuffle(a, b, ((lanes & kBit) == 0 ? lanes : lanes + kLanes) ^ kBit);
   return straight + crossed;
 }
@@ -334,138 +372,246 @@ KDA_INLINE Floats exp_negative(Floats x) {
   return x < -87.0f ? Floats{} : e * power;
 }
 
-/* Softmax over the first `count` of `logits`, in place; the lanes up to a whole vector become 0. */
+/* Softmax over the first `count` of `logits`, in place. */
 KDA_INLINE void softmax(float *logits, int count) {
+  const auto lane_or = [&](int p, Floats otherwise) {
+    return count % kLanes == 0 ? load(logits + p) : lane_numbers() + p < count ? load(logits + p) : otherwise;
+  };
   const Floats low = splat(-__builtin_inff());
-  Floats highest = low, sum = {};
-  for (int p = 0; p < count; p += kLanes) {
-    const Floats x = lane_numbers() + p < count ? load(logits + p) : low;
-    store(logits + p, x);
+  Floats highest = lane_or(0, low), sum = {};
+  for (int p = kLanes; p < count; p += kLanes) {
+    const Floats x = lane_or(p, low);
     highest = x > highest ? x : highest;
   }
   highest = max_everywhere(highest);
   for (int p = 0; p < count; p += kLanes) {
-    Floats e = exp_negative(load(logits + p) - highest);
-    e = lane_numbers() + p < count ? e : Floats{};
+    const Floats e = exp_negative(lane_or(p, low) - highest);
     store(logits + p, e);
-    sum += e;
+    sum = p == 0 ? e : sum + e;
   }
   const Floats scale = 1.0f / sum_everywhere(sum);
   for (int p = 0; p < count; p += kLanes) store(logits + p, load(logits + p) * scale);
 }
 
-/* Vector `v` of sample `p` of a map. */
-KDA_INLINE Floats interpolate(const float *corner, int64_t pitch, int64_t stride, const Samples *samples, int p) {
-  return load(corner) * samples->weight[0][p] + load(corner + stride) * samples->weight[1][p] +
-         load(corner + pitch) * samples->weight[2][p] + load(corner + pitch + stride) * samples->weight[3][p];
+/* A vector of a sample: the four corners by their weights. */
+KDA_INLINE Floats interpolate(const float *const *corners, int64_t offset, const Samples *samples, int p) {
+  return load(corners[0] + offset) * samples->weight[0][p] + load(corners[1] + offset) * samples->weight[1][p] +
+         load(corners[2] + offset) * samples->weight[2][p] + load(corners[3] + offset) * samples->weight[3][p];
 }
 
-/* One head's chunk of queries.  kVectors: vectors in a token, or 0 to ask the plan; kFour: four levels of four points;
- * kShared: the key is the value and the samples are kept from the logits to the output. */
-template <int kVectors, bool kFour, bool kShared>
+/* A token of zeros, for the corners outside. */
+alignas(64) constexpr float kZeros[64] = {};
+
+/* Where sample `p` of a map reads; `token`: floats from a token to the next one. */
+template <bool kInPlace>
+KDA_INLINE void find_corners(const float *map, int32_t token, const Lanes *lanes, const Samples *samples, int p,
+                             const float **corners) {
+  if (kInPlace) {
+    for (int c = 0; c < 4; ++c) corners[c] = samples->corner[c][p] < 0 ? kZeros : map + samples->corner[c][p];
+  } else {
+    const uint32_t corner = static_cast<uint32_t>(samples->corner[0][p]);
+    corners[0] = map + corner;
+    corners[1] = map + corner + token;
+    corners[2] = map + lanes->pitch[p] + corner;
+    corners[3] = map + lanes->pitch[p] + corner + token;
+  }
+}
+
+/* The first and the last cache line of a row that a later query will want. */
+template <int kWrite>
+KDA_INLINE void prefetch(const void *tensor, int64_t offset, int64_t bytes) {
+  const uintptr_t row = reinterpret_cast<uintptr_t>(tensor) + offset;
+  __builtin_prefetch(reinterpret_cast<const void *>(row), kWrite, 3);
+  __builtin_prefetch(reinterpret_cast<const void *>(row + bytes - 1), kWrite, 3);
+}
+
+/* A chunk of queries, of one head in the workspace, of all heads in place.  kVectors: vectors in a token, or 0 to ask
+ * the plan; kFour: four levels of four points; kShared: the key is the value and the samples are kept from the logits to
+ * the output. */
+template <int kVectors, bool kFour, bool kShared, bool kInPlace>
 void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t begin, int64_t end) {
   static_assert(kVectors > 0 || !kShared, "samples are kept in an array of fixed size");
   const kda_arguments *a = plan->arguments;
-  const int num_levels = a->num_levels, num_points = a->num_points;
-  const int num_samples = kFour ? 16 : num_levels * num_points;
+  const int num_samples = kFour ? 16 : a->num_levels * a->num_points;
   const int64_t dim = a->head_dim;
   const int64_t vectors = kVectors ? kVectors : plan->stride / kLanes, stride = vectors * kLanes;
-  const float *value = plan->value + head * plan->tokens * stride;
-  const float *key = plan->key + head * plan->tokens * stride;
+  const int64_t num_heads = a->num_heads;
+  /* Floats from a token of a map to the next, and from a head's map to the next head's. */
+  const int32_t token = static_cast<int32_t>(kInPlace ? num_heads * dim : stride);
+  const int64_t map = kInPlace ? plan->item * a->num_tokens * token : (head - plan->first_head) * plan->tokens * stride;
+  const float *const values = (kInPlace ? static_cast<const float *>(a->value) : plan->value) + map;
+  const float *const keys = kInPlace ? values : plan->key + map;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
+  const int64_t query_bytes = (a->key_aware ? dim : num_samples) * bytes_of(a->dtype);
+  const int64_t output_bytes = dim * bytes_of(a->dtype);
+  const int64_t offset_bytes = 2 * num_samples * bytes_of(a->offset_dtype);
 
-  for (int64_t q = begin; q < end; ++q) {
-    const int64_t row = (plan->item * a->num_queries + q);
-    const int64_t cell = row * a->num_heads + head;
-    const float *reference = a->reference_points + row * num_levels * a->reference_width;
-
-    Samples samples;
-    alignas(64) float offset[2 * kMaxSamples + 2 * kLanes];
-    read(a->sampling_offsets, a->offset_dtype, cell * num_samples * 2, num_samples * 2, offset);
-    locate_samples<kFour>(a, lanes, reference, offset, &samples);
-
-    alignas(64) float weight[kMaxSamples];
-    alignas(64) float kept[kShared ? kMaxSamples * kVectors * kLanes : 1];
-    if (a->key_aware) {
-      alignas(64) float query[kVectors ? kVectors * kLanes : 1];
-      if (kVectors) {
-        for (int64_t d = dim; d < stride; ++d) query[d] = 0;
-        read(a->query, a->dtype, cell * dim, dim, query);
+  const auto locate_query = [&](int64_t row, int64_t head, Samples *samples) {
+    const int64_t first = (row * num_heads + head) * num_samples * 2;
+    const float *reference = a->reference_points + row * a->num_levels * a->reference_width;
+    alignas(64) float buffer[2 * kMaxSamples + 2 * kLanes];
+    const float *offset = buffer;
+    if (kFour) {
+      offset = view(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
+    } else {
+      /* Whole vectors are read. */
+      for (int i = 0; i < 2 * kLanes; i += kLanes) store(buffer + 2 * num_samples + i, Floats{});
+      read(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
+    }
+    locate_samples<kFour, kInPlace>(a, lanes, token, reference, offset, samples);
+    if (kInPlace) {
+      /* These come from anywhere in the value. */
+      for (int c = 0; c < 4; ++c) {
+        for (int p = 0; p < num_samples; ++p) {
+          const int32_t offset_of = samples->corner[c][p];
+          const float *corner = offset_of < 0 ? kZeros : values + head * dim + offset_of;
+          for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(corner + d, 0, 3);
+        }
       }
-      for (int first = 0; first < num_samples; first += kLanes) {
-        Floats products[kLanes];
+    }
+  };
+  /* Sampled keys against the query: logits into `weight`, and shared samples into `kept`. */
+  const auto score = [&](int64_t row, int64_t head, const Samples *samples, float *weight, float *kept) {
+    const int64_t cell = row * num_heads + head;
+    if (!a->key_aware) {
+      read(a->query, a->dtype, cell * num_samples, num_samples, weight);
+      return;
+    }
+    const float *key = kInPlace ? values + head * dim : keys;
+    alignas(64) float query_buffer[kVectors ? kVectors * kLanes : kLanes];
+    const float *query = query_buffer;
+    if (kVectors && dim == stride) {
+      query = view(a->query, a->dtype, cell * dim, dim, query_buffer);
+    } else if (kVectors) {
+      for (int64_t v = 0; v < vectors; ++v) store(query_buffer + v * kLanes, Floats{});
+      read(a->query, a->dtype, cell * dim, dim, query_buffer);
+    }
+    for (int first = 0; first < num_samples; first += kLanes) {
+      Floats products[kLanes] = {};
+      if constexpr (kVectors > 0) {
+#pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           const int p = first + i;
-          products[i] = Floats{};
-          if (!kFour && p >= num_samples) continue;
-          const float *corner = key + samples.index[p] * stride;
-          const int64_t pitch = lanes->pitch[p] * stride;
+          if (!kFour && p >= num_samples) break;
+          const float *corners[4];
+          find_corners<kInPlace>(key, token, lanes, samples, p, corners);
+#pragma GCC unroll 16
           for (int64_t v = 0; v < vectors; ++v) {
-            const Floats sample = interpolate(corner + v * kLanes, pitch, stride, &samples, p);
+            const Floats sample = interpolate(corners, v * kLanes, samples, p);
             if (kShared) store(kept + (p * vectors + v) * kLanes, sample);
-            Floats q_v = {};
-            if (kVectors) {
-              q_v = load(query + v * kLanes);
-            } else {
-              alignas(64) float part[kLanes] = {};
-              const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
-              read(a->query, a->dtype, cell * dim + v * kLanes, rest, part);
-              q_v = load(part);
-            }
-            products[i] += q_v * sample;
+            products[i] = v == 0 ? load(query) * sample : products[i] + load(query + v * kLanes) * sample;
           }
         }
-        store(weight + first, sum_rows(products) * scale);
+      } else {
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
+          store(query_buffer, Floats{});
+          read(a->query, a->dtype, cell * dim + v * kLanes, rest, query_buffer);
+          for (int i = 0; i < kLanes && first + i < num_samples; ++i) {
+            const int p = first + i;
+            const float *corners[4];
+            find_corners<kInPlace>(key, token, lanes, samples, p, corners);
+            products[i] += load(query_buffer) * interpolate(corners, v * kLanes, samples, p);
+          }
+        }
       }
-    } else {
-      read(a->query, a->dtype, cell * num_samples, num_samples, weight);
+      store(weight + first, sum_rows(products) * scale);
     }
-    softmax(weight, num_samples);
+  };
 
-    Floats output[kVectors ? kVectors : 1];
+  /* Softmax of the logits and weighted sum of the values. */
+  const auto finish = [&](int64_t row, int64_t head, const Samples *samples, float *weight, const float *kept) {
+    const int64_t cell = row * num_heads + head;
+    const float *value = kInPlace ? values + head * dim : values;
+    softmax(weight, num_samples);
+    __asm__ volatile("" : : : "memory");
+#pragma GCC unroll 16
     for (int64_t v = 0; v < vectors; ++v) {
-      Floats *sum = output + (kVectors ? v : 0);
-      *sum = Floats{};
+      Floats sum[2] = {};
+#pragma GCC unroll 16
       for (int p = 0; p < num_samples; ++p) {
-        const Floats sample =
-            kShared ? load(kept + (p * vectors + v) * kLanes)
-                    : interpolate(value + samples.index[p] * stride + v * kLanes, lanes->pitch[p] * stride, stride, &samples, p);
-        *sum += weight[p] * sample;
+        Floats sample;
+        if (kShared) {
+          sample = load(kept + (p * vectors + v) * kLanes);
+        } else {
+          const float *corners[4];
+          find_corners<kInPlace>(value, token, lanes, samples, p, corners);
+          sample = interpolate(corners, v * kLanes, samples, p);
+        }
+        sum[p & 1] += weight[p] * sample;
       }
       const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
-      write(a->output, a->dtype, cell * dim + v * kLanes, rest, *sum);
+      write(a->output, a->dtype, cell * dim + v * kLanes, rest, sum[0] + sum[1]);
     }
+  };
+
+  /* While a query's samples are interpolated, the next one's are located. */
+  struct Stage {
+    Samples samples;
+    int64_t row, head;
+  } stages[2];
+  Stage *now = &stages[0], *next = &stages[1];
+  alignas(64) float weight_array[kMaxSamples];
+  alignas(64) float kept_array[kShared ? kMaxSamples * kVectors * kLanes : 1];
+  float *weight = weight_array, *kept = kept_array;
+  /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load from
+   * memory spreads it for nothing. */
+  __asm__("" : "+r"(weight), "+r"(kept));
+
+  const int64_t last_row = plan->item * a->num_queries + end;
+  now->row = plan->item * a->num_queries + begin;
+  now->head = head;
+  locate_query(now->row, now->head, &now->samples);
+  while (now->row < last_row) {
+    next->row = now->row + 1;
+    next->head = now->head;
+    if (kInPlace) {
+      next->head = now->head + 1 < num_heads ? now->head + 1 : 0;
+      next->row = now->row + (next->head == 0);
+    } else {
+      const int64_t ahead = (now->row + kAhead) * num_heads + head;
+      prefetch<0>(a->sampling_offsets, ahead * offset_bytes, offset_bytes);
+      prefetch<0>(a->query, ahead * query_bytes, query_bytes);
+      prefetch<1>(a->output, ahead * output_bytes, output_bytes);
+    }
+    if (next->row < last_row) locate_query(next->row, next->head, &next->samples);
+    score(now->row, now->head, &now->samples, weight, kept);
+    finish(now->row, now->head, &now->samples, weight, kept);
+    Stage *const done = now;
+    now = next;
+    next = done;
   }
 }
 
+typedef void (*AttendChunk)(const Plan *plan, const Lanes *lanes, int64_t head, int64_t begin, int64_t end);
+
 template <int kVectors>
-void attend_chunk_of(const Plan *plan, const Lanes *lanes, int64_t head, int64_t begin, int64_t end) {
+AttendChunk choose(const Plan *plan) {
   const kda_arguments *a = plan->arguments;
   const bool four = a->num_levels == 4 && a->num_points == 4;
   if constexpr (kVectors > 0) {
+    if (plan->in_place) {
+      return a->key_aware ? attend_chunk<kVectors, true, true, true> : attend_chunk<kVectors, true, false, true>;
+    }
     if (a->key_aware && !a->key) {
-      return four ? attend_chunk<kVectors, true, true>(plan, lanes, head, begin, end)
-                  : attend_chunk<kVectors, false, true>(plan, lanes, head, begin, end);
+      return four ? attend_chunk<kVectors, true, true, false> : attend_chunk<kVectors, false, true, false>;
     }
   }
-  return four ? attend_chunk<kVectors, true, false>(plan, lanes, head, begin, end)
-              : attend_chunk<kVectors, false, false>(plan, lanes, head, begin, end);
+  return four ? attend_chunk<kVectors, true, false, false> : attend_chunk<kVectors, false, false, false>;
 }
 
 void attend(const Plan *plan, int64_t begin, int64_t end) {
+  const kda_arguments *a = plan->arguments;
   Lanes lanes;
   fill_lanes(plan, &lanes);
+  const AttendChunk attend_chunk = plan->stride == 16   ? choose<16 / kLanes>(plan)
+                                   : plan->stride == 32 ? choose<32 / kLanes>(plan)
+                                   : plan->stride == 64 ? choose<64 / kLanes>(plan)
+                                                        : choose<0>(plan);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / plan->num_chunks;
-    const int64_t first = task % plan->num_chunks * plan->query_chunk;
-    const int64_t all = plan->arguments->num_queries;
-    const int64_t last = first + plan->query_chunk < all ? first + plan->query_chunk : all;
-    switch (plan->stride) {
-      case 16: attend_chunk_of<16 / kLanes>(plan, &lanes, head, first, last); break;
-      case 32: attend_chunk_of<32 / kLanes>(plan, &lanes, head, first, last); break;
-      case 64: attend_chunk_of<64 / kLanes>(plan, &lanes, head, first, last); break;
-      default: attend_chunk_of<0>(plan, &lanes, head, first, last); break;
-    }
+    const int64_t head = plan->first_head + task / plan->num_chunks;
+    const int64_t first = task % plan->num_chunks * plan->query_chunk, last = first + plan->query_chunk;
+    if (first < a->num_queries) attend_chunk(plan, &lanes, head, first, last < a->num_queries ? last : a->num_queries);
   }
 }
 

@@ -102,6 +102,17 @@ KDA_API kda_status kda_cpu_forward(const kda_arguments *arguments, void *workspa
 /* The instruction set that `kda_cpu_forward` uses on this machine: "avx512", "avx2", "neon" or "generic". */
 KDA_API const char *kda_cpu_isa(void);
 
+/* ---- CUDA --------------------------------------------------------------------------------------------- */
+
+/* Checks what can be checked from the host without reading device memory; `message` as in `kda_cpu_check`. */
+KDA_API kda_status kda_cuda_check(const kda_arguments *arguments, char *message, size_t message_size);
+
+/* Computes the attention on `stream` (a cudaStream_t) of the current device.  Every pointer of `arguments` is device
+ * memory, spatial_shapes included; nothing is copied to the host and nothing waits, so that the call can be captured
+ * in a CUDA graph.  A library that was built without nvcc answers KDA_UNSUPPORTED. */
+KDA_API kda_status kda_cuda_forward(const kda_arguments *arguments, void *stream, char *message,
+                                    size_t message_size);
+
 /* KDA_ABI_VERSION of the library. */
 KDA_API int32_t kda_abi_version(void);
 

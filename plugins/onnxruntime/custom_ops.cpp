@@ -1,4 +1,4 @@
-/* KeyAwareDeformAttn and MSDeformAttn (domain litedetr) as ONNX Runtime custom ops for the CPU.
+/* KeyAwareDeformAttn and MSDeformAttn (domain litedetr) as ONNX Runtime custom ops, for the CPU and for CUDA.
  *
  * This file checks types and shapes and calls plugins/kda; the same ops are described in
  * litedetr_deploy/ops/schema.py.  It is written against ONNX Runtime's C API, whose functions are reached through the
@@ -16,8 +16,11 @@
 #include <utility>
 
 #include "kda.h"
+#include "op.h"
 
 namespace {
+
+using namespace litedetr;
 
 /* The oldest API that has all that is used here (KernelInfoGetAllocator), so that older runtimes than the headers
  * load the library as well. */
@@ -25,29 +28,26 @@ constexpr uint32_t kApiVersion = 18;
 static_assert(kApiVersion <= ORT_API_VERSION, "the ONNX Runtime headers are older than 1.18");
 
 constexpr const char *kDomain = "litedetr";
-constexpr const char *kKeyAwareName = "KeyAwareDeformAttn";
-constexpr const char *kPlainName = "MSDeformAttn";
-constexpr int kOpVersion = 1;
 
-/* Inputs, in order; MSDeformAttn has attention_logits in place of query, and no key. */
-enum Input { kQuery, kValue, kReferencePoints, kSamplingOffsets, kSpatialShapes, kKey, kNumInputs };
-
-constexpr size_t kMessageSize = 512;
 constexpr size_t kAlignment = 64;
 
-/* One op for one combination of types; ONNX Runtime selects among ops of one name by the types of the inputs. */
+#ifdef LITEDETR_HAS_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
+/* One op for one provider and one combination of types; ONNX Runtime selects among ops of one name by the provider that
+ * a node is given to and by the types of its inputs. */
 struct Op : OrtCustomOp {
   const OrtApi *api;
+  bool cuda;
   bool key_aware;
   ONNXTensorElementDataType type;
   ONNXTensorElementDataType offset_type;
 
-  const char *name() const { return key_aware ? kKeyAwareName : kPlainName; }
-  const char *input_name(size_t input) const {
-    static constexpr const char *kNames[kNumInputs] = {"query",           "value",         "reference_points",
-                                                       "sampling_offsets", "spatial_shapes", "key"};
-    return input == kQuery && !key_aware ? "attention_logits" : kNames[input];
-  }
+  const char *name() const { return op_name(key_aware); }
+  const char *input_name(size_t input) const { return litedetr::input_name(key_aware, input); }
   ONNXTensorElementDataType input_type(size_t input) const {
     switch (input) {
       case kReferencePoints: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -67,7 +67,7 @@ struct Op : OrtCustomOp {
 
 /* "KeyAwareDeformAttn: <message>" */
 __attribute__((format(printf, 3, 4))) OrtStatus *error(const Op &op, OrtErrorCode code, const char *format, ...) {
-  char message[kMessageSize];
+  char message[600];
   const int length = snprintf(message, sizeof message, "%s: ", op.name());
   va_list values;
   va_start(values, format);
@@ -83,26 +83,6 @@ kda_dtype dtype_of(ONNXTensorElementDataType type) {
     default: return KDA_FLOAT32;
   }
 }
-
-struct Shape {
-  static constexpr size_t kMaxRank = 8;
-  size_t rank = 0;
-  int64_t sizes[kMaxRank] = {};
-
-  struct Text {
-    char characters[128];
-  };
-  Text text() const {
-    Text text = {"["};
-    int length = 1;
-    for (size_t i = 0; i < rank && length < 100; ++i) {
-      length += snprintf(text.characters + length, sizeof text.characters - length, i ? ", %lld" : "%lld",
-                         static_cast<long long>(sizes[i]));
-    }
-    snprintf(text.characters + length, sizeof text.characters - length, "]");
-    return text;
-  }
-};
 
 struct Tensor {
   void *data = nullptr;
@@ -126,18 +106,11 @@ OrtStatus *read_tensor(const Op &op, const OrtKernelContext *context, size_t inp
   return status;
 }
 
-OrtStatus *check_rank(const Op &op, size_t input, const Tensor &tensor, size_t rank) {
-  if (tensor.shape.rank == rank) return nullptr;
-  return error(op, ORT_INVALID_ARGUMENT, "%s has shape %s; it should have %zu dimensions", op.input_name(input),
-               tensor.shape.text().characters, rank);
-}
-
-OrtStatus *check_shape(const Op &op, size_t input, const Tensor &tensor, const Shape &wanted) {
-  bool equal = tensor.shape.rank == wanted.rank;
-  for (size_t i = 0; equal && i < wanted.rank; ++i) equal = tensor.shape.sizes[i] == wanted.sizes[i];
-  if (equal) return nullptr;
-  return error(op, ORT_INVALID_ARGUMENT, "%s has shape %s; it should be %s", op.input_name(input),
-               tensor.shape.text().characters, wanted.text().characters);
+OrtStatus *error_of(const Op &op, kda_status status, const Message &message) {
+  const OrtErrorCode code = status == KDA_UNSUPPORTED        ? ORT_NOT_IMPLEMENTED
+                            : status == KDA_INVALID_ARGUMENT ? ORT_INVALID_ARGUMENT
+                                                             : ORT_FAIL;
+  return error(op, code, "%s", message.characters);
 }
 
 /* ---- The kernel --------------------------------------------------------------------------------------------- */
@@ -146,7 +119,7 @@ struct Kernel {
   const Op *op;
   int32_t num_heads;
   int32_t num_points;
-  OrtAllocator *allocator; /* ONNX Runtime's arena for the CPU */
+  OrtAllocator *allocator; /* ONNX Runtime's arena for the CPU; the CUDA kernels need no memory */
 };
 
 OrtStatus *read_attribute(const Op &op, const OrtKernelInfo *info, const char *name, int32_t *value) {
@@ -168,16 +141,16 @@ OrtStatus *create_kernel(const OrtCustomOp *custom_op, const OrtApi *, const Ort
   Kernel kernel = {&op, 0, 0, nullptr};
   RETURN_IF_ERROR(read_attribute(op, info, "num_heads", &kernel.num_heads));
   RETURN_IF_ERROR(read_attribute(op, info, "num_points", &kernel.num_points));
-  RETURN_IF_ERROR(op.api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &kernel.allocator));
+  if (!op.cuda) RETURN_IF_ERROR(op.api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &kernel.allocator));
   *created = new (std::nothrow) Kernel(kernel);
   if (*created) return nullptr;
-  op.api->ReleaseAllocator(kernel.allocator);
+  if (kernel.allocator) op.api->ReleaseAllocator(kernel.allocator);
   return error(op, ORT_FAIL, "out of memory");
 }
 
 void destroy_kernel(void *pointer) {
   const Kernel *kernel = static_cast<const Kernel *>(pointer);
-  kernel->op->api->ReleaseAllocator(kernel->allocator);
+  if (kernel->allocator) kernel->op->api->ReleaseAllocator(kernel->allocator);
   delete kernel;
 }
 
@@ -206,84 +179,77 @@ struct Threads {
   }
 };
 
-OrtStatus *compute(void *pointer, OrtKernelContext *context) {
-  const Kernel &kernel = *static_cast<const Kernel *>(pointer);
+/* Checks the inputs and makes the output.  The tensors are where the provider has them: in its device's memory. */
+OrtStatus *read_arguments(const Kernel &kernel, OrtKernelContext *context, kda_arguments *arguments) {
   const Op &op = *kernel.op;
   const OrtApi &api = *op.api;
-
   size_t num_inputs = 0;
   RETURN_IF_ERROR(api.KernelContext_GetInputCount(context, &num_inputs));
   if (num_inputs > kNumInputs) num_inputs = kNumInputs;
   Tensor tensors[kNumInputs];
+  Shape shapes[kNumInputs];
   for (size_t input = 0; input < num_inputs; ++input) {
     RETURN_IF_ERROR(read_tensor(op, context, input, &tensors[input]));
+    shapes[input] = tensors[input].shape;
   }
-  const Tensor &query = tensors[kQuery], &value = tensors[kValue], &references = tensors[kReferencePoints];
-  const Tensor &shapes = tensors[kSpatialShapes], &key = tensors[kKey];
 
-  RETURN_IF_ERROR(check_rank(op, kQuery, query, 3));
-  RETURN_IF_ERROR(check_rank(op, kValue, value, 3));
-  RETURN_IF_ERROR(check_rank(op, kReferencePoints, references, 4));
-  RETURN_IF_ERROR(check_rank(op, kSpatialShapes, shapes, 2));
-  const int64_t batch = value.shape.sizes[0], num_tokens = value.shape.sizes[1], channels = value.shape.sizes[2];
-  const int64_t num_queries = query.shape.sizes[1], num_levels = shapes.shape.sizes[0];
-  const int64_t width = references.shape.sizes[3];
-  if (channels % kernel.num_heads != 0) {
-    return error(op, ORT_INVALID_ARGUMENT, "value has %lld channels; they should divide by the %d heads",
-                 static_cast<long long>(channels), kernel.num_heads);
-  }
-  if (width != 2 && width != 4) {
-    return error(op, ORT_INVALID_ARGUMENT, "reference_points has shape %s; the last size should be 2 or 4",
-                 references.shape.text().characters);
-  }
-  if (num_levels > KDA_MAX_LEVELS) {
-    return error(op, ORT_NOT_IMPLEMENTED, "spatial_shapes has %lld levels; the kernels take at most %d",
-                 static_cast<long long>(num_levels), KDA_MAX_LEVELS);
-  }
-  const int64_t samples = int64_t{kernel.num_heads} * num_levels * kernel.num_points;
-  const Shape output_shape = {3, {batch, num_queries, channels}};
-  RETURN_IF_ERROR(check_shape(op, kQuery, query, {3, {batch, num_queries, op.key_aware ? channels : samples}}));
-  RETURN_IF_ERROR(check_shape(op, kReferencePoints, references, {4, {batch, num_queries, num_levels, width}}));
-  RETURN_IF_ERROR(check_shape(op, kSamplingOffsets, tensors[kSamplingOffsets], {3, {batch, num_queries, 2 * samples}}));
-  RETURN_IF_ERROR(check_shape(op, kSpatialShapes, shapes, {2, {num_levels, 2}}));
-  if (key.data) RETURN_IF_ERROR(check_shape(op, kKey, key, value.shape));
+  *arguments = {};
+  arguments->key_aware = op.key_aware;
+  arguments->num_heads = kernel.num_heads;
+  arguments->num_points = kernel.num_points;
+  Message message;
+  const kda_status status = check_shapes(shapes, tensors[kKey].data, arguments, &message);
+  if (status != KDA_OK) return error_of(op, status, message);
+  arguments->dtype = dtype_of(op.type);
+  arguments->offset_dtype = dtype_of(op.offset_type);
+  arguments->query = tensors[kQuery].data;
+  arguments->key = tensors[kKey].data;
+  arguments->value = tensors[kValue].data;
+  arguments->reference_points = static_cast<const float *>(tensors[kReferencePoints].data);
+  arguments->sampling_offsets = tensors[kSamplingOffsets].data;
+  arguments->spatial_shapes = static_cast<const int64_t *>(tensors[kSpatialShapes].data);
 
+  const int64_t sizes[3] = {arguments->batch, arguments->num_queries, shapes[kValue].sizes[2]};
   OrtValue *output = nullptr;
-  RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, output_shape.sizes, output_shape.rank, &output));
-  kda_arguments arguments = {};
-  RETURN_IF_ERROR(api.GetTensorMutableData(output, &arguments.output));
-  arguments.batch = batch;
-  arguments.num_queries = num_queries;
-  arguments.num_tokens = num_tokens;
-  arguments.num_heads = kernel.num_heads;
-  arguments.head_dim = static_cast<int32_t>(channels / kernel.num_heads);
-  arguments.num_levels = static_cast<int32_t>(num_levels);
-  arguments.num_points = kernel.num_points;
-  arguments.reference_width = static_cast<int32_t>(width);
-  arguments.key_aware = op.key_aware;
-  arguments.dtype = dtype_of(op.type);
-  arguments.offset_dtype = dtype_of(op.offset_type);
-  arguments.query = query.data;
-  arguments.key = key.data;
-  arguments.value = value.data;
-  arguments.reference_points = static_cast<const float *>(references.data);
-  arguments.sampling_offsets = tensors[kSamplingOffsets].data;
-  arguments.spatial_shapes = static_cast<const int64_t *>(shapes.data);
-  if (batch == 0 || num_queries == 0) return nullptr;
+  RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, sizes, 3, &output));
+  return api.GetTensorMutableData(output, &arguments->output);
+}
 
-  char message[kMessageSize] = "";
-  kda_status status = kda_cpu_check(&arguments, message, sizeof message);
+OrtStatus *compute_cpu(void *pointer, OrtKernelContext *context) {
+  const Kernel &kernel = *static_cast<const Kernel *>(pointer);
+  const Op &op = *kernel.op;
+  const OrtApi &api = *op.api;
+  kda_arguments arguments;
+  RETURN_IF_ERROR(read_arguments(kernel, context, &arguments));
+  if (arguments.batch == 0 || arguments.num_queries == 0) return nullptr;
+
+  Message message;
+  kda_status status = kda_cpu_check(&arguments, message.characters, sizeof message.characters);
   if (status == KDA_OK) {
     void *scratch = nullptr;
     RETURN_IF_ERROR(api.AllocatorAlloc(kernel.allocator, kda_cpu_workspace_size(&arguments) + kAlignment, &scratch));
     const uintptr_t aligned = (reinterpret_cast<uintptr_t>(scratch) + kAlignment - 1) / kAlignment * kAlignment;
     Threads threads = {&api, context, nullptr, nullptr};
     const kda_executor executor = {Threads::run, &threads};
-    status = kda_cpu_forward(&arguments, reinterpret_cast<void *>(aligned), &executor, message, sizeof message);
+    status = kda_cpu_forward(&arguments, reinterpret_cast<void *>(aligned), &executor, message.characters,
+                             sizeof message.characters);
     RETURN_IF_ERROR(api.AllocatorFree(kernel.allocator, scratch));
   }
-  if (status == KDA_OK) return nullptr;
-  return error(op, status == KDA_UNSUPPORTED ? ORT_NOT_IMPLEMENTED : ORT_INVALID_ARGUMENT, "%s", message);
+  return status == KDA_OK ? nullptr : error_of(op, status, message);
+}
+
+OrtStatus *compute_cuda(void *pointer, OrtKernelContext *context) {
+  const Kernel &kernel = *static_cast<const Kernel *>(pointer);
+  const Op &op = *kernel.op;
+  kda_arguments arguments;
+  RETURN_IF_ERROR(read_arguments(kernel, context, &arguments));
+  if (arguments.batch == 0 || arguments.num_queries == 0) return nullptr;
+
+  void *stream = nullptr; /* the session's cudaStream_t */
+  RETURN_IF_ERROR(op.api->KernelContext_GetGPUComputeStream(context, &stream));
+  Message message;
+  const kda_status status = kda_cuda_forward(&arguments, stream, message.characters, sizeof message.characters);
+  return status == KDA_OK ? nullptr : error_of(op, status, message);
 }
 
 /* ---- The description ---------------------------------------------------------------------------------------- */
@@ -324,15 +290,19 @@ OrtStatus *infer_shape(const OrtCustomOp *custom_op, OrtShapeInferContext *conte
   return status;
 }
 
-Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ONNXTensorElementDataType offset_type) {
+Op make_op(const OrtApi *api, bool cuda, bool key_aware, ONNXTensorElementDataType type,
+           ONNXTensorElementDataType offset_type) {
   Op op = {};
   op.api = api;
+  op.cuda = cuda;
   op.key_aware = key_aware;
   op.type = type;
   op.offset_type = offset_type;
   op.version = kApiVersion;
   op.GetName = [](const OrtCustomOp *self) { return static_cast<const Op *>(self)->name(); };
-  op.GetExecutionProviderType = [](const OrtCustomOp *) { return "CPUExecutionProvider"; };
+  op.GetExecutionProviderType = [](const OrtCustomOp *self) {
+    return static_cast<const Op *>(self)->cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  };
   op.GetInputTypeCount = [](const OrtCustomOp *self) -> size_t {
     return static_cast<const Op *>(self)->key_aware ? kNumInputs : kKey;
   };
@@ -342,6 +312,7 @@ Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ON
   op.GetInputCharacteristic = [](const OrtCustomOp *, size_t input) {
     return input == kKey ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   };
+  /* All in the provider's memory, spatial_shapes too: nothing is copied to the host. */
   op.GetInputMemoryType = [](const OrtCustomOp *, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp *) -> size_t { return 1; };
   op.GetOutputType = [](const OrtCustomOp *self, size_t) { return static_cast<const Op *>(self)->type; };
@@ -353,7 +324,7 @@ Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ON
   op.GetStartVersion = [](const OrtCustomOp *) { return kOpVersion; };
   op.InferOutputShapeFn = infer_shape;
   op.CreateKernelV2 = create_kernel;
-  op.KernelComputeV2 = compute;
+  op.KernelComputeV2 = cuda ? compute_cuda : compute_cpu;
   op.KernelDestroy = destroy_kernel;
   return op;
 }
@@ -361,7 +332,7 @@ Op make_op(const OrtApi *api, bool key_aware, ONNXTensorElementDataType type, ON
 /* The ops of one ONNX Runtime (a process may hold two) and the domain that lists them.  Sessions keep pointers to both,
  * so a registration lives as long as the process. */
 struct Registration {
-  Op ops[10];
+  Op ops[20];
   OrtCustomOpDomain *domain = nullptr;
 
   OrtStatus *fill(const OrtApi *api) {
@@ -372,10 +343,14 @@ struct Registration {
         {kFloat, kFloat}, {kHalf, kHalf}, {kHalf, kFloat}, {kBfloat, kBfloat}, {kBfloat, kFloat}};
     RETURN_IF_ERROR(api->CreateCustomOpDomain(kDomain, &domain));
     Op *op = ops;
-    for (bool key_aware : {true, false}) {
-      for (const auto &types : kTypes) {
-        *op = make_op(api, key_aware, types[0], types[1]);
-        RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op++));
+    for (bool cuda : {false, true}) {
+      /* A library without CUDA kernels leaves all nodes to the CPU; an ONNX Runtime without CUDA ignores these ops. */
+      if (cuda && !kHasCuda) break;
+      for (bool key_aware : {true, false}) {
+        for (const auto &types : kTypes) {
+          *op = make_op(api, cuda, key_aware, types[0], types[1]);
+          RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op++));
+        }
       }
     }
     return nullptr;
@@ -408,7 +383,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus *ORT_API_CALL Regist
     /* API 1 is in every release; it is enough to say what is wrong. */
     const OrtApi *oldest = base->GetApi(1);
     if (!oldest) return nullptr;
-    char message[kMessageSize];
+    char message[256];
     snprintf(message, sizeof message, "the litedetr custom ops need ONNX Runtime 1.%u or newer; this one is %s",
              kApiVersion, base->GetVersionString());
     return oldest->CreateStatus(ORT_NOT_IMPLEMENTED, message);

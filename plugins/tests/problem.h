@@ -25,6 +25,7 @@ inline uint16_t float_to_half(float x) {
   if (isnan(x)) return sign | 0x7e00;
   const double magnitude = fabs(x);
   if (magnitude >= 65520) return sign | 0x7c00;
+  if (magnitude == 0) return sign;
   int exponent = 0;
   frexp(magnitude, &exponent);
   const int unit = exponent < -13 ? -24 : exponent - 11; /* of the last place */

@@ -31,7 +31,10 @@ def run_probed(path, golden: Golden) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("attention", ["op", "gather", "gridsample"])
-@pytest.mark.parametrize("name,case", CASES)
+@pytest.mark.parametrize(
+    # One process makes and uses all exports of a variant.
+    "name,case", [pytest.param(*case, marks=pytest.mark.xdist_group(case[0])) for case in CASES]
+)
 def test_graph_matches_official_outputs(exported, name, case, attention):
     golden = Golden(name, case)
     outputs = run_probed(exported(name, attention), golden)
@@ -79,6 +82,7 @@ def test_post_processing_alone_matches_the_official_one():
     assert np.abs(scores.numpy() - wanted["post_scores"]).max() < 1e-6
 
 
+@pytest.mark.xdist_group("lite_dino_r50_h3l1_2p1x3")
 @pytest.mark.parametrize("attention,nodes", [("op", 12), ("gather", 0), ("gridsample", 0)])
 def test_graph_has_the_nodes_it_should(exported, attention, nodes):
     model = onnx.load(exported("lite_dino_r50_h3l1_2p1x3", attention))

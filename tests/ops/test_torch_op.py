@@ -1,6 +1,7 @@
 """torch.ops.litedetr against the reference; what it refuses; how PyTorch may use it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -140,3 +141,20 @@ def test_error_without_the_native_library(monkeypatch, tmp_path):
 def test_unknown_translation():
     with pytest.raises(ValueError, match="'grid_sample'; it should be one of 'op', 'gather', 'gridsample'"):
         torch_op.onnx_translations("grid_sample")
+
+
+def test_cuda_wants_all_tensors_on_one_device():
+    """What tests/gpu shows with real tensors."""
+    cpu, cuda = (SimpleNamespace(device=torch.device(name), is_cuda=name != "cpu") for name in ("cpu", "cuda:1"))
+    assert torch_op._common_cuda_device({"value": cuda, "spatial_shapes": cuda}) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match=r"spatial_shapes is on cpu; .* cuda:1, .*: spatial_shapes.to\('cuda:1'\)"):
+        torch_op._common_cuda_device({"value": cuda, "spatial_shapes": cpu})
+
+
+def test_cuda_gets_aligned_copies_of_slices():
+    buffer = torch.arange(100, dtype=torch.float16)
+    assert torch_op._contiguous_and_aligned(buffer) is buffer
+    aligned = torch_op._contiguous_and_aligned(buffer[3:])
+    assert aligned.data_ptr() % 16 == 0
+    assert torch.equal(aligned, buffer[3:])
+    assert torch_op._contiguous_and_aligned(buffer.view(10, 10).T).is_contiguous()

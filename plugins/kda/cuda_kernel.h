@@ -1,0 +1,49 @@
+/* What the host's half of the CUDA operator (cuda.cpp) hands to the kernels: one function a storage type, each compiled
+ * from cuda_kernel.cuh in a file of its own. */
+#ifndef LITEDETR_KDA_CUDA_KERNEL_H
+#define LITEDETR_KDA_CUDA_KERNEL_H
+
+#include <cuda_runtime.h>
+
+#include "kda.h"
+
+namespace kda {
+
+constexpr int kMaxThreads = 256; /* in a block */
+constexpr int kPieceBytes = 16;  /* what a thread loads at once */
+
+/* The parameter of the kernels. */
+struct Attention {
+  const void *query; /* or attention logits */
+  const void *key;   /* NULL: the key is the value */
+  const void *value;
+  const float *reference_points;
+  const void *sampling_offsets;
+  const int64_t *spatial_shapes;
+  void *output;
+  int64_t num_queries, num_tokens;
+  int num_heads, head_dim, num_levels, num_points;
+  int lanes;  /* threads that own a (query, head): a power of two, with a 16-byte piece of its channels each */
+  int chunks; /* blocks that the queries of a head take */
+  bool key_aware, box_references, float_offsets;
+  float scale; /* of the logits: 1 / sqrt(D) */
+};
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+
+/* Records of samples that a (query, head) takes in shared memory.  Samples come in pairs; and an odd number of 16-byte
+ * records puts the same record of 8 neighbours into different banks. */
+inline __host__ __device__ int records_of(int samples) { return ((samples + 1) & ~1) + 1; }
+
+cudaError_t attend_float32(const Launch &launch, const Attention &attention);
+cudaError_t attend_float16(const Launch &launch, const Attention &attention);
+cudaError_t attend_bfloat16(const Launch &launch, const Attention &attention);
+
+}  // namespace kda
+
+#endif /* LITEDETR_KDA_CUDA_KERNEL_H */

@@ -1,0 +1,109 @@
+/* Stands in for the CUDA toolkit's header of this name, so that the kernels' own sources compile as C++ and run on the
+ * host: device memory is the host's, the threads of a block are fibers of one thread, blocks run one after another.
+ * It has what plugins/kda and its test use, no more.  A missing barrier shows as wrong results (fibers run in changing
+ * orders, shared memory starts as NaN), a barrier that some threads miss as an abort, and a wrong address under
+ * AddressSanitizer. */
+#ifndef LITEDETR_TESTS_CUDA_RUNTIME_H
+#define LITEDETR_TESTS_CUDA_RUNTIME_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <functional>
+
+/* ---- the language ------------------------------------------------------------------------------------- */
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ /* extern arrays only: emulation.cpp defines them */
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float __expf(float x) { return expf(x); }
+template <class T>
+T __ldg(const T *address) { return *address; }
+template <class T>
+T __ldcs(const T *address) { return *address; }
+
+/* These three return when all threads of the block, or of the warp, have come. */
+void __syncthreads();
+void __syncwarp();
+float __shfl_xor_sync(unsigned mask, float x, int distance);
+
+/* ---- the runtime -------------------------------------------------------------------------------------- */
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaMemcpyKind { cudaMemcpyDefault };
+typedef struct CUstream_st *cudaStream_t;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+namespace emulation {
+cudaError_t launch(const cudaLaunchConfig_t &config, const std::function<void()> &thread);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
+                               const Arguments &...arguments) {
+  return emulation::launch(*config, [&] { kernel(arguments...); });
+}
+
+/* Differs from call to call, so that launches of all shapes occur. */
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int device);
+
+inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char *cudaGetErrorName(cudaError_t) { return "an error"; }
+inline const char *cudaGetErrorString(cudaError_t) { return "of the emulation"; }
+inline cudaError_t cudaMalloc(void **data, size_t bytes) { return *data = malloc(bytes), cudaSuccess; }
+inline cudaError_t cudaFree(void *data) { return free(data), cudaSuccess; }
+inline cudaError_t cudaMemset(void *data, int byte, size_t bytes) { return memset(data, byte, bytes), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, cudaMemcpyKind) {
+  return memcpy(target, source, bytes), cudaSuccess;
+}
+
+#endif /* LITEDETR_TESTS_CUDA_RUNTIME_H */

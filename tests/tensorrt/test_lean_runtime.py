@@ -1,0 +1,101 @@
+"""The plugin library in TensorRT's own plugin registry.
+
+The lean runtime has the registry without the builder and needs no GPU for it.  What TensorRT does with a plugin after
+that is driven by plugins/tests/tensorrt_harness.cpp.
+"""
+
+import subprocess
+
+import numpy as np
+import pytest
+
+from litedetr_deploy.ops import native, schema
+
+trt = pytest.importorskip("tensorrt_lean", reason="tensorrt-lean-cu13 is not installed")
+
+OPS = (schema.KEY_AWARE, schema.PLAIN)
+BUILD_FIELDS = {"num_heads": 8, "num_points": 4}
+ENGINE_FIELDS = {"serialization_version": 1, **BUILD_FIELDS, "num_inputs": 5}
+
+
+@pytest.fixture(scope="module")
+def library():
+    try:
+        return native.library("tensorrt")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def registry(library):
+    registry = trt.get_plugin_registry()
+    assert registry.load_library(str(library)) is not None
+    return registry
+
+
+def create(registry, op, fields, phase):
+    """The plugin, or None where it is refused.  An integer becomes an int32 field, an array one of its own type."""
+    arrays = {name: np.array([value], np.int32) if isinstance(value, int) else value for name, value in fields.items()}
+    types = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32}
+    collection = trt.PluginFieldCollection(
+        [trt.PluginField(name, array, types[array.dtype]) for name, array in arrays.items()]
+    )
+    return registry.get_creator(op, str(schema.VERSION), "").create_plugin("layer", collection, phase)
+
+
+def test_registry_lists_both_creators(registry):
+    listed = {creator.name: creator for creator in registry.all_creators}
+    for op in OPS:
+        assert isinstance(listed[op], trt.IPluginCreatorV3One)
+        assert listed[op].plugin_version == schema.PLUGIN_ATTRIBUTES["plugin_version"]
+        assert listed[op].plugin_namespace == schema.PLUGIN_ATTRIBUTES["plugin_namespace"]
+        assert [(field.name, field.type) for field in listed[op].field_names] == [
+            (name, trt.PluginFieldType.INT32) for name in schema.ATTRIBUTES
+        ]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("phase, fields", [("BUILD", BUILD_FIELDS), ("RUNTIME", ENGINE_FIELDS)])
+def test_plugin_is_created(registry, op, phase, fields):
+    plugin = create(registry, op, fields, getattr(trt.TensorRTPhase, phase))
+    core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+    assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (op, str(schema.VERSION), "")
+    for capability in (trt.PluginCapabilityType.BUILD, trt.PluginCapabilityType.RUNTIME):
+        assert plugin.get_capability_interface(capability) is not None
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "phase, fields, message",
+    [
+        ("BUILD", {"num_heads": 8}, "the field num_points (one int32) is missing"),
+        ("BUILD", BUILD_FIELDS | {"num_heads": 0}, "the field num_heads is 0; it should be at least 1"),
+        ("BUILD", BUILD_FIELDS | {"num_points": 9}, "the field num_points is 9; it should be 1 to 8"),
+        (
+            "BUILD",
+            BUILD_FIELDS | {"num_points": np.array([4.0], np.float32)},
+            "the field num_points has the TensorRT type 1 and 1 values; it should be one kINT32 (5)",
+        ),
+        ("RUNTIME", BUILD_FIELDS, "the field serialization_version (one int32) is missing"),
+        (
+            "RUNTIME",
+            ENGINE_FIELDS | {"serialization_version": 2},
+            "the field serialization_version is 2; this library reads 1: build the engine again",
+        ),
+    ],
+)
+def test_bad_fields_are_refused(registry, capfd, op, phase, fields, message):
+    assert create(registry, op, fields, getattr(trt.TensorRTPhase, phase)) is None
+    # TensorRT has no logger before there is a builder or a runtime, so the message goes to stderr.
+    assert f"{op}: {message}\n" in capfd.readouterr().err
+
+
+def test_library_exports_its_entry_points_alone(library):
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in listed.stdout.splitlines()] == ["getCreators", "setLoggerFinder"]
+
+
+def test_library_needs_nothing_of_tensorrt_or_cuda(library):
+    listed = subprocess.run(["readelf", "--dynamic", library], capture_output=True, text=True, check=True)
+    needed = [line for line in listed.stdout.splitlines() if "(NEEDED)" in line]
+    assert needed and not any(name in line for line in needed for name in ("nvinfer", "cuda", "cudart"))
