@@ -254,14 +254,7 @@ def torch_call(function: Callable, problem: Problem, threads: int):
 
 
 def official_call(problem: Problem, threads: int):
-    """The arithmetic of the official pure-PyTorch code, which samples key and value apart though they are equal."""
-
-    def attend(query, value, reference_points, sampling_offsets):
-        grids = sampling_grids(reference_points, sampling_offsets, problem.size.maps)
-        keys, values = (torch.stack(sample_levels(value, grids, problem.size.maps), -2) for _ in range(2))
-        return attend_samples(query, keys.flatten(-2), values.flatten(-2))
-
-    return torch_call(attend, problem, threads)
+    return torch_call(functools.partial(attend_official, maps=problem.size.maps), problem, threads)
 
 
 def sampling_once_call(problem: Problem, threads: int):
@@ -274,6 +267,13 @@ def compiled_call(problem: Problem, threads: int):
     options = {"cpp.threads": threads}
     compiled = torch.compile(attend_sampling_once, fullgraph=True, dynamic=False, options=options)
     return torch_call(functools.partial(compiled, maps=problem.size.maps), problem, threads)
+
+
+def attend_official(query, value, reference_points, sampling_offsets, maps):
+    """The arithmetic of the official pure-PyTorch code, which samples key and value apart though they are equal."""
+    grids = sampling_grids(reference_points, sampling_offsets, maps)
+    keys, values = (torch.stack(sample_levels(value, grids, maps), -2) for _ in range(2))
+    return attend_samples(query, keys.flatten(-2), values.flatten(-2))
 
 
 def attend_sampling_once(query, value, reference_points, sampling_offsets, maps):

@@ -2,9 +2,9 @@
 
     python tools/gpu_check.py [--results FOLDER] [--build FOLDER] [--skip-timing]
 
-Steps: configure and build for this GPU, C++ tests, tests/gpu, compute-sanitizer (memcheck, racecheck, initcheck), times.
-A step that fails is reported and the others go on where they can.  Writes summary.md, the times as JSON and Markdown, and
-every step's whole output into a folder named after the device and the date.  Exits with 1 where a step failed.
+Steps: build for this GPU; C++ tests; compute-sanitizer (memcheck, racecheck, initcheck); tests/gpu; times.
+A step that fails is reported and the others go on where they can.  Writes summary.md, the times as JSON and Markdown,
+and every step's whole output into a folder named after the device and the date.  Exits with 1 where a step failed.
 """
 
 from __future__ import annotations

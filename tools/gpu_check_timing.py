@@ -341,7 +341,7 @@ def as_markdown(device: dict, results: Sequence[Result]) -> str:
             f"## {case[0]}, batch {case[1]}, {case[2]}: {rows[0].queries} queries, "
             f"{rows[0].bytes_gathered / 1e6:.0f} MB gathered, {rows[0].bytes_compulsory / 1e6:.0f} MB compulsory",
             "",
-            "| | warm ms | cold ms | warm, times the op | gathered GB/s | of L2 | compulsory GB/s | of memory | error |",
+            "| | warm ms | cold ms | times the op | gathered GB/s | of L2 | compulsory GB/s | of memory | error |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         lines += [f"| {result.contender} | " + " | ".join(_cells(device, result, ours)) + " |" for result in rows]

@@ -159,6 +159,8 @@ KDA_INLINE void write(void *target, int32_t dtype, int64_t offset, int64_t count
 
 /* ---- repack ----------------------------------------------------------------------------------------- */
 
+constexpr int64_t kRepackAhead = 12; /* tokens */
+
 void repack_tensor(const Plan *plan, const void *source, float *target, int64_t begin, int64_t end) {
   const kda_arguments *a = plan->arguments;
   const int64_t dim = a->head_dim, width = dim * a->num_heads, stride = plan->stride;
@@ -176,6 +178,19 @@ void repack_tensor(const Plan *plan, const void *source, float *target, int64_t 
     }
     if (!inside) continue;
     const int64_t token = plan->item * a->num_tokens + level->first_token + y * level->width;
+    if (a->dtype == KDA_FLOAT32 && dim == stride) {
+      const float *from = static_cast<const float *>(source) + token * width + plan->first_head * dim;
+      const int64_t group = plan->num_heads * dim;
+      for (int64_t x = 0; x < level->width; ++x, from += width) {
+        /* A group's heads are a fraction of a token's row, which no hardware prefetcher follows. */
+        for (int64_t d = 0; d < group; d += 16) __builtin_prefetch(from + kRepackAhead * width + d, 0, 3);
+        for (int64_t d = 0, head = 0; d < group; d += dim, ++head) {
+          float *cell = target + (head * plan->tokens + first + 1 + x) * stride;
+          for (int64_t i = 0; i < dim; i += kLanes) store(cell + i, load(from + d + i));
+        }
+      }
+      continue;
+    }
     for (int64_t x = 0; x < level->width; ++x) {
       for (int64_t head = 0; head < plan->num_heads; ++head) {
         float *cell = target + (head * plan->tokens + first + 1 + x) * stride;

@@ -225,17 +225,17 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
         interpolate<Storage>(corners[s], sample[s], weight, output);
       }
     } else {
-      Corners value_corners[2];
-      if constexpr (kLogit == Logit::kFromKey) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) value_corners[s] = gather(value, pitch, sample[s], has_channels);
-      }
       float sampled[2][kChannels] = {}, logit[2] = {};
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         interpolate<Storage>(corners[s], sample[s], 1.0f, sampled[s]);
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) logit[s] = fmaf(query[i], sampled[s][i], logit[s]);
+      }
+      Corners value_corners[2]; /* asked for when the key's registers are free */
+      if constexpr (kLogit == Logit::kFromKey) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) value_corners[s] = gather(value, pitch, sample[s], has_channels);
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {

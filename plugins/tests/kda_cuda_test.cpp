@@ -233,7 +233,7 @@ void test_wild_locations() {
 
 /* The host does not see the shapes: wrong ones give wrong numbers, but nothing is read that is not there. */
 void test_wrong_spatial_shapes() {
-  for (int64_t wrong : {int64_t{-3}, int64_t{0}, int64_t{9}, int64_t{1} << 40, INT64_MAX}) {
+  for (int64_t wrong : {int64_t{-3}, int64_t{0}, int64_t{9}, (int64_t{1} << 32) + 100, INT64_MAX}) {
     for (int where = 0; where < 4; ++where) {
       Shape s;
       s.queries = 20;

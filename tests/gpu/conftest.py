@@ -1,4 +1,4 @@
-"""Skips the modules that need a CUDA device where there is none, and runs a test that has a `shape` for all of its module's SHAPES."""
+"""Skips the modules that need a CUDA device where there is none; runs a test with a `shape` for all of its SHAPES."""
 
 import pytest
 import torch

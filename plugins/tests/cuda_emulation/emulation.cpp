@@ -53,8 +53,8 @@ std::vector<Warp> warps;
 Barrier block_barrier;
 const std::function<void()> *body;
 ucontext_t scheduler;
-unsigned current;  /* fiber */
-bool progress;     /* since the scheduler last looked */
+unsigned current; /* fiber */
+bool progress;    /* since the scheduler last looked */
 
 /* AddressSanitizer wants to know of every change of stacks. */
 #if defined(__SANITIZE_ADDRESS__)
@@ -149,7 +149,9 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const std::function<void()>
 
 void __syncthreads() { emulation::wait(&emulation::block_barrier, blockDim.x); }
 
-void __syncwarp() { emulation::wait(&emulation::warps[threadIdx.x / emulation::kWarpSize].barrier, emulation::kWarpSize); }
+void __syncwarp() {
+  emulation::wait(&emulation::warps[threadIdx.x / emulation::kWarpSize].barrier, emulation::kWarpSize);
+}
 
 float __shfl_xor_sync(unsigned mask, float x, int distance) {
   if (mask != 0xffffffff) abort();
