@@ -1,8 +1,9 @@
 """Finds and loads the compiled libraries that the package installs into `litedetr_deploy/lib`."""
 
+import contextlib
 import ctypes
 import functools
-import importlib.resources
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -74,11 +75,13 @@ def library(name: str) -> Path:
 
 
 def _folders() -> list[Path]:
+    package = __package__.partition(".")[0]
     folders = [Path(folder) for folder in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if folder]
-    # Not next to __file__: in an editable install the libraries lie apart from the sources, and only
-    # importlib.resources sees both.
-    packaged = importlib.resources.files(__package__.partition(".")[0]).joinpath("lib")
-    return [*folders, Path(str(packaged))]
+    # In an editable install the libraries lie apart from the sources, where the distribution's metadata is.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        folders.append(Path(importlib.metadata.distribution("litedetr-deploy").locate_file(f"{package}/lib")))
+    beside = Path(__file__).parents[1] / "lib"
+    return folders if beside in folders else [*folders, beside]
 
 
 @functools.cache
