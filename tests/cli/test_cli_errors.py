@@ -118,8 +118,10 @@ def test_interrupted(tmp_path, sent):
     code = ("import litedetr_deploy.runtime.images as images, time; from litedetr_deploy.cli import main; "
             "images.find_images = lambda paths: list(paths); "
             "images.load_image = lambda path: (print('waiting', flush=True), time.sleep(60)); main()")
+    # A shell's background jobs, in which the tests may run, ignore SIGINT, and so would this process.
     process = subprocess.Popen([sys.executable, "-c", code, "predict", model, tmp_path / "a.jpg"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(sent)
     _, errors = process.communicate(timeout=20)
