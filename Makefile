@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-tests build/tests/.built
 	ctest --test-dir build/tests --output-on-failure
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The CPU kernels as a Jetson's processor runs them: cross-compiled, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user).
 aarch64:

@@ -156,10 +156,12 @@ def _set_opset(model: ir.Model, opset: int) -> None:
     differs among the operators that the detectors use."""
     if opset < TRACE_OPSET:
         for node in model.graph:
-            if node.op_type in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd") and len(node.inputs) > 1:
-                axes = ir.convenience.get_const_tensor(node.inputs[1])
-                node.resize_inputs(1)
-                node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
+            if node.op_type in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd"):
+                node.attributes.pop("noop_with_empty_axes", None)
+                if len(node.inputs) > 1:
+                    axes = ir.convenience.get_const_tensor(node.inputs[1])
+                    node.resize_inputs(1)
+                    node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
             elif node.op_type == "Split" and "num_outputs" in node.attributes:
                 node.attributes.pop("num_outputs")  # equal parts are the default of opset 13
     model.opset_imports[""] = opset
