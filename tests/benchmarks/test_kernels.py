@@ -123,7 +123,7 @@ def test_an_interruption_leaves_what_was_measured():
 
     def interrupt_later(right):
         calls.append(right)
-        if len(calls) == 4:  # the check, the estimate, one timed call, and this
+        if len(calls) == 6:  # the check, the estimate and one timed call, each with one before it, and this
             raise KeyboardInterrupt
         return right
 
