@@ -36,9 +36,9 @@ def finish(model: ir.Model, opset: int, outputs: tuple[str, ...], sizes: dict[st
     model.graph.outputs.clear()
     model.graph.outputs.extend(kept)
     common.RemoveUnusedNodesPass()(model)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            model.graph.initializers.pop(name)
+    used = {value.name for node in model.graph for value in node.inputs if value is not None}
+    for name in set(model.graph.initializers) - used:
+        model.graph.initializers.pop(name)
     _set_opset(model, opset)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -94,8 +94,6 @@ def _fold_weights(graph: ir.Graph) -> None:
         while name in graph.initializers and not (len(source.uses()) == 1 and name == source.name):
             number += 1
             name = f"{source.name}.{number}"
-        output = node.outputs[0]
-        graph.remove(node)
         if name == source.name:
             graph.initializers.pop(name)
         value = ir.Value(
@@ -105,7 +103,8 @@ def _fold_weights(graph: ir.Graph) -> None:
             const_value=ir.tensor(np.ascontiguousarray(folded), name=name),
         )
         graph.initializers[name] = value
-        output.replace_all_uses_with(value)
+        node.outputs[0].replace_all_uses_with(value)
+        graph.remove(node, safe=True)
 
 
 def _name_weights(graph: ir.Graph) -> None:

@@ -94,6 +94,7 @@ def test_graph_has_the_nodes_it_should(exported, attention, nodes):
     assert "Identity" not in kinds and "Dropout" not in kinds and "Constant" not in kinds
     used = {name for node in model.graph.node for name in node.input}
     assert {initializer.name for initializer in model.graph.initializer} <= used
-    weights = [i.name for i in model.graph.initializer if np.prod(i.dims) >= 256 * 91]
-    unnamed = [name for name in weights if not name.startswith("detector.")]
+    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
+    matrices = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in initializers]
+    unnamed = [name for name in matrices if len(initializers[name].dims) == 2 and not name.startswith("detector.")]
     assert not unnamed, unnamed
