@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from .doctor import doctor
+from .evaluate import evaluate
 from .export import export
 from .predict import predict
 from .verify import verify
@@ -18,7 +19,7 @@ app = typer.Typer(
     name="litedetr", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Deploy Lite DETR and other detectors with deformable attention.",
 )
-for command in (export, verify, predict, doctor):
+for command in (export, verify, predict, evaluate, doctor):
     app.command()(command)
 
 

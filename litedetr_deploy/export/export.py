@@ -23,7 +23,6 @@ from ..files import replaced_when_done
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
-from ..runtime.coco import CLASS_NAMES
 from ..runtime.session import METADATA_KEY
 from . import graph, limits
 from .deployed import OUTPUTS, PROBES, Deployed
@@ -99,8 +98,7 @@ def export_onnx(
             "image_size": list(image_size) if image_size else None,
             "outputs": outputs,
             "pixel_mask": pixel_mask,
-            # The labels of a model with COCO's 91 slots are COCO's category ids.
-            "class_names": list(CLASS_NAMES) if model.config.num_classes == len(CLASS_NAMES) else None,
+            "class_names": list(model.class_names) if model.class_names else None,
         }
         report = ExportReport(str(path), 0, 0.0, nodes, metadata)
         progress("write and check the file")

@@ -83,8 +83,8 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, query: Tensor, value: Tensor) -> Tensor:
-        """query [N, Q, dim], also the key; value [N, Q, dim] -> [N, Q, dim]."""
+    def forward(self, query: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """query [N, Q, dim], also the key; value [N, Q, dim]; bias [Q, Q] is added to the logits -> [N, Q, dim]."""
         n, q, dim = query.shape
 
         def heads(x: Tensor, part: int) -> Tensor:  # [N, M, Q, D]
@@ -93,5 +93,6 @@ class SelfAttention(nn.Module):
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         scaled_query = heads(query, 0) * (dim // self.num_heads) ** -0.5
-        attention = (scaled_query @ heads(query, 1).transpose(2, 3)).softmax(-1)
+        logits = scaled_query @ heads(query, 1).transpose(2, 3)
+        attention = (logits if bias is None else logits + bias).softmax(-1)
         return self.out_proj((attention @ heads(value, 2)).transpose(1, 2).flatten(2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import zipfile
@@ -18,9 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import assets
 from ..errors import LiteDetrError
+from .coco import CLASS_NAMES
 from .config import VARIANT_EXAMPLES, DetectorConfig, parse_variant
 from .detector import Detector
+from .resnet import SHAPES
+
+METADATA_KEY = "litedetr"  # of a safetensors file: the training arguments as one JSON object
 
 # r50_s3ex1_50.2.pth, checkpoint_s2ex3.pth, lite_dino_s3_r50.pth: s = high-level scales, ex = expansions.
 _FILE_NAME = re.compile(r"(?:^|[_\-.])s(?P<scale>[123])(?:ex(?P<expansion>[1236]))?(?=[_\-.]|$)")
@@ -33,16 +39,21 @@ _PREFIXES = (("backbone.0.body.", "backbone."), ("transformer.", ""))
 def load_model(checkpoint=None, variant: str | None = None, **overrides) -> Detector:
     """A detector in eval mode.
 
-    checkpoint: path of a .pth or .safetensors file, or a state dict; None gives random weights of `variant`.
+    checkpoint: path of a .pth or .safetensors file, a state dict, or the name of weights that come with the package
+        ('lite-dino-shapes'); None gives random weights of `variant`.
     variant: a name such as 'lite-dino-r50-h3l1-2+1x3'; needed where the checkpoint cannot tell.
     overrides: single fields of `DetectorConfig`.
     Raises LiteDetrError for a file that is no checkpoint, for another architecture, and for every missing,
     unexpected or misshapen key.
     """
+    if isinstance(checkpoint, str) and checkpoint in assets.NAMES:
+        checkpoint = assets.path(checkpoint)
     if checkpoint is None:
         if variant is None:
             raise LiteDetrError(f"load_model needs a checkpoint or a variant, such as {VARIANT_EXAMPLES}.")
-        return Detector(parse_variant(variant, **overrides)).eval()
+        model = Detector(parse_variant(variant, **overrides)).eval()
+        model.class_names = _class_names({}, model.config)
+        return model
     if isinstance(checkpoint, Mapping):
         state_dict, training, name = _state_dict(checkpoint, "the state dict"), {}, ""
     else:
@@ -58,7 +69,16 @@ def load_model(checkpoint=None, variant: str | None = None, **overrides) -> Dete
     with torch.device("meta"):
         model = Detector(config)
     model.load_state_dict(_convert(state_dict, model), strict=True, assign=True)
+    model.class_names = _class_names(training, config)
     return model.requires_grad_(False).eval()
+
+
+def _class_names(training: Mapping, config: DetectorConfig) -> tuple[str, ...] | None:
+    names = training.get("class_names")
+    if isinstance(names, (list, tuple)) and len(names) == config.num_classes:
+        return tuple(map(str, names))
+    # The labels of a model with COCO's 91 slots are COCO's category ids.
+    return CLASS_NAMES if config.num_classes == len(CLASS_NAMES) else None
 
 
 def read_checkpoint(path: str | os.PathLike) -> Mapping:
@@ -68,12 +88,13 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise LiteDetrError(f"checkpoint {path} {what}; it must be a .pth or .safetensors file.")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt") as file:
+                arguments = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                return {"model": {key: file.get_tensor(key) for key in file.keys()}, "args": arguments}
+        except (SafetensorError, OSError, ValueError) as error:
             raise LiteDetrError(f"checkpoint {path} is not a readable safetensors file: {error}.") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -204,9 +225,10 @@ def _readable_fields(state_dict: Mapping[str, Tensor]) -> dict:
     # Encoder and decoder have as many points; offsets shared by all levels are narrower by their number.
     same_loc = encoder_offsets * num_levels == decoder_offsets
     blocks = count(r"backbone\.0\.body\.layer3\.(\d+)\.")
-    backbone = {6: "r50", 23: "r101"}.get(blocks)
+    backbone = next((name for name, (_, stages) in SHAPES.items() if stages[2] == blocks), None)
     if backbone is None:
-        raise LiteDetrError(f"the checkpoint's ResNet has {blocks} blocks in layer3; ResNet-50 has 6, ResNet-101 23.")
+        known = ", ".join(f"{name} {stages[2]}" for name, (_, stages) in SHAPES.items())
+        raise LiteDetrError(f"the checkpoint's ResNet has {blocks} blocks in layer3; the known ones have: {known}.")
     # Every published model has heads of 32 channels; the number of heads shows in no shape.
     num_heads = max(1, hidden_dim // 32)
     key_aware = "transformer.encoder.layers.0.self_attn.attention_weights.weight" not in state_dict

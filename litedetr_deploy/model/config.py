@@ -8,11 +8,23 @@ from dataclasses import dataclass
 
 from ..errors import LiteDetrError
 
-BACKBONES = ("r50", "r101")
+BACKBONES = ("r50", "r101", "r26n")
 ENCODER_LAYERS = 6
+# The light backbone belongs to a detector that is small throughout.
+_SIZES = {
+    "r26n": {
+        "num_classes": 10,
+        "num_queries": 64,
+        "hidden_dim": 128,
+        "num_heads": 4,
+        "dim_feedforward": 512,
+        "decoder_dim_feedforward": 512,
+        "decoder_layers": 3,
+    }
+}
 
 _VARIANT = re.compile(
-    r"(?P<lite>lite-)?(?P<family>dino)-(?P<backbone>r50|r101)"
+    r"(?P<lite>lite-)?(?P<family>dino)-(?P<backbone>r50|r101|r26n)"
     r"(?:-h(?P<high>\d)l(?P<low>\d)-\(?(?P<between>\d)\+1\)?x(?P<expansions>\d))?",
     re.IGNORECASE,
 )
@@ -106,6 +118,7 @@ def parse_variant(variant: str, **overrides) -> DetectorConfig:
     if not match:
         raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
     fields = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
+    fields |= _SIZES.get(fields["backbone"], {})
     if match["lite"]:
         fields |= {"enc_scale": 3, "num_expansion": 3, "small_expand": True, "key_aware": True}
         if match["high"]:

@@ -1,4 +1,4 @@
-"""The DINO decoder: six layers that refine boxes (dynamic anchors), for inference."""
+"""The DINO decoder: layers that refine boxes (dynamic anchors)."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ class DecoderLayer(nn.Module):
         self.linear2 = nn.Linear(hidden, dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x, position, reference_boxes, memory, spatial_shapes, padding_mask) -> Tensor:
-        x = self.norm2(x + self.self_attn(x + position, x))
+    def forward(
+        self, x, position, reference_boxes, memory, spatial_shapes, padding_mask, attention_bias=None
+    ) -> Tensor:
+        x = self.norm2(x + self.self_attn(x + position, x, attention_bias))
         attended = self.cross_attn(x + position, reference_boxes, memory, spatial_shapes, padding_mask)
         x = self.norm1(x + attended)
         return self.norm3(x + self.linear2(self.linear1(x).relu()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,25 @@ from .config import DetectorConfig
 from .decoder import MLP, Decoder
 from .encoder import Encoder
 from .position import map_position
-from .resnet import OUT_CHANNELS, ResNet
+from .resnet import ResNet
+
+
+class Encoded(NamedTuple):
+    """What the encoder and the scoring of its tokens leave to the decoder."""
+
+    memory: Tensor  # [N, S, dim]
+    spatial_shapes: Tensor  # [L, 2] int64, (height, width)
+    valid_ratios: Tensor  # [N or 1, L, 2], (x, y)
+    padding_mask: Tensor | None  # [N, S], True = padding
+    features: Tensor  # [N, S, dim], of the tokens that compete to become queries
+    proposals: Tensor  # [N or 1, S, 4], their boxes before the sigmoid
+    proposal_logits: Tensor  # [N, S, classes]
 
 
 class Detector(nn.Module):
-    """DINO with a full-scale or an interleaved encoder, for inference.
+    """DINO with a full-scale or an interleaved encoder.
 
+    class_names: of every label, where they are known.
     Sources: Lite DETR (arXiv 2303.07335), DINO (arXiv 2203.03605); official models/dino/dino.py and
     deformable_transformer.py.
     """
@@ -22,11 +37,13 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig):
         super().__init__()
         self.config = config
+        self.class_names: tuple[str, ...] | None = None
         dim = config.hidden_dim
         self.backbone = ResNet(config.backbone)
-        self.input_proj = nn.ModuleList(_projection(channels, dim, 1) for channels in OUT_CHANNELS)
-        for level in range(len(OUT_CHANNELS), config.num_levels):
-            self.input_proj.append(_projection(OUT_CHANNELS[-1] if level == len(OUT_CHANNELS) else dim, dim, 3))
+        channels = self.backbone.out_channels
+        self.input_proj = nn.ModuleList(_projection(c, dim, 1) for c in channels)
+        for level in range(len(channels), config.num_levels):
+            self.input_proj.append(_projection(channels[-1] if level == len(channels) else dim, dim, 3))
         self.level_embed = nn.Parameter(torch.randn(config.num_levels, dim))
         self.encoder = Encoder(config)
         self.enc_output = nn.Linear(dim, dim)
@@ -50,6 +67,31 @@ class Detector(nn.Module):
         [N, S, dim], the encoder's output; proposal_scores [N, S], the best class logit of every token;
         topk_indices [N, Q].
         """
+        encoded = self.encode(images, pixel_mask)
+        proposal_scores = encoded.proposal_logits.amax(-1)
+        if topk_indices is None:
+            topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
+        selected = take_tokens(encoded.features, topk_indices)
+        boxes = (self.enc_out_bbox_embed(selected) + take_tokens(encoded.proposals, topk_indices)).sigmoid()
+        queries, boxes = self.decoder(
+            self.tgt_embed.weight[None],
+            boxes,
+            encoded.memory,
+            encoded.spatial_shapes,
+            encoded.valid_ratios,
+            encoded.padding_mask,
+            self.bbox_embed,
+        )
+        return {
+            "pred_logits": self.class_embed(queries),
+            "pred_boxes": boxes,
+            "memory": encoded.memory,
+            "proposal_scores": proposal_scores,
+            "topk_indices": topk_indices,
+        }
+
+    def encode(self, images: Tensor, pixel_mask: Tensor | None = None) -> Encoded:
+        """Everything before the decoder; the arguments are those of `forward`."""
         maps = self._maps(images)
         shapes = [tuple(m.shape[-2:]) for m in maps]
         spatial_shapes = sizes_tensor([size for shape in shapes for size in shape], images.device).view(-1, 2)
@@ -76,21 +118,8 @@ class Detector(nn.Module):
         memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
 
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
-        proposal_scores = self.enc_out_class_embed(features).amax(-1)
-        if topk_indices is None:
-            topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
-        selected = take_tokens(features, topk_indices)
-        boxes = (self.enc_out_bbox_embed(selected) + take_tokens(proposals, topk_indices)).sigmoid()
-        queries, boxes = self.decoder(
-            self.tgt_embed.weight[None], boxes, memory, spatial_shapes, valid_ratios, padding_mask, self.bbox_embed
-        )
-        return {
-            "pred_logits": self.class_embed(queries),
-            "pred_boxes": boxes,
-            "memory": memory,
-            "proposal_scores": proposal_scores,
-            "topk_indices": topk_indices,
-        }
+        logits = self.enc_out_class_embed(features)
+        return Encoded(memory, spatial_shapes, valid_ratios, padding_mask, features, proposals, logits)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The projected maps of all levels, [N, dim, h, w] each."""

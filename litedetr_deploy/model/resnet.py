@@ -1,12 +1,12 @@
-"""ResNet-50 and -101 with frozen batch norm, as the checkpoints name them (torchvision's layout)."""
+"""ResNets of bottlenecks with frozen batch norm, as the checkpoints name them (torchvision's layout)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-LAYERS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
-OUT_CHANNELS = (512, 1024, 2048)  # of strides 8, 16 and 32
+# Channels of the stem, and bottlenecks of every stage.  r26n is ResNet-26 at 3/8 of the width.
+SHAPES = {"r50": (64, (3, 4, 6, 3)), "r101": (64, (3, 4, 23, 3)), "r26n": (24, (2, 2, 2, 2))}
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -60,16 +60,18 @@ class ResNet(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = FrozenBatchNorm2d(64)
+        width, stages = SHAPES[name]
+        self.out_channels = tuple(width * Bottleneck.expansion << stage for stage in (1, 2, 3))
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = FrozenBatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        in_channels = 64
-        for stage, blocks in enumerate(LAYERS[name]):
+        in_channels = width
+        for stage, blocks in enumerate(stages):
             layer = []
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                layer.append(Bottleneck(in_channels, 64 << stage, stride))
-                in_channels = (64 << stage) * Bottleneck.expansion
+                layer.append(Bottleneck(in_channels, width << stage, stride))
+                in_channels = (width << stage) * Bottleneck.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -47,6 +47,19 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class Gradients(ctypes.Structure):
+    """kda_gradients in kda.h."""
+
+    _fields_ = [
+        ("output", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("reference_points", ctypes.c_void_p),
+        ("sampling_offsets", ctypes.c_void_p),
+    ]
+
+
 class Executor(ctypes.Structure):
     """kda_executor in kda.h."""
 
@@ -111,6 +124,25 @@ def load_core() -> ctypes.CDLL:
     core.kda_cpu_forward.argtypes = [
         ctypes.POINTER(Arguments),
         ctypes.c_void_p,
+        ctypes.POINTER(Executor),
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
+    return core
+
+
+@functools.cache
+def load_backward() -> ctypes.CDLL:
+    """The 'core' library with the argument types of its backward pass set.
+
+    Raises:
+        RuntimeError: as `load_core`.
+    """
+    core = load_core()
+    core.kda_cpu_backward.restype = ctypes.c_int
+    core.kda_cpu_backward.argtypes = [
+        ctypes.POINTER(Arguments),
+        ctypes.POINTER(Gradients),
         ctypes.POINTER(Executor),
         ctypes.c_char_p,
         ctypes.c_size_t,

@@ -116,10 +116,10 @@ def _sample_level(tokens: Tensor, x: Tensor, y: Tensor, height: int, width: int)
     A corner outside the map contributes nothing, not 0 x its neighbour: NaN and Inf must not leak out of the
     pixels that hold them.  A coordinate that is not a number is outside.
     """
-    batch = torch.arange(tokens.shape[0]).view(-1, 1, 1, 1)
-    head = torch.arange(tokens.shape[2]).view(1, 1, -1, 1)
+    batch = torch.arange(tokens.shape[0], device=tokens.device).view(-1, 1, 1, 1)
+    head = torch.arange(tokens.shape[2], device=tokens.device).view(1, 1, -1, 1)
     left, top = x.floor(), y.floor()
-    total = torch.zeros((), dtype=tokens.dtype)
+    total = torch.zeros((), dtype=tokens.dtype, device=tokens.device)
     for column, column_weight in ((left, left + 1 - x), (left + 1, x - left)):
         for row, row_weight in ((top, top + 1 - y), (top + 1, y - top)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)

@@ -5,10 +5,13 @@
     torch.ops.litedetr.ms_deform_attn(attention_logits, value, reference_points, sampling_offsets, spatial_shapes,
                                       num_heads, num_points)
 
-Shapes and types are those of `schema.INPUTS`; `reference` defines what they compute.  For inference: a backward
-pass raises.  On CUDA all tensors are on one device, spatial_shapes too, and nothing waits for the device, so that a
-call can be captured in a CUDA graph.  Importing this module registers the ops; the native library is loaded by the
-first call.
+Shapes and types are those of `schema.INPUTS`; `reference` defines what they compute.  On CUDA all tensors are on one
+device, spatial_shapes too, and nothing waits for the device, so that a call can be captured in a CUDA graph.
+
+Both can be trained.  On the CPU in float32 the gradients are the native library's; elsewhere PyTorch differentiates
+`reference`, which is right and slow.  Under CPU autocast both compute in float32.
+
+Importing this module registers the ops; the native library is loaded by the first call.
 """
 
 import ctypes
@@ -20,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import native, schema
+from . import native, reference, schema
 
 _DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 _MESSAGE_SIZE = 512
@@ -86,6 +89,118 @@ def _(query, value, reference_points, sampling_offsets, spatial_shapes, num_head
 def _(attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points) -> Tensor:
     inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
     return _empty_output(_checked(schema.PLAIN, inputs, num_heads, num_points))
+
+
+@torch.library.custom_op(f"{schema.DOMAIN}::deform_attn_backward", mutates_args=(), device_types="cpu")
+def deform_attn_backward(
+    output_gradient: Tensor,
+    queries: Tensor,
+    value: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    spatial_shapes: Tensor,
+    key: Tensor | None,
+    num_heads: int,
+    num_points: int,
+    key_aware: bool,
+    references_wanted: bool,
+) -> list[Tensor]:
+    """The native backward pass of both ops, for float32 tensors: `queries` are the attention logits of the plain op.
+
+    Returns:
+        The gradients of queries, value and sampling_offsets, of reference_points where wanted, of key where there is
+        one.
+    """
+    op_type = schema.KEY_AWARE if key_aware else schema.PLAIN
+    inputs = (queries, value, reference_points, sampling_offsets, spatial_shapes, key)[: len(schema.INPUTS[op_type])]
+    names = [name for name, _, _ in schema.INPUTS[op_type]]
+    tensors = {name: t.contiguous() for name, t in zip(names, inputs, strict=True) if t is not None}
+    output_gradient = output_gradient.contiguous()
+    gradients = _empty_gradients(queries, value, reference_points, sampling_offsets, key, references_wanted)
+    places = iter(gradients)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    status = native.load_backward().kda_cpu_backward(
+        _arguments(op_type, tensors, num_heads, num_points, output_gradient),
+        native.Gradients(
+            output=output_gradient.data_ptr(),
+            query=next(places).data_ptr(),
+            value=next(places).data_ptr(),
+            sampling_offsets=next(places).data_ptr(),
+            reference_points=next(places).data_ptr() if references_wanted else None,
+            key=next(places).data_ptr() if key is not None else None,
+        ),
+        _torch_threads(),
+        message,
+        _MESSAGE_SIZE,
+    )
+    _raise_unless_ok(status, op_type, message)
+    return gradients
+
+
+@deform_attn_backward.register_fake
+def _(
+    output_gradient,
+    queries,
+    value,
+    reference_points,
+    sampling_offsets,
+    spatial_shapes,
+    key,
+    num_heads,
+    num_points,
+    key_aware,
+    references_wanted,
+) -> list[Tensor]:
+    return _empty_gradients(queries, value, reference_points, sampling_offsets, key, references_wanted)
+
+
+def _empty_gradients(
+    queries: Tensor, value: Tensor, references: Tensor, offsets: Tensor, key: Tensor | None, references_wanted: bool
+) -> list[Tensor]:
+    owners = [queries, value, offsets, *([references] if references_wanted else []), *([] if key is None else [key])]
+    return [torch.empty_like(owner, memory_format=torch.contiguous_format) for owner in owners]
+
+
+def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.num_heads, ctx.num_points = inputs[:7]
+    ctx.save_for_backward(*tensors, *(key for key in inputs[7:] if key is not None))
+
+
+def _differentiate(op_type: str, ctx, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of an op's arguments, in their order; None where none is wanted or can be."""
+    tensors = ctx.saved_tensors
+    wanted = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[7:])[: len(tensors)]
+    native_here = tensors[1].device.type == "cpu" and tensors[1].dtype == torch.float32
+    differentiate = _differentiate_natively if native_here else _differentiate_reference
+    gradients = differentiate(op_type, output_gradient, tensors, wanted, ctx.num_heads, ctx.num_points)
+    gradients = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return (*gradients[:5], None, None, *(gradients[5:] or [None]))
+
+
+def _differentiate_natively(op_type, output_gradient, tensors, wanted, num_heads, num_points) -> list[Tensor | None]:
+    key = tensors[5] if len(tensors) > 5 else None
+    queries, value, offsets, *rest = deform_attn_backward(
+        output_gradient, *tensors[:5], key, num_heads, num_points, op_type == schema.KEY_AWARE, wanted[2]
+    )
+    references = rest.pop(0) if wanted[2] else None
+    return [queries, value, references, offsets, None, *rest]
+
+
+def _differentiate_reference(op_type, output_gradient, tensors, wanted, num_heads, num_points) -> list[Tensor | None]:
+    attend = reference.key_aware_deform_attn if op_type == schema.KEY_AWARE else reference.ms_deform_attn
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
+        output = attend(*leaves[:5], num_heads, num_points, *leaves[5:])
+    gradients = iter(torch.autograd.grad(output, [leaf for leaf in leaves if leaf.requires_grad], output_gradient))
+    return [next(gradients) if want else None for want in wanted]
+
+
+key_aware_deform_attn.register_autograd(
+    functools.partial(_differentiate, schema.KEY_AWARE), setup_context=_save_for_backward
+)
+ms_deform_attn.register_autograd(functools.partial(_differentiate, schema.PLAIN), setup_context=_save_for_backward)
+for _op in (key_aware_deform_attn, ms_deform_attn):
+    _op.register_autocast("cpu", torch.float32)
 
 
 def _empty_output(tensors: dict[str, Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ class Detections:
 class Detector:
     """Runs an artifact on pictures.
 
-    artifact: path of an ONNX model that `litedetr export` made.
+    artifact: path of an ONNX model that `litedetr export` made; or a session, which has what `OnnxSession` has.
     providers, threads: as `create_session` takes them.
     class_names: name of each label; those in the artifact when not given.
 
@@ -37,7 +37,7 @@ class Detector:
     """
 
     def __init__(self, artifact, providers=None, threads=None, class_names=None):
-        self.session = OnnxSession(artifact, providers, threads)
+        self.session = artifact if hasattr(artifact, "run") else OnnxSession(artifact, providers, threads)
         self.class_names = class_names or self.session.metadata.get("class_names")
         inputs, outputs = set(self.session.inputs), set(self.session.outputs)
         self.raw = {"pred_logits", "pred_boxes"} <= outputs
@@ -72,7 +72,7 @@ class Detector:
         """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end."""
         if batch_size < 1:
             raise LiteDetrError(f"batch_size is {batch_size}; it must be 1 or more.")
-        mode = self._resize_mode(resize)
+        mode = self.resize_mode(resize)
         if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         batch = []
@@ -85,7 +85,8 @@ class Detector:
         if batch:
             yield from self._run(batch, threshold)
 
-    def _resize_mode(self, resize):
+    def resize_mode(self, resize: str | None = None) -> str:
+        """Return how `predict` resizes when given `resize`; raise LiteDetrError where the model cannot take that."""
         if resize is None:
             if self.image_size is None:
                 return "shortest_edge"

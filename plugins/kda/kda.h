@@ -99,6 +99,23 @@ KDA_API kda_status kda_cpu_check(const kda_arguments *arguments, char *message, 
 KDA_API kda_status kda_cpu_forward(const kda_arguments *arguments, void *workspace, const kda_executor *executor,
                                    char *message, size_t message_size);
 
+/* The gradient that `kda_cpu_backward` is given, and where it writes the others, as floats and in the shapes of the
+ * tensors they belong to; what was there is overwritten. */
+typedef struct kda_gradients {
+  const float *output;     /* [N, Q, M*D], given */
+  float *query;            /* or of the attention logits */
+  float *key;              /* NULL where kda_arguments has no key of its own: its part is in `value` */
+  float *value;
+  float *reference_points; /* NULL: not wanted */
+  float *sampling_offsets;
+} kda_gradients;
+
+/* Computes the gradients of a forward pass with these arguments, whose output is not read.  FP32 storage only, others
+ * answer KDA_UNSUPPORTED.  `executor` and the checks as in `kda_cpu_forward`; scratch memory, two maps of a head (four
+ * with a key of its own) for every thread, is allocated.  The same bits on any number of threads. */
+KDA_API kda_status kda_cpu_backward(const kda_arguments *arguments, const kda_gradients *gradients,
+                                    const kda_executor *executor, char *message, size_t message_size);
+
 /* The instruction set that `kda_cpu_forward` uses on this machine: "avx512", "avx2", "neon" or "generic". */
 KDA_API const char *kda_cpu_isa(void);
 

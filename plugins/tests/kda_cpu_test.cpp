@@ -375,6 +375,83 @@ void test_messages() {
   CHECK(strncmp(message, "workspace is NULL; it must have ", 32) == 0, "%s", message);
 }
 
+/* The backward pass against central differences of the definition.  Every sample lies a quarter of a pixel from the next
+ * pixel's border, where the output has a kink. */
+void check_backward(const char *isa, Shape s) {
+  constexpr float kStep = 0x1p-10f;
+  Problem problem(s);
+  problem.randomise(9);
+  std::mt19937 random(10);
+  for (size_t i = 0; i < problem.references.size(); ++i) {
+    const float side = s.levels[i / s.reference_width % problem.levels * 2 + 1 - i % 2];
+    const bool box = i % s.reference_width >= 2;
+    problem.references[i] = box ? 2 * s.points / side : (random() % int(side) + 0.5f) / side;
+  }
+  for (float &offset : problem.offsets.floats) offset = std::round(2 * offset) / 2 + 0.25f;
+  Tensor output(KDA_FLOAT32, problem.output.size());
+  Problem::fill(&output, 1, &random);
+  std::vector<float> query(problem.query.size()), key(problem.key.size()), value(problem.value.size()),
+      references(problem.references.size()), offsets(problem.offsets.size());
+  const kda_gradients gradients = {output.floats.data(), query.data(), key.data(), value.data(), references.data(),
+                                   offsets.data()};
+  const kda_arguments a = problem.arguments();
+  CHECK(kda_cpu_backward(&a, &gradients, nullptr, nullptr, 0) == KDA_OK, "%s", describe(s).c_str());
+
+  const auto loss = [&] {
+    const std::vector<double> expected = problem.expected();
+    double sum = 0;
+    for (size_t i = 0; i < expected.size(); ++i) sum += expected[i] * output.get(i);
+    return sum;
+  };
+  const auto check = [&](const char *name, std::vector<float> *input, const std::vector<float> &gradient) {
+    double largest = 0, worst = 0;
+    for (size_t i = random() % 3; i < input->size(); i += 1 + input->size() / 40) {
+      const float centre = (*input)[i], step = kStep;
+      (*input)[i] = centre + step;
+      const double above = loss(), high = (*input)[i];
+      (*input)[i] = centre - step;
+      const double slope = (above - loss()) / (high - (*input)[i]);
+      (*input)[i] = centre;
+      largest = fmax(largest, fabs(slope));
+      worst = fmax(worst, fabs(slope - gradient[i]));
+    }
+    CHECK(worst <= 1e-4 * largest + 1e-5, "%s: %s: error %g of %g: %s", isa, name, worst, largest,
+          describe(s).c_str());
+  };
+  check("query", &problem.query.floats, query);
+  check("key", &problem.key.floats, key);
+  check("value", &problem.value.floats, value);
+  check("reference_points", &problem.references, references);
+  check("sampling_offsets", &problem.offsets.floats, offsets);
+}
+
+void test_backward(const char *isa) {
+  for (int dim : {4, 12, 32}) {
+    for (int key = 0; key < 3; ++key) {
+      for (int width = 2; width <= 4; width += 2) {
+        Shape s;
+        s.batch = 2;
+        s.queries = 3;
+        s.heads = 2;
+        s.dim = dim;
+        s.points = dim == 32 ? 4 : 2;
+        s.levels = {4, 8, 2, 4, 2, 2, 1, 1};
+        s.reference_width = width;
+        s.key_aware = key > 0;
+        s.own_key = key == 2;
+        check_backward(isa, s);
+      }
+    }
+  }
+  Problem half({1, 1, 1, 4, 1, 2, {1, 1}, true, false, KDA_FLOAT16, KDA_FLOAT16});
+  const kda_arguments a = half.arguments();
+  float any[8];
+  const kda_gradients gradients = {any, any, nullptr, any, nullptr, any};
+  char message[256];
+  CHECK(kda_cpu_backward(&a, &gradients, nullptr, message, sizeof message) == KDA_UNSUPPORTED, "%s", message);
+  CHECK(strcmp(message, "value has dtype 1; the CPU backward pass takes 0 (float32)") == 0, "%s", message);
+}
+
 }  // namespace
 
 int main() {
@@ -393,6 +470,7 @@ int main() {
     test_in_place(isa);
     test_executors(isa);
     test_half_round_trip(isa);
+    test_backward(isa);
     printf("%s: done\n", isa);
   }
   printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);

@@ -92,14 +92,6 @@ def test_compiles_in_one_graph():
     assert torch.equal(compiled(inputs), cases.run_torch(shape, inputs))
 
 
-def test_backward_is_refused():
-    shape = cases.Shape()
-    inputs = cases.make_inputs(shape)
-    output = cases.run_torch(shape, inputs | {"value": inputs["value"].requires_grad_()})
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        output.sum().backward()
-
-
 @pytest.mark.parametrize(
     "name, wrong, message",
     [

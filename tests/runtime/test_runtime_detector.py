@@ -3,7 +3,6 @@ import pytest
 from PIL import Image
 
 import litedetr_deploy as ld
-from litedetr_deploy.runtime.coco import CLASS_NAMES
 
 from .tiny_artifact import BOXES, LABELS, save_detector, save_raw_detector
 
@@ -101,12 +100,3 @@ def test_another_kind_of_model(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
     with pytest.raises(ld.LiteDetrError, match=r"is no detector.*\['x'\].*Wanted: images"):
         ld.Detector(tmp_path / "m.onnx")
-
-
-def test_coco_names():
-    assert len(CLASS_NAMES) == 91
-    assert sum(name == "N/A" for name in CLASS_NAMES) == 11
-    # From COCO's annotations
-    for label, name in ((1, "person"), (13, "stop sign"), (18, "dog"), (44, "bottle"), (67, "dining table"),
-                        (90, "toothbrush")):
-        assert CLASS_NAMES[label] == name

@@ -1,0 +1,1 @@
+"""How good an artifact's detections are."""

@@ -1,0 +1,52 @@
+"""COCO's average precision, by its own evaluation code (pycocotools)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+from ..errors import LiteDetrError
+from .data import Dataset
+
+# Our names -> places in COCOeval.stats.
+METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_large": 5, "AR100": 8}
+
+
+def import_pycocotools():
+    """Return `pycocotools.coco` and `pycocotools.cocoeval`; raise LiteDetrError when they cannot be imported."""
+    try:
+        from pycocotools import coco, cocoeval
+    except ImportError as error:
+        raise LiteDetrError(f"pycocotools, which computes AP, cannot be imported ({error}). Install it with "
+                            "`pip install litedetr-deploy[evaluate]`.") from error
+    return coco, cocoeval
+
+
+def average_precision(dataset: Dataset, detections: dict) -> dict[str, float | None]:
+    """Return a dict with METRICS, 0..1 each, None where the data has no object of that size.
+
+    detections: image id -> Detections, whose labels are category ids of the data; an image without an entry has none.
+    """
+    coco, cocoeval = import_pycocotools()
+    found = []
+    for image, one in detections.items():
+        for label, (x1, y1, x2, y2), score in zip(one.labels.tolist(), one.boxes.tolist(), one.scores.tolist()):
+            width, height = x2 - x1, y2 - y1
+            found.append({"id": len(found) + 1, "image_id": image, "category_id": label, "score": score,
+                          "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0})
+    # COCOeval takes the id 0 for "no match", and data of others often starts there.
+    objects = [annotation | {"id": number} for number, annotation in enumerate(dataset.annotations, 1)]
+    categories = [{"id": number, "name": name} for number, name in dataset.categories.items()]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        indexed = []
+        for annotations in (objects, found):
+            index = coco.COCO()
+            index.dataset = {"images": dataset.images, "categories": categories, "annotations": annotations}
+            index.createIndex()
+            indexed.append(index)
+        evaluation = cocoeval.COCOeval(*indexed, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = {name: float(evaluation.stats[place]) for name, place in METRICS.items()}
+    return {name: None if value < 0 else value for name, value in values.items()}
