@@ -81,6 +81,36 @@ Plan make_plan(const kda_arguments *a) {
   return plan;
 }
 
+/* Queries are taken tile by tile of the finest level, about 8 x 8 pixels each: then those that follow one another, from
+ * whichever level they are, find what they sample in a near cache. */
+constexpr int64_t kTileSide = 8, kMaxTiles = 64; /* along a side */
+
+int64_t count_tiles(int64_t side) {
+  const int64_t tiles = (side + kTileSide - 1) / kTileSide;
+  return tiles < kMaxTiles ? tiles : kMaxTiles;
+}
+
+/* The tile of a coordinate; NaN is in the first. */
+int64_t find_tile(float x, int64_t tiles) {
+  return !(x > 0) ? 0 : x < 1 ? static_cast<int64_t>(x * static_cast<float>(tiles)) : tiles - 1;
+}
+
+/* Fills plan->order by a counting sort. */
+void order_queries(const Plan *plan) {
+  const kda_arguments *a = plan->arguments;
+  const int64_t rows = count_tiles(plan->levels[0].height), columns = count_tiles(plan->levels[0].width);
+  const int64_t width = int64_t{a->num_levels} * a->reference_width;
+  const float *const references = a->reference_points + plan->item * a->num_queries * width;
+  const auto tile_of = [&](int64_t query) {
+    const float *centre = references + query * width;
+    return find_tile(centre[1], rows) * columns + find_tile(centre[0], columns);
+  };
+  int64_t first[kMaxTiles * kMaxTiles + 1] = {};
+  for (int64_t query = 0; query < a->num_queries; ++query) ++first[tile_of(query) + 1];
+  for (int64_t tile = 0; tile < rows * columns; ++tile) first[tile + 1] += first[tile];
+  for (int64_t query = 0; query < a->num_queries; ++query) plan->order[first[tile_of(query)]++] = query;
+}
+
 void repack_task(int64_t begin, int64_t end, void *state) {
   kernel()->repack(static_cast<const Plan *>(state), begin, end);
 }
@@ -173,7 +203,8 @@ size_t kda_cpu_workspace_size(const kda_arguments *a) {
   if (kda_cpu_check(&shapes, NULL, 0) != KDA_OK) return 0;
   const Plan plan = make_plan(a);
   if (plan.in_place) return 0;
-  return static_cast<size_t>(plan.num_heads * plan.tokens * plan.stride * (has_own_key(a) ? 2 : 1)) * sizeof(float);
+  return static_cast<size_t>(plan.num_heads * plan.tokens * plan.stride * (has_own_key(a) ? 2 : 1)) * sizeof(float) +
+         static_cast<size_t>(a->num_queries) * sizeof(int64_t);
 }
 
 kda_status kda_cpu_forward(const kda_arguments *a, void *workspace, const kda_executor *executor, char *message,
@@ -189,11 +220,13 @@ kda_status kda_cpu_forward(const kda_arguments *a, void *workspace, const kda_ex
   const int64_t group = plan.num_heads;
   plan.value = static_cast<float *>(workspace);
   plan.key = has_own_key(a) ? plan.value + group * plan.tokens * plan.stride : plan.value;
+  plan.order = reinterpret_cast<int64_t *>(plan.key + group * plan.tokens * plan.stride);
   for (plan.item = 0; plan.item < a->batch; ++plan.item) {
     if (plan.in_place) {
       run(executor, plan.num_chunks, attend_task, &plan);
       continue;
     }
+    order_queries(&plan);
     for (plan.first_head = 0; plan.first_head < a->num_heads; plan.first_head += group) {
       plan.num_heads = plan.first_head + group < a->num_heads ? group : a->num_heads - plan.first_head;
       run(executor, plan.rows, repack_task, &plan);

@@ -219,12 +219,17 @@ struct Lanes {
   int32_t token; /* from a token to the next */
 };
 
+/* Samples that a (query, head) has at most; kFour: four levels of four points. */
+template <bool kFour>
+constexpr int kMost = kFour ? 16 : kMaxSamples;
+
 /* Where the samples of one (query, head) read: floats from the map's start to the corners upper left, upper right, lower
  * left, lower right, and the corners' weights.  In the workspace the first is enough; in the value as it came, a corner
  * outside the map has -1. */
+template <bool kFour>
 struct Samples {
-  alignas(64) int32_t corner[4][kMaxSamples];
-  alignas(64) float weight[4][kMaxSamples];
+  alignas(64) int32_t corner[4][kMost<kFour>];
+  alignas(64) float weight[4][kMost<kFour>];
 };
 
 KDA_INLINE void fill_lanes(const Plan *plan, Lanes *lanes) {
@@ -252,8 +257,8 @@ KDA_INLINE Ints load(const int32_t *source) { return as_ints(load(reinterpret_ca
 KDA_INLINE void store(int32_t *target, Ints x) { store(reinterpret_cast<float *>(target), as_floats(x)); }
 
 /* A vector's worth of samples, from lane `p` on; x and y in pixels of their levels. */
-template <bool kInPlace>
-KDA_INLINE void locate(const Lanes *lanes, int32_t token, int p, Floats x, Floats y, Samples *samples) {
+template <bool kFour, bool kInPlace>
+KDA_INLINE void locate(const Lanes *lanes, int32_t token, int p, Floats x, Floats y, Samples<kFour> *samples) {
   const Floats width = load(lanes->width + p), height = load(lanes->height + p);
   /* NaN fails the comparison and lies outside, like an infinity; what is left fits an integer. */
   const Ints inside = (x >= -1.0f) & (x < width) & (y >= -1.0f) & (y < height);
@@ -282,7 +287,7 @@ KDA_INLINE void locate(const Lanes *lanes, int32_t token, int p, Floats x, Float
 
 template <bool kFour, bool kInPlace>
 KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, int32_t token, const float *reference,
-                               const float *offset, Samples *samples) {
+                               const float *offset, Samples<kFour> *samples) {
   const int num_samples = kFour ? 16 : a->num_levels * a->num_points, width = a->reference_width;
   const Ints even = lane_numbers() * 2;
   const float box_scale = 0.5f / static_cast<float>(a->num_points);
@@ -321,7 +326,9 @@ KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, int32
       x *= box_width * level_width * box_scale;
       y *= box_height * level_height * box_scale;
     }
-    locate<kInPlace>(lanes, token, p, centre_x * level_width - 0.5f + x, centre_y * level_height - 0.5f + y, samples);
+    x += centre_x * level_width - 0.5f;
+    y += centre_y * level_height - 0.5f;
+    locate<kFour, kInPlace>(lanes, token, p, x, y, samples);
   }
 }
 
@@ -387,8 +394,8 @@ KDA_INLINE Floats exp_negative(Floats x) {
   return x < -87.0f ? Floats{} : e * power;
 }
 
-/* Softmax over the first `count` of `logits`, in place. */
-KDA_INLINE void softmax(float *logits, int count) {
+/* Softmax over the first `count` of `logits`, in place but for the factor returned, the same in every lane. */
+KDA_INLINE Floats softmax(float *logits, int count) {
   const auto lane_or = [&](int p, Floats otherwise) {
     return count % kLanes == 0 ? load(logits + p) : lane_numbers() + p < count ? load(logits + p) : otherwise;
   };
@@ -404,12 +411,12 @@ KDA_INLINE void softmax(float *logits, int count) {
     store(logits + p, e);
     sum = p == 0 ? e : sum + e;
   }
-  const Floats scale = 1.0f / sum_everywhere(sum);
-  for (int p = 0; p < count; p += kLanes) store(logits + p, load(logits + p) * scale);
+  return 1.0f / sum_everywhere(sum);
 }
 
 /* A vector of a sample: the four corners by their weights. */
-KDA_INLINE Floats interpolate(const float *const *corners, int64_t offset, const Samples *samples, int p) {
+template <bool kFour>
+KDA_INLINE Floats interpolate(const float *const *corners, int64_t offset, const Samples<kFour> *samples, int p) {
   return load(corners[0] + offset) * samples->weight[0][p] + load(corners[1] + offset) * samples->weight[1][p] +
          load(corners[2] + offset) * samples->weight[2][p] + load(corners[3] + offset) * samples->weight[3][p];
 }
@@ -417,9 +424,9 @@ KDA_INLINE Floats interpolate(const float *const *corners, int64_t offset, const
 /* A token of zeros, for the corners outside. */
 alignas(64) constexpr float kZeros[64] = {};
 
-/* Where sample `p` of a map reads; `token`: floats from a token to the next one. */
-template <bool kInPlace>
-KDA_INLINE void find_corners(const float *map, int32_t token, const Lanes *lanes, const Samples *samples, int p,
+/* Where sample `p` of a map reads; `token`, `pitch`: floats from a token and from a row to the next one. */
+template <bool kFour, bool kInPlace>
+KDA_INLINE void find_corners(const float *map, int32_t token, int64_t pitch, const Samples<kFour> *samples, int p,
                              const float **corners) {
   if (kInPlace) {
     for (int c = 0; c < 4; ++c) corners[c] = samples->corner[c][p] < 0 ? kZeros : map + samples->corner[c][p];
@@ -427,8 +434,8 @@ KDA_INLINE void find_corners(const float *map, int32_t token, const Lanes *lanes
     const uint32_t corner = static_cast<uint32_t>(samples->corner[0][p]);
     corners[0] = map + corner;
     corners[1] = map + corner + token;
-    corners[2] = map + lanes->pitch[p] + corner;
-    corners[3] = map + lanes->pitch[p] + corner + token;
+    corners[2] = map + pitch + corner;
+    corners[3] = map + pitch + corner + token;
   }
 }
 
@@ -461,7 +468,10 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   const int64_t output_bytes = dim * bytes_of(a->dtype);
   const int64_t offset_bytes = 2 * num_samples * bytes_of(a->offset_dtype);
 
-  const auto locate_query = [&](int64_t row, int64_t head, Samples *samples) {
+  const int64_t pitches[4] = {lanes->pitch[0], lanes->pitch[4], lanes->pitch[8], lanes->pitch[12]};
+  const auto pitch_of = [&](int p) { return kFour ? pitches[p / 4] : lanes->pitch[p]; };
+
+  const auto locate_query = [&](int64_t row, int64_t head, Samples<kFour> *samples) {
     const int64_t first = (row * num_heads + head) * num_samples * 2;
     const float *reference = a->reference_points + row * a->num_levels * a->reference_width;
     alignas(64) float buffer[2 * kMaxSamples + 2 * kLanes];
@@ -486,7 +496,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
     }
   };
   /* Sampled keys against the query: logits into `weight`, and shared samples into `kept`. */
-  const auto score = [&](int64_t row, int64_t head, const Samples *samples, float *weight, float *kept) {
+  const auto score = [&](int64_t row, int64_t head, const Samples<kFour> *samples, float *weight, float *kept) {
     const int64_t cell = row * num_heads + head;
     if (!a->key_aware) {
       read(a->query, a->dtype, cell * num_samples, num_samples, weight);
@@ -501,6 +511,8 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
       for (int64_t v = 0; v < vectors; ++v) store(query_buffer + v * kLanes, Floats{});
       read(a->query, a->dtype, cell * dim, dim, query_buffer);
     }
+    Floats query_vectors[kVectors ? kVectors : 1];
+    for (int v = 0; v < kVectors; ++v) query_vectors[v] = load(query + v * kLanes);
     for (int first = 0; first < num_samples; first += kLanes) {
       Floats products[kLanes] = {};
       if constexpr (kVectors > 0) {
@@ -509,12 +521,12 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
           const int p = first + i;
           if (!kFour && p >= num_samples) break;
           const float *corners[4];
-          find_corners<kInPlace>(key, token, lanes, samples, p, corners);
+          find_corners<kFour, kInPlace>(key, token, pitch_of(p), samples, p, corners);
 #pragma GCC unroll 16
           for (int64_t v = 0; v < vectors; ++v) {
-            const Floats sample = interpolate(corners, v * kLanes, samples, p);
+            const Floats sample = interpolate<kFour>(corners, v * kLanes, samples, p);
             if (kShared) store(kept + (p * vectors + v) * kLanes, sample);
-            products[i] = v == 0 ? load(query) * sample : products[i] + load(query + v * kLanes) * sample;
+            products[i] = v == 0 ? query_vectors[0] * sample : products[i] + query_vectors[v] * sample;
           }
         }
       } else {
@@ -525,8 +537,8 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
           for (int i = 0; i < kLanes && first + i < num_samples; ++i) {
             const int p = first + i;
             const float *corners[4];
-            find_corners<kInPlace>(key, token, lanes, samples, p, corners);
-            products[i] += load(query_buffer) * interpolate(corners, v * kLanes, samples, p);
+            find_corners<kFour, kInPlace>(key, token, pitch_of(p), samples, p, corners);
+            products[i] += load(query_buffer) * interpolate<kFour>(corners, v * kLanes, samples, p);
           }
         }
       }
@@ -534,68 +546,88 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
     }
   };
 
-  /* Softmax of the logits and weighted sum of the values. */
-  const auto finish = [&](int64_t row, int64_t head, const Samples *samples, float *weight, const float *kept) {
+  /* Sum of the values by `weight`, times `factor`. */
+  const auto finish = [&](int64_t row, int64_t head, const Samples<kFour> *samples, const float *weight,
+                          const float *kept, Floats factor) {
     const int64_t cell = row * num_heads + head;
     const float *value = kInPlace ? values + head * dim : values;
-    softmax(weight, num_samples);
-    __asm__ volatile("" : : : "memory");
+    /* Every weight is spread once for all the vectors; eight sums at a time hide the multiply-adds' latency. */
+    constexpr int kTogether = kVectors == 0 ? 1 : kVectors < 8 ? kVectors : 8, kSums = 8 / kTogether;
+    for (int64_t first = 0; first < vectors; first += kTogether) {
+      Floats sums[kSums][kTogether] = {};
 #pragma GCC unroll 16
-    for (int64_t v = 0; v < vectors; ++v) {
-      Floats sum[2] = {};
-#pragma GCC unroll 16
-      for (int p = 0; p < num_samples; ++p) {
-        Floats sample;
-        if (kShared) {
-          sample = load(kept + (p * vectors + v) * kLanes);
-        } else {
+      for (int q = 0; q < num_samples; q += kSums) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSums; ++i) {
+          const int p = q + i;
+          if (!kFour && p >= num_samples) break;
           const float *corners[4];
-          find_corners<kInPlace>(value, token, lanes, samples, p, corners);
-          sample = interpolate(corners, v * kLanes, samples, p);
+          if (!kShared) find_corners<kFour, kInPlace>(value, token, pitch_of(p), samples, p, corners);
+#pragma GCC unroll 8
+          for (int v = 0; v < kTogether; ++v) {
+            sums[i][v] += weight[p] * (kShared ? load(kept + (p * vectors + first + v) * kLanes)
+                                               : interpolate<kFour>(corners, (first + v) * kLanes, samples, p));
+          }
         }
-        sum[p & 1] += weight[p] * sample;
       }
-      const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
-      write(a->output, a->dtype, cell * dim + v * kLanes, rest, sum[0] + sum[1]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTogether; ++v) {
+        for (int i = 1; i < kSums; ++i) sums[0][v] += sums[i][v];
+        const int64_t done = (first + v) * kLanes, rest = dim - done < kLanes ? dim - done : kLanes;
+        write(a->output, a->dtype, cell * dim + done, rest, sums[0][v] * factor);
+      }
     }
   };
 
-  /* While a query's samples are interpolated, the next one's are located. */
-  struct Stage {
-    Samples samples;
-    int64_t row, head;
-  } stages[2];
-  Stage *now = &stages[0], *next = &stages[1];
-  alignas(64) float weight_array[kMaxSamples];
-  alignas(64) float kept_array[kShared ? kMaxSamples * kVectors * kLanes : 1];
-  float *weight = weight_array, *kept = kept_array;
+  /* Queries go in blocks, whose long chains of dependent operations (the dot products' trees, the softmax) run side by
+   * side; before a block's samples are interpolated, the next one's are located. */
+  constexpr int kBlock = kInPlace ? 1 : 4, kKept = kShared ? kMost<kFour> * kVectors * kLanes : 1;
+  struct Block {
+    Samples<kFour> samples[kBlock];
+    int64_t row[kBlock], head[kBlock];
+    int count;
+  } blocks[2];
+  Block *now = &blocks[0], *next = &blocks[1];
+  alignas(64) float weight_array[kBlock][kMost<kFour>];
+  alignas(64) float kept_array[kBlock][kKept];
+  Floats factors[kBlock] = {};
+  float(*weight)[kMost<kFour>] = weight_array, (*kept)[kKept] = kept_array;
   /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load from
    * memory spreads it for nothing. */
   __asm__("" : "+r"(weight), "+r"(kept));
 
-  const int64_t last_row = plan->item * a->num_queries + end;
-  now->row = plan->item * a->num_queries + begin;
-  now->head = head;
-  locate_query(now->row, now->head, &now->samples);
-  while (now->row < last_row) {
-    next->row = now->row + 1;
-    next->head = now->head;
-    if (kInPlace) {
-      next->head = now->head + 1 < num_heads ? now->head + 1 : 0;
-      next->row = now->row + (next->head == 0);
-    } else {
-      const int64_t ahead = (now->row + kAhead) * num_heads + head;
-      prefetch<0>(a->sampling_offsets, ahead * offset_bytes, offset_bytes);
-      prefetch<0>(a->query, ahead * query_bytes, query_bytes);
-      prefetch<1>(a->output, ahead * output_bytes, output_bytes);
+  const int64_t first_row = plan->item * a->num_queries;
+  int64_t query = begin;
+  const auto locate_block = [&](Block *block) {
+    for (block->count = 0; block->count < kBlock && query < end; ++block->count) {
+      const int64_t row = first_row + (kInPlace ? query : plan->order[query]);
+      if (!kInPlace) {
+        const int64_t later = plan->order[query + kAhead < a->num_queries ? query + kAhead : query];
+        const int64_t ahead = (first_row + later) * num_heads + head;
+        prefetch<0>(a->sampling_offsets, ahead * offset_bytes, offset_bytes);
+        prefetch<0>(a->query, ahead * query_bytes, query_bytes);
+        prefetch<1>(a->output, ahead * output_bytes, output_bytes);
+      }
+      block->row[block->count] = row;
+      block->head[block->count] = head;
+      locate_query(row, head, &block->samples[block->count]);
+      if (kInPlace) head = head + 1 < num_heads ? head + 1 : 0;
+      query += !kInPlace || head == 0;
     }
-    if (next->row < last_row) locate_query(next->row, next->head, &next->samples);
-    score(now->row, now->head, &now->samples, weight, kept);
-    finish(now->row, now->head, &now->samples, weight, kept);
-    Stage *const done = now;
+  };
+  now->count = 0;
+  do {
+    locate_block(next); /* written once: a second copy of this code made the rest of the loop slower */
+    for (int i = 0; i < now->count; ++i) score(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i]);
+    for (int i = 0; i < now->count; ++i) factors[i] = softmax(weight[i], num_samples);
+    __asm__ volatile("" : : : "memory");
+    for (int i = 0; i < now->count; ++i) {
+      finish(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i], factors[i]);
+    }
+    Block *const done = now;
     now = next;
     next = done;
-  }
+  } while (now->count);
 }
 
 typedef void (*AttendChunk)(const Plan *plan, const Lanes *lanes, int64_t head, int64_t begin, int64_t end);

@@ -40,6 +40,7 @@ struct Plan {
   int64_t first_head;   /* of the group */
   int64_t num_heads;    /* in the group; a task in place takes all heads of its queries */
   bool in_place;        /* the value is read as it came, without a workspace */
+  int64_t *order;       /* [queries], the order in which they are taken, but in place */
   float *key;           /* [heads in the group, tokens, stride]; the same as `value` when there is no key */
   float *value;
 };

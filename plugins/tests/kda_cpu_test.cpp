@@ -5,191 +5,17 @@
 #include <atomic>
 #include <thread>
 
-#include "checks.h"
+#include "cases.h"
 #include "cpu_kernel.h"
 
 namespace {
 
-void check_against_definition(Problem *problem, const char *isa) {
-  CHECK(problem->run() == KDA_OK, "%s", describe(problem->shape).c_str());
-  const std::vector<double> expected = problem->expected();
-  const double allowed = tolerance(*problem);
-  double worst = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const double error = fabs(problem->output.get(i) - expected[i]);
-    worst = error <= worst ? worst : error; /* keeps a NaN */
-  }
-  CHECK(worst <= allowed, "%s: error %g, allowed %g: %s", isa, worst, allowed, describe(problem->shape).c_str());
-}
-
-void test_sweep(const char *isa) {
-  const int dims[] = {4, 8, 12, 16, 20, 32, 40, 64, 96};
-  const int32_t dtypes[] = {KDA_FLOAT32, KDA_FLOAT16, KDA_BFLOAT16};
-  std::mt19937 random(1);
-  const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-  for (int round = 0; round < 120; ++round) {
-    Shape s;
-    s.batch = pick(1, 3);
-    s.queries = pick(1, 24);
-    s.heads = pick(1, 4);
-    s.dim = round % 3 == 0 ? 32 : dims[pick(0, 8)];
-    s.points = round % 3 == 0 ? 4 : pick(1, KDA_MAX_POINTS);
-    s.reference_width = 2 * pick(1, 2);
-    s.levels.clear();
-    const int levels = round % 3 == 0 ? 4 : pick(1, KDA_MAX_LEVELS);
-    for (int i = 0; i < 2 * levels; ++i) s.levels.push_back(pick(0, 4) ? pick(2, 12) : 1);
-    s.key_aware = pick(0, 3) != 0;
-    s.own_key = s.key_aware && pick(0, 2) == 0;
-    s.dtype = dtypes[pick(0, 2)];
-    s.offset_dtype = pick(0, 1) ? s.dtype : KDA_FLOAT32;
-    Problem problem(s);
-    problem.randomise(round);
-    check_against_definition(&problem, isa);
-  }
-}
-
-/* Several chunks of queries, and maps as wide as those of real images. */
-void test_large(const char *isa) {
-  Shape s;
-  s.queries = 150;
-  s.heads = 2;
-  s.dim = 32;
-  s.points = 4;
-  s.levels = {20, 167, 10, 84, 5, 42, 3, 21};
-  for (int width = 2; width <= 4; width += 2) {
-    s.reference_width = width;
-    Problem problem(s);
-    problem.randomise(7);
-    check_against_definition(&problem, isa);
-  }
-}
-
-void test_empty(const char *isa) {
-  for (bool no_batch : {false, true}) {
-    Shape s;
-    s.batch = no_batch ? 0 : 1;
-    s.queries = no_batch ? 5 : 0;
-    Problem problem(s);
-    CHECK(problem.run() == KDA_OK, "%s", isa);
-  }
-}
-
-/* One head, one level, one point: the output is the sample itself, whatever the logit.  Sizes are powers of two, so
- * that coordinates are exact. */
-Problem single_point(float pixel_x, float pixel_y, int64_t height, int64_t width, int32_t dim) {
-  Shape s;
-  s.dim = dim;
-  s.levels = {height, width};
-  Problem problem(s);
-  problem.randomise(3);
-  problem.references = {0.5f / width, 0.5f / height}; /* pixel (0, 0) */
-  problem.offsets.set(0, pixel_x);
-  problem.offsets.set(1, pixel_y);
-  return problem;
-}
-
-void test_borders(const char *isa) {
-  for (int dim : {4, 32}) {
-    for (int64_t width : {1, 8}) {
-      for (int64_t height : {1, 4}) {
-        for (float y : {-2.0f, -1.0f, -0.5f, 0.0f, 0.25f, height - 1.0f, height - 0.5f, float(height), height + 3.0f}) {
-          for (float x : {-2.0f, -1.0f, -0.5f, 0.0f, 0.75f, width - 1.0f, width - 0.5f, float(width), width + 3.0f}) {
-            Problem problem = single_point(x, y, height, width, dim);
-            check_against_definition(&problem, isa);
-          }
-        }
-      }
-    }
-  }
-}
-
-/* A token of NaN or Inf reaches exactly the samples that it is a corner of inside the map, zero weight included. */
-void test_non_finite_values(const char *isa) {
-  const int64_t height = 4, width = 8;
-  for (float poison : {NAN, INFINITY}) {
-    for (int64_t token : {int64_t{0}, width - 1, width + 3, (height - 1) * width, height * width - 1}) {
-      for (float y = -2; y <= height + 1; y += 0.5f) {
-        for (float x = -2; x <= width + 1; x += 0.5f) {
-          Problem problem = single_point(x, y, height, width, 32);
-          for (int d = 0; d < 32; ++d) problem.value.set(token * 32 + d, poison);
-          problem.run();
-          const int64_t x0 = static_cast<int64_t>(floor(x)), y0 = static_cast<int64_t>(floor(y));
-          const int64_t tx = token % width, ty = token / width;
-          const bool touched = tx >= x0 && tx <= x0 + 1 && ty >= y0 && ty <= y0 + 1;
-          const std::vector<double> expected = problem.expected();
-          for (int d = 0; d < 32; ++d) {
-            const float got = problem.output.get(d);
-            /* A logit of Inf or NaN makes the softmax NaN, so every touched output is NaN. */
-            CHECK(isnan(got) == touched, "%s: %g at (%g, %g), token %d", isa, got, x, y, int(token));
-            if (!touched) CHECK(fabs(got - expected[d]) < 1e-5, "%s: %g, not %g", isa, got, expected[d]);
-          }
-        }
-      }
-    }
-  }
-  /* Plain attention: the logit is apart from the value, so Inf stays Inf where its weight is not 0. */
-  Shape s;
-  s.key_aware = false;
-  s.dim = 32;
-  s.levels = {height, width};
-  Problem problem(s);
-  problem.randomise(3);
-  problem.references = {0.5f / width, 0.5f / height};
-  problem.offsets.set(0, 2.5f);
-  problem.offsets.set(1, 1.5f);
-  problem.value.set((2 * width + 3) * 32 + 5, INFINITY);
-  problem.run();
-  for (int d = 0; d < 32; ++d) CHECK(isinf(problem.output.get(d)) == (d == 5), "%s", isa);
-}
-
-/* Locations far away, infinite or NaN lie outside: zero, and nothing is read out of bounds. */
-void test_wild_locations(const char *isa) {
-  for (float wild : {1e6f, 3e9f, 1e19f, 1e30f, 3e38f, INFINITY, NAN}) {
-    for (float sign : {-1.0f, 1.0f}) {
-      for (int where = 0; where < 4; ++where) {
-        Problem problem = single_point(0, 0, 4, 8, 32);
-        if (where < 2) {
-          problem.offsets.set(where, sign * wild);
-        } else {
-          problem.references[where - 2] = sign * wild;
-        }
-        problem.run();
-        for (int d = 0; d < 32; ++d) CHECK(problem.output.get(d) == 0, "%s: %g", isa, sign * wild);
-      }
-    }
-  }
-  /* Infinite boxes, as inverse sigmoids of invalid proposals make them, among four levels of four points. */
-  Shape s;
-  s.queries = 9;
-  s.dim = 32;
-  s.points = 4;
-  s.reference_width = 4;
-  s.levels = {8, 8, 4, 4, 2, 2, 1, 1};
-  Problem problem(s);
-  problem.randomise(5);
-  for (size_t i = 0; i < problem.references.size(); ++i) {
-    if (i % 3) problem.references[i] = i % 2 ? INFINITY : NAN;
-  }
-  problem.run();
-  for (size_t i = 0; i < problem.output.size(); ++i) CHECK(isfinite(problem.output.get(i)), "%s", isa);
-}
-
-/* A logit of minus infinity takes no part; logits far apart do not overflow. */
-void test_extreme_logits(const char *isa) {
-  Shape s;
-  s.dim = 32;
-  s.points = 4;
-  s.levels = {8, 8, 4, 4, 2, 2, 1, 1};
-  s.key_aware = false;
-  Problem problem(s);
-  problem.randomise(11);
-  for (int p = 0; p < 16; ++p) problem.query.set(p, p % 3 == 0 ? -INFINITY : p % 3 == 1 ? 3e38f : -3e38f);
-  check_against_definition(&problem, isa);
-}
+kda_status run_on_cpu(Problem *problem) { return problem->run(); }
 
 /* Few queries of many tokens read the value where it lies: the same as from the workspace, which an equal key of its own
  * makes them use; NaN, Inf and wild locations included. */
-void test_in_place(const char *isa) {
+void test_in_place(const Device &device) {
+  const char *isa = device.name;
   const float wild[] = {1e30f, -INFINITY, INFINITY, NAN, -3e9f};
   for (int dim : {16, 32, 64}) {
     for (int width : {2, 4}) {
@@ -207,7 +33,7 @@ void test_in_place(const char *isa) {
         Problem repacked(s);
         in_place.randomise(round);
         repacked.randomise(round);
-        if (round % 3 == 0) check_against_definition(&in_place, isa);
+        if (round % 3 == 0) check_against_definition(device, &in_place);
         for (size_t i = round % 3; i < in_place.offsets.size() && round % 3; i += 37) in_place.offsets.set(i, wild[i % 5]);
         for (size_t i = round; i < in_place.value.size() && round % 3 == 2; i += 7 * dim + 1) {
           in_place.value.set(i, wild[1 + i % 3]);
@@ -460,14 +286,9 @@ int main() {
   for (const char *isa : {"generic", "neon", "avx2", "avx512"}) {
     if (!kda::select_isa(isa)) continue;
     CHECK(strcmp(kda_cpu_isa(), isa) == 0, "%s", kda_cpu_isa());
-    test_sweep(isa);
-    test_large(isa);
-    test_empty(isa);
-    test_borders(isa);
-    test_non_finite_values(isa);
-    test_wild_locations(isa);
-    test_extreme_logits(isa);
-    test_in_place(isa);
+    const Device device = {isa, 4, 96, run_on_cpu};
+    test_cases(device, 120);
+    test_in_place(device);
     test_executors(isa);
     test_half_round_trip(isa);
     test_backward(isa);
