@@ -1,7 +1,8 @@
 """Timing that all benchmarks share: fair repetitions, medians and percentiles, and a description of the machine.
 
 A benchmark warms its contenders up, asks `repetitions` how often each fits into its share of the time, and runs
-`time_call` on them in the order of `interleave`, so that a machine that slows down slows all of them.
+`time_call` on them in the order of `interleave`, so that a machine that slows down slows all of them.  On a GPU it uses
+`time_device_call`.  PyTorch and numpy are imported where they are used: a machine with a GPU may have no numpy.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 # Seconds of rest before a timed call.  The threads of the library that ran before keep spinning in wait for more work
 # (milliseconds in ONNX Runtime, some 20 ms in GNU OpenMP) and would take the processor from the one that is timed.
 REST = 0.03
 FEWEST, MOST = 3, 1000  # repetitions, whatever the time allows
 DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
+DEFAULT_DEVICE_CACHE_BYTES = 64 << 20
+WAIT = 1_000_000  # cycles that a GPU waits for the host before a timed call, some 0.5 ms; more where that is too short
+LONGEST_WAIT = 1_000_000_000
 
 
 def time_call(call: Callable[[], object], cold: bool = False) -> float:
@@ -44,10 +46,40 @@ def time_call(call: Callable[[], object], cold: bool = False) -> float:
     return seconds
 
 
-def repetitions(call: Callable[[], object], budget: float, cold: bool = False) -> int:
-    """How many timed calls fit into `budget` seconds, rest included, by the time that one takes now."""
+def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
+    """Seconds that one call keeps the CUDA device busy, between two events; warm and cold as in `time_call`, of the L2
+    cache.
+
+    The device waits before it, until the host has handed over the whole call: else the host's time would be measured.
+
+    Raises RuntimeError where the call itself waits for the device.
+    """
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    wait = WAIT
+    while wait <= LONGEST_WAIT:
+        if cold:
+            evict_device_cache()
+        else:
+            call()
+        torch.cuda._sleep(wait)
+        begin.record()
+        output = call()
+        end.record()
+        overtaken = begin.query()
+        end.synchronize()
+        del output
+        if not overtaken:
+            return begin.elapsed_time(end) / 1e3
+        wait *= 4
+    raise RuntimeError("the call waits for the device, so that its time between two events is not the device's alone")
+
+
+def repetitions(time_once: Callable[[], float], budget: float) -> int:
+    """How many timed calls fit into `budget` seconds, with all that `time_once` does around its call, by one try."""
     start = time.perf_counter()
-    time_call(call, cold)
+    time_once()
     return max(FEWEST, min(MOST, int(budget / (time.perf_counter() - start))))
 
 
@@ -69,11 +101,13 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 def evict_caches() -> None:
     """Reads and writes more memory than the caches hold.  Plain stores of one value could bypass them."""
     buffer = _cache_sized_buffer()
-    np.add(buffer, 1, out=buffer)
+    buffer += 1
 
 
 @functools.cache
-def _cache_sized_buffer() -> np.ndarray:
+def _cache_sized_buffer():
+    import numpy as np
+
     return np.zeros(cache_bytes() // 8, np.int64)
 
 
@@ -83,6 +117,61 @@ def cache_bytes() -> int:
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = [re.fullmatch(r"(\d+)([KM])", file.read_text().strip()) for file in files]
     return sum(int(size[1]) * units[size[2]] for size in sizes if size) or DEFAULT_CACHE_BYTES
+
+
+def evict_device_cache() -> None:
+    """Reads and writes twice as much as the L2 cache of the CUDA device holds."""
+    _device_cache_sized_buffer().add_(1)
+
+
+@functools.cache
+def _device_cache_sized_buffer():
+    import torch
+
+    return torch.zeros(2 * device_cache_bytes() // 4, dtype=torch.int32, device="cuda")
+
+
+def device_cache_bytes() -> int:
+    """The L2 cache of the CUDA device."""
+    import torch
+
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_DEVICE_CACHE_BYTES
+
+
+def device_bandwidth(size: int, copies: int) -> float:
+    """Bytes a second, read and written, of copying `size` bytes on the CUDA device `copies` times in a row, launches
+    included."""
+    import torch
+
+    source = torch.zeros(size // 4, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy():  # by a kernel: copy_ may leave it to the copy engine
+        for _ in range(copies):
+            torch.neg(source, out=target)
+
+    seconds = percentile([time_device_call(copy) for _ in range(20)], 50)
+    return 2 * source.nbytes * copies / seconds
+
+
+def device() -> dict:
+    """What a reader needs to know about the CUDA device, as JSON types, with the bandwidths of copies on it: within a
+    half of its L2 cache, and of much more than that cache holds."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    cache = device_cache_bytes()
+    large = max(4 * cache, min(1 << 30, torch.cuda.mem_get_info()[0] // 8))
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / (1 << 30), 1),
+        "l2_mib": round(cache / (1 << 20), 1),
+        "cuda": torch.version.cuda,
+        "l2_gigabytes_per_second": round(device_bandwidth(cache // 4, 20) / 1e9, 1),
+        "memory_gigabytes_per_second": round(device_bandwidth(large, 1) / 1e9, 1),
+    }
 
 
 def machine(packages: Sequence[str]) -> dict:

@@ -1,8 +1,9 @@
 """Builds, checks and times the CUDA kernels on a machine with a GPU, nvcc, cmake and torch; nothing is installed.
 
-    python tools/gpu_check.py [--results FOLDER] [--build FOLDER] [--skip-timing]
+    python tools/gpu_check.py [--results FOLDER] [--build FOLDER] [--deformable-detr FOLDER] [--skip-timing]
 
-Steps: build for this GPU; C++ tests; compute-sanitizer (memcheck, racecheck, initcheck); tests/gpu; times.
+Steps: build for this GPU; C++ tests; compute-sanitizer (memcheck, racecheck, initcheck); tests/gpu; times
+(benchmarks/kernels.py, with the kernel of a checkout of Deformable DETR where one is given).
 A step that fails is reported and the others go on where they can.  Writes summary.md, the times as JSON and Markdown,
 and every step's whole output into a folder named after the device and the date.  Exits with 1 where a step failed.
 """
@@ -132,10 +133,17 @@ def python_tests_command() -> list[str]:
     return [sys.executable, "-m", *(["pytest", "-q", "tests/gpu"] if has_pytest else ["tests.gpu"])]
 
 
+def timing_command(output: Path, deformable_detr: Path | None) -> list[object]:
+    command = [sys.executable, REPOSITORY / "benchmarks" / "kernels.py", "--device", "cuda", "--output", output]
+    command += ["--sizes", "full800,high800,dec800", "--cold"]
+    return command + (["--deformable-detr", deformable_detr.resolve()] if deformable_detr else [])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "gpu")
     parser.add_argument("--build", type=Path, default=REPOSITORY / "build" / "gpu")
+    parser.add_argument("--deformable-detr", type=Path, help="a checkout, whose CUDA kernel is timed as well")
     parser.add_argument("--skip-timing", action="store_true")
     options = parser.parse_args()
     device, architecture = describe_gpu()
@@ -168,7 +176,7 @@ def main() -> int:
         if options.skip_timing:
             run.skip("timing", "--skip-timing")
         else:
-            timing = [sys.executable, REPOSITORY / "tools" / "gpu_check_timing.py", "--output", run.results / "kernels"]
+            timing = timing_command(run.results / "kernels", options.deformable_detr)
             run.command("timing", timing, timeout=7200, **environment)
     print("wrote", run.results)
     return 1 if run.failed else 0

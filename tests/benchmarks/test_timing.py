@@ -5,6 +5,7 @@ import time
 
 import pytest
 import timing
+import torch
 
 
 def test_time_call_times_the_call_alone():
@@ -26,11 +27,46 @@ def test_percentile():
 )
 def test_repetitions_fit_the_budget(monkeypatch, seconds, budget, wanted):
     clock = iter([100.0, 100.0 + seconds])
-    monkeypatch.setattr(timing, "time_call", lambda call, cold: call())
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     calls = []
     assert timing.repetitions(lambda: calls.append(1), budget) == wanted
     assert len(calls) == 1
+
+
+class Device:
+    """A CUDA device whose host takes `host` cycles for a call and whose call takes 2 ms; it logs what it is asked."""
+
+    def __init__(self, host, monkeypatch):
+        self.host, self.log = host, []
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.log.append)
+        monkeypatch.setattr(timing, "evict_device_cache", lambda: self.log.append("evict"))
+
+    def event(self, enable_timing):
+        class Event:
+            record = synchronize = lambda event: None
+            query = lambda event: self.host > [entry for entry in self.log if isinstance(entry, int)][-1]  # noqa: E731
+            elapsed_time = lambda event, end: 2.0  # noqa: E731
+
+        return Event()
+
+    def call(self):
+        self.log.append("call")
+
+
+def test_device_waits_for_the_host(monkeypatch):
+    device = Device(host=0, monkeypatch=monkeypatch)
+    assert timing.time_device_call(device.call) == 0.002
+    assert timing.time_device_call(device.call, cold=True) == 0.002
+    assert device.log == ["call", timing.WAIT, "call", "evict", timing.WAIT, "call"]
+    device = Device(host=timing.WAIT * 3, monkeypatch=monkeypatch)
+    assert timing.time_device_call(device.call) == 0.002
+    assert device.log == ["call", timing.WAIT, "call"] + ["call", timing.WAIT * 4, "call"]
+
+
+def test_a_call_that_waits_for_the_device_is_not_timed(monkeypatch):
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        timing.time_device_call(Device(host=10**18, monkeypatch=monkeypatch).call)
 
 
 def test_equal_counts_make_a_round_robin():
