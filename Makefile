@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(shell find plugins tools -type f -not -path 'plugins/tests/*')
 JOBS := $(shell nproc)
 
-.PHONY: demo test aarch64 benchmark clean
+.PHONY: demo test aarch64 benchmark rtx clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -24,13 +24,20 @@ aarch64:
 benchmark: $(VENV)/.installed-benchmark
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results/kernels
 
+# A whole Lite-DINO R50 with random weights, built ahead of time for RTX GPUs: minutes, and a few GB of memory.
+rtx: $(VENV)/.installed-tests
+	mkdir -p build
+	$(BIN)/python -c "import litedetr_deploy as ld; \
+	  model = ld.load_model(variant='lite-dino-r50-h3l1-2+1x3'); \
+	  print(ld.build_engine(model, 'build/rtx.plan', backend='tensorrt-rtx', precision='fp16', progress=print))"
+
 $(VENV)/.created:
 	python3 -m venv $(VENV)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 	@echo "Installing into $(VENV) and compiling the native libraries: a few minutes the first time."
-	$(PIP) --editable '.[export]'
+	$(PIP) --editable '.[evaluate,export]'
 	touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed

@@ -27,12 +27,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the package as it lies here, where none is installed
 
-import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import litedetr_deploy as ld
+from litedetr_deploy.benchmark import timing
 from litedetr_deploy.files import replaced_when_done
 from litedetr_deploy.ops import reference, torch_op
 

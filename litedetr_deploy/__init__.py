@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "load_model": "model.checkpoint",
     "export_onnx": "export.export",
+    "build_engine": "engine.build",
     "create_session": "runtime.session",
     "Detector": "runtime.detector",
     "LiteDetrError": "errors",

@@ -95,7 +95,7 @@ def main(
     average = torch.optim.swa_utils.AveragedModel(
         trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER), use_buffers=True
     )
-    optimizer = torch.optim.AdamW(trainee.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trainee.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     step = resume(output / "checkpoint.pth", wanted, trainee, average, optimizer)
     total = images // batch_size
     loader = DataLoader(

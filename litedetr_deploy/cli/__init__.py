@@ -9,6 +9,8 @@ import sys
 import typer
 
 from .. import __version__
+from .benchmark import benchmark
+from .build import build
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -19,8 +21,9 @@ app = typer.Typer(
     name="litedetr", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Deploy Lite DETR and other detectors with deformable attention.",
 )
-for command in (export, verify, predict, evaluate, doctor):
+for command in (export, build, verify, predict, evaluate, doctor):
     app.command()(command)
+app.add_typer(benchmark, name="benchmark")
 
 
 def _print_version(wanted: bool):

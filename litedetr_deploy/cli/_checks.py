@@ -2,7 +2,9 @@
 
 import os
 import re
+from pathlib import Path
 
+from .. import assets
 from ..errors import LiteDetrError
 
 
@@ -14,6 +16,12 @@ def readable_file(path, what):
         raise LiteDetrError(f"The {what} {path} is not a file. Give the path of the file itself.")
     if not os.access(path, os.R_OK):
         raise LiteDetrError(f"The {what} {path} cannot be read: permission denied. Change its permissions or copy it.")
+
+
+def checkpoint(name):
+    """Raise LiteDetrError unless `name` is weights that come with the package or a file that can be read."""
+    if name not in assets.NAMES:
+        readable_file(Path(name), "checkpoint")
 
 
 def writable_model(path):

@@ -7,12 +7,15 @@ import typer
 
 from ..export import limits
 from . import _checks
-from ._console import Stages, guarded, print_json, print_verification
+from ._console import Stages, guarded, print_json, print_verification, stdout_console
+from ._recipe import Recipe
 
 
 @guarded
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Trained weights: .pth or .safetensors.")],
+    checkpoint: Annotated[str, typer.Argument(
+        help="Trained weights: .pth or .safetensors; or the name of those that come with this package, "
+             "lite-dino-shapes.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX model to write.")],
     variant: Annotated[str | None, typer.Option(
         help="What the checkpoint holds, as in lite-dino-r50-h3l1-2+1x3; found out where it can be.")] = None,
@@ -24,19 +27,37 @@ def export(
         help="detections: labels, boxes, scores; raw: logits and boxes of all queries.")] = "detections",
     pixel_mask: Annotated[bool, typer.Option(
         "--pixel-mask", help="Take a mask of the padding, for letterboxed images.")] = False,
-    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 17,
+    precision: Annotated[str, typer.Option(
+        help="fp32; fp16 or bf16, with what needs more kept in FP32; int8 of what bears it, and fp16 elsewhere."
+        )] = "fp32",
+    keep_fp32: Annotated[list[str] | None, typer.Option(
+        help="Module or node to keep in FP32 as well, with shell patterns: detector.backbone.layer4; can be "
+             "repeated.")] = None,
+    calibration: Annotated[Path | None, typer.Option(
+        help="Directory of pictures like those that the model will see, for int8.  Not given: what an earlier export "
+             "found out of them.")] = None,
+    calibration_images: Annotated[int | None, typer.Option(
+        help="How many of them to use; by default all, or 128 of more.")] = None,
+    calibration_method: Annotated[str, typer.Option(
+        help="entropy, percentile or minmax.")] = limits.CALIBRATION_METHODS[0],
+    sensitivity: Annotated[bool, typer.Option(
+        "--sensitivity", help="Rank the layers by what quantizing each alone does.")] = False,
+    opset: Annotated[int, typer.Option(help="ONNX opset; int8 needs 19 and bf16 22, and use it.")] = 17,
     images: Annotated[list[Path] | None, typer.Option(
         help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples.")] = None,
     no_verify: Annotated[bool, typer.Option(
         "--no-verify", help="Do not compare the model with PyTorch.")] = False,
+    recipe: Recipe = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
     """Export a checkpoint to ONNX and prove the model equal to PyTorch."""
     size = _checks.image_size(image_size)
-    limits.check(attention, "fp32", size, outputs, opset)
-    _checks.readable_file(checkpoint, "checkpoint")
+    calibrates = calibration is not None or calibration_images is not None or sensitivity
+    limits.check(attention, precision, size, outputs, opset, calibrates, calibration_method)
+    _checks.checkpoint(checkpoint)
     _checks.writable_model(output)
     files = _checks.image_files(images)
+    pictures = None if calibration is None else limits.calibration_images(calibration, calibration_images)
 
     with Stages() as stage:
         stage("load PyTorch and the checkpoint")
@@ -44,8 +65,10 @@ def export(
 
         model = ld.load_model(checkpoint, variant)
         report = ld.export_onnx(
-            model, output, attention=attention, image_size=size, outputs=outputs, pixel_mask=pixel_mask,
-            opset=opset, verify=not no_verify, images=files, progress=stage,
+            model, output, attention=attention, precision=precision, image_size=size, outputs=outputs,
+            pixel_mask=pixel_mask, opset=opset, calibration=pictures, verify=not no_verify, images=files,
+            keep_fp32=keep_fp32 or (), calibration_images=calibration_images, calibration_method=calibration_method,
+            sensitivity=sensitivity, progress=stage,
         ).to_dict()
 
     if as_json:
@@ -53,10 +76,16 @@ def export(
     else:
         if report["verification"]:
             print_verification(report["verification"])
+        if sensitivity:
+            _print_sensitivity(report["sensitivity"])
         nodes = report["attention_nodes"]
         print(f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, "
               f"{f'{nodes} attention nodes' if nodes else 'standard ONNX ops only'}, made in {report['seconds']:.0f} s; "
               f"{_verdict(report)}")
+        if precision != "fp32":
+            counts = report["nodes"]
+            print(f"{precision}: {counts['int8']} nodes in INT8, {counts['half']} in half, {counts['float']} in FP32; "
+                  f"{counts['casts']} casts")
     if not report["passed"]:
         raise typer.Exit(1)
 
@@ -65,3 +94,16 @@ def _verdict(report):
     if not report["verification"]:
         return "not verified"
     return "verified against PyTorch" if report["passed"] else "VERIFICATION FAILED: it does not agree with PyTorch"
+
+
+def _print_sensitivity(rows):
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, align in (("layer, quantized alone", "left"), ("logits, relative", "right"), ("boxes, mean", "right")):
+        table.add_column(heading, justify=align, no_wrap=True)
+    for row in rows:
+        table.add_row(escape(row["layer"]), f"{row['logits']:.1e}", f"{row['boxes']:.1e}")
+    stdout_console().print(table)

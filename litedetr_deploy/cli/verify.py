@@ -12,7 +12,7 @@ from ._console import Stages, guarded, print_json, print_verification
 @guarded
 def verify(
     model: Annotated[Path, typer.Argument(help="ONNX model that `litedetr export` made.")],
-    checkpoint: Annotated[Path, typer.Argument(help="The weights that it was made from.")],
+    checkpoint: Annotated[str, typer.Argument(help="The weights that it was made from.")],
     variant: Annotated[str | None, typer.Option(help="As in export; by default the model's own.")] = None,
     images: Annotated[list[Path] | None, typer.Option(
         help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples.")] = None,
@@ -20,7 +20,7 @@ def verify(
 ):
     """Compare an ONNX model with PyTorch, on this machine."""
     _checks.readable_file(model, "model")
-    _checks.readable_file(checkpoint, "checkpoint")
+    _checks.checkpoint(checkpoint)
     files = _checks.image_files(images)
 
     with Stages() as stage:

@@ -15,7 +15,7 @@ import numpy as np
 from .. import __version__
 from ..errors import LiteDetrError
 from ..runtime.detector import Detections, Detector
-from ..runtime.session import OnnxSession
+from ..runtime.session import ENGINE_SUFFIXES, open_session
 from .average_precision import average_precision, import_pycocotools
 from .data import Dataset
 from .match import compare_detections
@@ -60,8 +60,8 @@ class Comparison:
 def evaluate(artifact, dataset: Dataset, **options) -> Evaluation:
     """Run `artifact` on every image of `dataset` and return its AP and latency.
 
-    artifact: path of an ONNX model; path of a checkpoint, or the name of one that comes with this package, to be run
-        in PyTorch; or a session, which has what `OnnxSession` has.
+    artifact: path of an ONNX model or of an engine; path of a checkpoint, or the name of one that comes with this
+        package, to be run in PyTorch; or a session, which has what `OnnxSession` has.
     options: variant: as `load_model` takes it, for a checkpoint.
         image_size: (height, width) of the input, for a model of dynamic size; by default the data set's, if it has one.
         resize: as `Detector.predict` takes it.  By default what fits the model.
@@ -195,13 +195,14 @@ class _Kept:
 def _open(artifact, variant, providers, threads):
     if hasattr(artifact, "run"):
         return artifact
-    if Path(artifact).suffix.lower() == ".onnx":
-        return OnnxSession(artifact, providers, threads)
+    if Path(artifact).suffix.lower() in (".onnx", *ENGINE_SUFFIXES):
+        return open_session(artifact, providers, threads)
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise LiteDetrError(f"{artifact} is not an .onnx file, so PyTorch would run it, and PyTorch cannot be imported "
-                            f"({error}). Install it with `pip install litedetr-deploy[export]`.") from error
+        raise LiteDetrError(f"{artifact} is no .onnx, .plan or .engine file, so PyTorch would run it, and PyTorch "
+                            f"cannot be imported ({error}). Install it with "
+                            "`pip install litedetr-deploy[export]`.") from error
     from ..model.checkpoint import load_model
     from .torch_session import TorchSession
 

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
 from ..runtime.session import METADATA_KEY
-from . import graph, limits
+from . import graph, limits, quantize
+from . import precision as types
 from .deployed import OUTPUTS, PROBES, Deployed
 from .verify import verify_onnx
 
@@ -37,8 +38,10 @@ class ExportReport:
     size_bytes: int
     seconds: float
     attention_nodes: int
+    nodes: dict[str, int]  # how many are half, float and int8, and the casts between the first two
     metadata: dict
     verification: list[dict] = field(default_factory=list)
+    sensitivity: list[dict] = field(default_factory=list)  # see quantize.sensitivity
 
     @property
     def passed(self) -> bool:
@@ -60,25 +63,44 @@ def export_onnx(
     calibration=None,
     verify: bool = True,
     images=None,
+    keep_fp32: Sequence[str] = (),
+    calibration_images: int | None = None,
+    calibration_method: str = limits.CALIBRATION_METHODS[0],
+    sensitivity: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Writes `model` as ONNX, checks the file and compares it with PyTorch.
 
     attention: 'op' writes one node of the domain `litedetr` for every deformable attention; 'gather' and
         'gridsample' write standard ONNX ops.
+    precision: 'fp32'; 'fp16' and 'bf16' store in half what is safe in it and keep the islands that `precision.ISLANDS`
+        names in FP32; 'int8' quantizes the layers that bear it and is 'fp16' elsewhere.  'bf16' raises the opset to
+        22, 'int8' to 19.
+    keep_fp32: names of further modules or nodes to keep in FP32, with shell patterns: 'detector.backbone.layer4'.
     image_size: (height, width), or None for dynamic sizes.  The batch is always dynamic.
     outputs: 'detections' (labels, boxes in pixels, scores) or 'raw' (pred_logits, pred_boxes).
     pixel_mask: whether the graph takes a mask of the padding.
+    calibration: for 'int8', a folder of pictures like those the model will see, or pictures (paths, PIL images or
+        arrays).  What they give is kept in `<path>.calibration.json`, and used again as long as the model, the
+        pictures and the method are the same; None uses that file alone.
+    calibration_images: how many of them to use; None: all, or 128 of more.
+    calibration_method: 'entropy', 'percentile' or 'minmax'.
+    sensitivity: whether to rank the layers by what quantizing each alone does (the report's `sensitivity`).
     images: pictures to verify with (paths, PIL images or arrays); None: the package draws some.
     progress: called with the name of each stage as it begins.
 
     The file and `<path>.json` beside it appear complete or not at all.  Raises LiteDetrError for wishes that cannot
     be met; a failed comparison is not an error: see the report's `passed`.
     """
-    limits.check(attention, precision, image_size, outputs, opset)
+    calibrates = calibration is not None or calibration_images is not None or sensitivity
+    limits.check(attention, precision, image_size, outputs, opset, calibrates, calibration_method)
     limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
+    pictures = None
     if calibration is not None:
-        raise LiteDetrError("calibration images are for precision 'int8', which this version does not export.")
+        chosen = limits.calibration_images(calibration, calibration_images)
+        pictures = quantize.Pictures(chosen, image_size, pixel_mask, outputs)
+    elif calibrates:
+        raise LiteDetrError("sensitivity and a number of calibration images need the images: give a folder of them.")
     start = time.monotonic()
     path = Path(path)
     with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:
@@ -87,7 +109,20 @@ def export_onnx(
         progress("translate to ONNX")
         onnx_model = _translate(program, attention, input_names, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
         progress("optimise the graph")
+        opset = max(opset, limits.TYPED_OPSET.get(precision, opset))
         graph.finish(onnx_model, opset, OUTPUTS[outputs], _symbols(onnx_model))
+        ranking = []
+        if precision == "int8":
+            table = path.with_suffix(".calibration.json")
+            layers = quantize.layers(onnx_model.graph, keep_fp32)
+            ranges = quantize.load_or_calibrate(onnx_model, layers, pictures, calibration_method, table, progress)
+            if sensitivity:
+                progress(f"quantize each of {len(layers)} layers alone")
+                ranking = quantize.sensitivity(model, onnx_model.graph, layers, ranges, pictures)
+            progress("quantize")
+            onnx_model = quantize.apply(onnx_model, layers, ranges)
+        if precision in types.HALVES:
+            types.apply(onnx_model, precision, keep_fp32)
         nodes = _check_nodes(onnx_model, model.config.attention_nodes if attention == "op" else 0)
         metadata = {
             "tool_version": __version__,
@@ -95,12 +130,15 @@ def export_onnx(
             "variant": model.config.name,
             "attention": attention,
             "precision": precision,
+            "keep_fp32": list(keep_fp32),
+            "nodes": types.count(onnx_model),
+            "opset": opset,
             "image_size": list(image_size) if image_size else None,
             "outputs": outputs,
             "pixel_mask": pixel_mask,
             "class_names": list(model.class_names) if model.class_names else None,
         }
-        report = ExportReport(str(path), 0, 0.0, nodes, metadata)
+        report = ExportReport(str(path), 0, 0.0, nodes, metadata["nodes"], metadata, sensitivity=ranking)
         progress("write and check the file")
         _write(onnx_model, metadata, temporary)
         _check(temporary)
@@ -183,7 +221,7 @@ def _write(model: ir.Model, metadata: dict, path: Path) -> None:
 def _check(path: Path) -> None:
     """onnx's checker, and types and shapes of every output by its inference."""
     onnx.checker.check_model(path)
-    inferred = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True)
     for output in inferred.graph.output:
         kind = output.type.tensor_type
         if not kind.elem_type or not kind.HasField("shape"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import numpy as np
@@ -14,6 +15,10 @@ from ..ops import schema
 # Everything that follows from the weights and a fixed image size is folded: at 800x1333 the position encoding is
 # the largest such constant (22 MB).
 FOLD_LIMIT = 1 << 30
+
+_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata that the exporter leaves on every node
+# As the exporter names the two ops' nodes.
+_OPERATIONS = {schema.KEY_AWARE: "key_aware_deform_attn", schema.PLAIN: "ms_deform_attn"}
 
 TRACE_OPSET = 18  # what the exporter writes by itself
 
@@ -41,6 +46,7 @@ def finish(model: ir.Model, opset: int, outputs: tuple[str, ...], sizes: dict[st
         model.graph.initializers.pop(name)
     _set_opset(model, opset)
     common.RemoveUnusedOpsetsPass()(model)
+    _name_nodes(model.graph)
     common.ClearMetadataAndDocStringPass()(model)
     for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
         value.metadata_props.clear()
@@ -124,6 +130,22 @@ def _name_weights(graph: ir.Graph) -> None:
                     graph.initializers.pop(weight.name)
                     weight.name = weight.const_value.name = name
                     graph.initializers[name] = weight
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names nodes after the module that they come from: 'detector.encoder.layers.0.linear1/MatMul'.  What belongs to
+    no module of the detector is in 'deployed'; an attention op in standard ops has a level of its own."""
+    numbers: dict[str, int] = {}
+    for node in graph:
+        # Modules from the outermost to the innermost, by their names, then the operation.
+        *_, module, operation = ["", *ast.literal_eval(node.metadata_props[_SCOPES])]
+        name = f"{module if module.startswith('detector') else 'deployed'}/"
+        for op_type, function in _OPERATIONS.items():
+            if operation.startswith(function) and node.op_type != op_type:
+                name += f"{op_type}/"
+        name += node.op_type
+        numbers[name] = numbers.get(name, -1) + 1
+        node.name = f"{name}_{numbers[name]}" if numbers[name] else name
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:

@@ -3,10 +3,16 @@
 The detector picks its queries by a top-k over tokens, and each query slot has content of its own: where two tokens
 score the same to rounding, two runtimes may pick them in another order and then differ in those queries entirely.
 So the scores of all tokens are compared, then the choice, then logits and boxes of PyTorch given the same choice.
+
+A typed model is compared with PyTorch in FP32 as well; what it may differ by is measured on a PyTorch model whose
+modules round as the graph's nodes do.  Such rounding can throw single queries far off, so that there the mean
+difference of logits and boxes counts.  ONNX Runtime's CPU has half kernels for few operators and computes runs of the
+others in FP32, so that a half model also runs as its float twin, which rounds every value; bfloat16 runs as that alone.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,14 +22,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from ..errors import LiteDetrError
+from ..model.attention import SelfAttention
 from ..model.detector import Detector
+from ..model.resnet import fold_frozen_batch_norm
 from ..ops import reference, schema, torch_op
 from ..runtime.images import load_image, prepare
 from ..runtime.sample import sample_images
 from ..runtime.session import METADATA_KEY, create_session
+from . import precision
 from .deployed import PROBES, Deployed, postprocess
+from .quantize import fake_quantized, fake_quantized_weight
 
 # What float32 rounding may change.  The floors are twenty times what the official code's outputs move with other
 # threads or kernels on small images.  A model can amplify rounding further: PyTorch's own spread is measured, and
@@ -32,15 +43,21 @@ SPREADS = 4
 FLOORS = {"proposal_scores": 2e-4, "pred_logits": 2e-4, "pred_boxes": 3e-4}  # logits: of the largest magnitude;
 CAPS = {"proposal_scores": 1e-2, "pred_logits": 1e-2, "pred_boxes": 3e-3}  # boxes: of the image's side
 NAMES = {"proposal_scores": "token scores", "pred_logits": "logits", "pred_boxes": "boxes"}
+# Of a typed model: the floors are in epsilons of its half type, and what passes the caps is another result.  The
+# largest difference over all tokens, the mean over all queries.
+TYPED_FLOORS = {"proposal_scores": 4, "pred_logits": 0.25, "pred_boxes": 0.25}
+TYPED_CAPS = {"proposal_scores": 0.3, "pred_logits": 0.1, "pred_boxes": 0.05}
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
 
 
 @dataclass
 class Verification:
-    """rows: dicts with case, quantity, difference, tolerance, passed."""
+    """rows: dicts with case, quantity, difference, tolerance, passed; ran: what the figures were taken on."""
 
     rows: list[dict] = field(default_factory=list)
+    ran: str = "the model"
 
     @property
     def passed(self) -> bool:
@@ -58,7 +75,7 @@ class Verification:
         """For the model's metadata: the verdict, and the largest difference of every quantity."""
         quantities = dict.fromkeys(row["quantity"] for row in self.rows)
         largest = {q: max(row["difference"] for row in self.rows if row["quantity"] == q) for q in quantities}
-        return {"passed": self.passed, "largest_difference": largest}
+        return {"passed": self.passed, "ran": self.ran, "largest_difference": largest}
 
     def to_dict(self) -> dict:
         return {"verification": self.rows, "passed": self.passed}
@@ -70,18 +87,22 @@ def verify_onnx(
     images: Sequence | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Verification:
-    """Runs the ONNX model in ONNX Runtime and `model` in PyTorch, both in float32 on the CPU, and compares.
+    """Runs the ONNX model in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compares.
 
     Inputs are pictures (`images`, else drawn ones) and noise; batches of one and of three with two identical rows;
-    at two sizes where the graph takes any.  The attention op alone is compared with its definition in float64.
+    at two sizes where the graph takes any.  The attention op alone is compared with its definition in float64, in
+    float32 and in the graph's half type.  What typed models run as: see above.
     Raises LiteDetrError for a model that `litedetr export` did not make.
     """
-    graph = _ProbedGraph(Path(path))
+    path = Path(path)
+    graph = _ProbedGraph(path)
     size = graph.metadata["image_size"]
-    verification = Verification()
+    verification = Verification(ran=graph.ran)
     if graph.metadata["attention"] == "op":
         progress("verify: the attention op against float64")
-        _verify_op(verification, model)
+        for dtype in (torch.float32, graph.half) if graph.half else (torch.float32,):
+            _verify_op(verification, model, dtype)
+    rounding = _rounding(model, graph) if graph.half else None
     pictures = [load_image(image) for image in (images or sample_images(1))]
     for height, width in DYNAMIC_SIZES if size is None else [size]:
         name = f"{height}x{width}, " if size is None else ""
@@ -90,28 +111,37 @@ def verify_onnx(
             for i, p in enumerate(pictures)
         ]
         cases.append((f"{name}noise", *_noise(height, width, graph)))
-        expected, tolerances = [], None
+        expected, yardsticks = [], []
         for case, image, mask in cases:
             progress(f"verify: {case}")
             outputs = graph.run(image, mask)
             wanted = _run_pytorch(model, image, mask, outputs["topk_indices"])
-            if tolerances is None:
-                tolerances = _tolerances(model, image, mask, wanted)
-            _compare(verification, case, outputs, wanted, tolerances)
+            if rounding is not None:  # what saturates depends on the picture
+                yardsticks.append(_typed_yardstick(rounding, graph.half, image, mask, wanted))
+            else:
+                yardsticks.append(yardsticks[0] if yardsticks else _yardstick(model, image, mask, wanted))
+            _compare(verification, case, outputs, wanted, yardsticks[-1])
             expected.append(wanted)
         progress(f"verify: {name}batch of 3")
         first, last = cases[0], cases[-1]
         batch = graph.run(
             *(None if first[i] is None else np.concatenate((first[i], last[i], first[i])) for i in (1, 2))
         )
-        _compare_batch(verification, f"{name}batch of 3", batch, (expected[0], expected[-1]), tolerances)
+        ends = [(expected[i], yardsticks[i]) for i in (0, -1)]
+        _compare_batch(verification, f"{name}batch of 3", batch, ends)
+        if graph.precision in ("fp16", "int8"):
+            progress(f"verify: {name}every value rounded")
+            case, image, mask = cases[0]
+            outputs = _ProbedGraph(path, as_twin=True).run(image, mask)
+            wanted = _run_pytorch(model, image, mask, outputs["topk_indices"])
+            _compare(verification, f"{case}, all rounded", outputs, wanted, yardsticks[0])
     return verification
 
 
 class _ProbedGraph:
-    """The model with the values of PROBES as further outputs."""
+    """The model, or its float twin, with the values of PROBES as further outputs."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, as_twin: bool = False):
         try:
             proto = onnx.load(path)
         except Exception as error:  # protobuf's own error classes differ between its implementations
@@ -124,7 +154,14 @@ class _ProbedGraph:
                 f"{path} has no value {missing[0]!r} to compare. Verify the file that `litedetr export` wrote, before "
                 "other tools rewrite it."
             )
+        self.precision = self.metadata.get("precision", "fp32")
+        self.half = HALVES.get(self.precision)
+        self.proto = proto
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in PROBES if name not in self.outputs)
+        as_twin |= self.precision == "bf16"  # of which ONNX Runtime's CPU has no kernels
+        self.ran = "the model's float twin" if as_twin else "the model"
+        if as_twin:
+            proto = precision.float_twin(proto)
         self.session = create_session(proto.SerializeToString())
 
     def run(self, image: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -171,9 +208,23 @@ def _run_pytorch(model: Detector, image, mask, topk_indices) -> dict[str, np.nda
     return {name: values[name].numpy() for name in PROBES}
 
 
-def _tolerances(model: Detector, image, mask, wanted) -> dict[str, float]:
-    """Largest differences that rounding explains, by value: PyTorch against itself with other threads and with the
-    last bit of every pixel changed at random."""
+@dataclass
+class _Yardstick:
+    """tolerances: largest differences that rounding explains, by value; typed: whether those of logits and boxes are
+    means over all queries."""
+
+    tolerances: dict[str, float]
+    typed: bool = False
+
+    def quantity(self, name: str) -> str:
+        return f"{NAMES[name]}, mean" if self.typed and name != "proposal_scores" else NAMES[name]
+
+    def measure(self, name: str, difference: np.ndarray) -> float:
+        return _mean(difference) if self.typed and name != "proposal_scores" else _largest(difference)
+
+
+def _yardstick(model: Detector, image, mask, wanted) -> _Yardstick:
+    """PyTorch against itself with other threads and with the last bit of every pixel changed at random."""
     bits = np.random.default_rng(2).integers(-1, 2, image.shape, np.int32)
     nudged = np.abs((image.view(np.int32) + bits * (image > 0)).view(np.float32))
     threads = torch.get_num_threads()
@@ -187,15 +238,54 @@ def _tolerances(model: Detector, image, mask, wanted) -> dict[str, float]:
         scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
         spread = _largest(other[name] - wanted[name])
         tolerances[name] = float(np.clip(SPREADS * spread, FLOORS[name] * scale, CAPS[name] * scale))
-    return tolerances
+    return _Yardstick(tolerances)
 
 
-def _compare(verification: Verification, case: str, outputs, wanted, tolerances) -> None:
+def _typed_yardstick(rounding: Detector, half: torch.dtype, image, mask, wanted) -> _Yardstick:
+    """PyTorch in FP32 against what `_rounding` made of it."""
+    other = _run_pytorch(rounding, image, mask, wanted["topk_indices"])
+    yardstick = _Yardstick({}, typed=True)
+    eps = torch.finfo(half).eps
+    for name in NAMES:
+        scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
+        spread = yardstick.measure(name, other[name] - wanted[name])
+        tolerance = np.clip(SPREADS * spread, TYPED_FLOORS[name] * eps * scale, TYPED_CAPS[name] * scale)
+        yardstick.tolerances[name] = float(tolerance)
+    return yardstick
+
+
+def _rounding(model: Detector, graph: _ProbedGraph) -> Detector:
+    """A copy of `model` of which every module that the graph has in half rounds its weights, inputs and outputs to
+    half, and every one that it has in INT8 its inputs and weights to the graph's steps."""
+    model = copy.deepcopy(model)
+    fold_frozen_batch_norm(model)
+    steps = precision.modules(graph.proto)
+
+    def rounded(x, step=None):
+        return x.to(graph.half).float() if step is None else fake_quantized(x, step)
+
+    for name, module in model.named_modules():
+        name = f"detector.{name}"
+        if not isinstance(module, (nn.Conv2d, nn.Linear, SelfAttention)) or name not in steps:
+            continue
+        step = steps[name]
+        for parameter in module.parameters(recurse=False):
+            quantized = step is not None and parameter.ndim > 1
+            parameter.data = (fake_quantized_weight if quantized else rounded)(parameter.data)
+        module.register_forward_pre_hook(
+            lambda _, inputs, step=step: tuple(x if x is None else rounded(x, step) for x in inputs)
+        )
+        module.register_forward_hook(lambda _, inputs, output: rounded(output))
+    return model
+
+
+def _compare(verification: Verification, case: str, outputs, wanted, yardstick: _Yardstick) -> None:
     scores = wanted["proposal_scores"]
     for name in NAMES:
-        verification.add(case, NAMES[name], _largest(outputs[name] - wanted[name]), tolerances[name])
+        difference = yardstick.measure(name, outputs[name] - wanted[name])
+        verification.add(case, yardstick.quantity(name), difference, yardstick.tolerances[name])
     error = _choice_error(scores, outputs["topk_indices"])
-    verification.add(case, "choice of queries", error, tolerances["proposal_scores"])
+    verification.add(case, "choice of queries", error, yardstick.tolerances["proposal_scores"])
     if "labels" in outputs:
         _compare_detections(verification, case, outputs)
 
@@ -214,18 +304,21 @@ def _compare_detections(verification: Verification, case: str, outputs) -> None:
     verification.add(case, "detections: boxes", difference, 4 * eps * _scale(corners))
 
 
-def _compare_batch(verification: Verification, case: str, batch, expected, tolerances) -> None:
-    """A batch of rows A, B, A against single runs of A and B, and its two equal rows against each other."""
+def _compare_batch(verification: Verification, case: str, batch, ends) -> None:
+    """A batch of rows A, B, A against single runs of A and B, and its two equal rows against each other; ends: the
+    values and the yardsticks of A and B."""
+    yardstick = ends[0][1]
     for name in ("pred_logits", "pred_boxes"):
-        difference = _largest(batch[name][0] - batch[name][2])
-        verification.add(case, f"identical rows: {NAMES[name]}", difference, tolerances[name])
-    for row, wanted in zip((0, 1), expected):
+        difference = yardstick.measure(name, batch[name][0] - batch[name][2])
+        verification.add(case, f"identical rows: {yardstick.quantity(name)}", difference, yardstick.tolerances[name])
+    for row, (wanted, yardstick) in enumerate(ends):
         error = _choice_error(wanted["proposal_scores"], batch["topk_indices"][row : row + 1])
-        verification.add(f"{case}, row {row + 1}", "choice of queries", error, tolerances["proposal_scores"])
+        verification.add(f"{case}, row {row + 1}", "choice of queries", error, yardstick.tolerances["proposal_scores"])
         if (batch["topk_indices"][row] == wanted["topk_indices"][0]).all():
             for name in ("pred_logits", "pred_boxes"):
-                difference = _largest(batch[name][row] - wanted[name][0])
-                verification.add(f"{case}, row {row + 1}", NAMES[name], difference, tolerances[name])
+                difference = yardstick.measure(name, batch[name][row] - wanted[name][0])
+                tolerance = yardstick.tolerances[name]
+                verification.add(f"{case}, row {row + 1}", yardstick.quantity(name), difference, tolerance)
 
 
 def _choice_error(scores: np.ndarray, indices: np.ndarray) -> float:
@@ -239,57 +332,74 @@ def _largest(difference: np.ndarray) -> float:
     return float(np.nan_to_num(np.abs(difference), nan=np.inf).max(initial=0.0))
 
 
+def _mean(difference: np.ndarray) -> float:
+    """The mean magnitude; NaN counts as infinite."""
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).mean())
+
+
 def _scale(values: np.ndarray) -> float:
     return max(1.0, float(np.abs(values).max()))
 
 
-def _verify_op(verification: Verification, model: Detector) -> None:
-    """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical."""
+def _verify_op(verification: Verification, model: Detector, dtype: torch.dtype) -> None:
+    """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical; `dtype`
+    is the type T of its values."""
     config = model.config
-    shapes = np.array([[100 >> i, 168 >> i] for i in range(config.num_levels)], np.int64)
+    shapes = torch.tensor([[100 >> i, 168 >> i] for i in range(config.num_levels)])
     rng = np.random.default_rng(1)
     n, tokens, queries, dim = 3, int(shapes.prod(1).sum()), 256, config.hidden_dim
     samples = config.num_heads * config.num_levels * config.decoder_points
     first = "query" if config.key_aware else "attention_logits"
-    feed = {
+    arrays = {
         first: rng.standard_normal((n, queries, dim if config.key_aware else samples)),
         "value": rng.standard_normal((n, tokens, dim)),
         "reference_points": rng.random((n, queries, config.num_levels, 4)),
         "sampling_offsets": rng.standard_normal((n, queries, samples * 2)) * 2,
     }
-    feed = {name: array.astype(np.float32) for name, array in feed.items()} | {"spatial_shapes": shapes}
-    for name in feed:
-        if name != "spatial_shapes":
-            feed[name][2] = feed[name][0]
+    feed = {}
+    for name, array in arrays.items():
+        array[2] = array[0]
+        feed[name] = torch.from_numpy(array).to(torch.float32 if name == "reference_points" else dtype)
+    feed["spatial_shapes"] = shapes
     op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
     attributes = {"num_heads": config.num_heads, "num_points": config.decoder_points}
-    output = create_session(_one_node(op_type, feed, attributes)).run(None, feed)[0]
-    tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
-    doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    session = create_session(_one_node(op_type, feed, attributes))
+    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in feed.items()}
+    output = session.run(None, arrays)[0]
+    doubles = {name: t.double() if t.is_floating_point() else t for name, t in feed.items()}
     if config.key_aware:
         wanted = reference.key_aware_deform_attn(**doubles, **attributes)
-        in_torch = torch_op.key_aware_deform_attn(**tensors, **attributes)
+        in_torch = torch_op.key_aware_deform_attn(**feed, **attributes)
     else:
         wanted = reference.ms_deform_attn(**doubles, **attributes)
-        in_torch = torch_op.ms_deform_attn(**tensors, **attributes)
+        in_torch = torch_op.ms_deform_attn(**feed, **attributes)
     # A float32 location is off by an eps or so of its map, hence by this many pixels, and a value by as much of its
-    # range of several units per pixel.
-    tolerance = 4 * float(np.finfo(np.float32).eps) * float(shapes.max()) * _scale(feed["value"])
-    verification.add("attention op alone", "ONNX Runtime against float64", _largest(output - wanted.numpy()), tolerance)
-    verification.add("attention op alone", "PyTorch against float64", _largest((in_torch - wanted).numpy()), tolerance)
-    verification.add("attention op alone", "identical rows, bit for bit", _largest(output[0] - output[2]), 0.0)
+    # range of several units per pixel.  What is stored in half is off by an eps of half besides.
+    largest = float(feed["value"].abs().max())
+    tolerance = 4 * float(np.finfo(np.float32).eps) * float(shapes.max()) * max(1.0, largest)
+    if dtype != torch.float32:
+        tolerance += torch.finfo(dtype).eps * float(wanted.abs().max())
+    case = "attention op alone" + ("" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}")
+    verification.add(case, "ONNX Runtime against float64", _largest(output - wanted.numpy()), tolerance)
+    verification.add(case, "PyTorch against float64", _largest((in_torch.double() - wanted).numpy()), tolerance)
+    verification.add(case, "identical rows, bit for bit", _largest(output[0] - output[2]), 0.0)
 
 
-def _one_node(op_type: str, feed: dict[str, np.ndarray], attributes: dict[str, int]) -> bytes:
-    helper = onnx.helper
-    node = helper.make_node(
-        op_type, list(feed), [schema.OUTPUT], domain=schema.DOMAIN, **attributes, **schema.PLUGIN_ATTRIBUTES
+def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, int]) -> bytes:
+    """A model of the op alone, whose floats come and go as float32 and are cast to the op's types inside."""
+    helper, kinds = onnx.helper, onnx.TensorProto
+    types = {torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.bfloat16: kinds.BFLOAT16}
+    inputs, nodes = [], []
+    for name, tensor in feed.items():
+        kind = kinds.FLOAT if tensor.is_floating_point() else kinds.INT64
+        inputs.append(helper.make_tensor_value_info(name, kind, tuple(tensor.shape)))
+        nodes.append(helper.make_node("Cast", [name], [f"{name}_cast"], to=types.get(tensor.dtype, kind)))
+    cast = [f"{name}_cast" for name in feed]
+    nodes.append(
+        helper.make_node(op_type, cast, ["stored"], domain=schema.DOMAIN, **attributes, **schema.PLUGIN_ATTRIBUTES)
     )
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in feed.items()
-    ]
-    output = helper.make_tensor_value_info(schema.OUTPUT, onnx.TensorProto.FLOAT, None)
+    nodes.append(helper.make_node("Cast", ["stored"], [schema.OUTPUT], to=kinds.FLOAT))
+    output = helper.make_tensor_value_info(schema.OUTPUT, kinds.FLOAT, None)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
-    graph = helper.make_graph([node], op_type, inputs, [output])
+    graph = helper.make_graph(nodes, op_type, inputs, [output])
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import zipfile
@@ -25,15 +26,17 @@ from .coco import CLASS_NAMES
 from .config import VARIANT_EXAMPLES, DetectorConfig, parse_variant
 from .detector import Detector
 from .resnet import SHAPES
+from .swin import SHAPES as SWINS
 
 METADATA_KEY = "litedetr"  # of a safetensors file: the training arguments as one JSON object
 
 # r50_s3ex1_50.2.pth, checkpoint_s2ex3.pth, lite_dino_s3_r50.pth: s = high-level scales, ex = expansions.
 _FILE_NAME = re.compile(r"(?:^|[_\-.])s(?P<scale>[123])(?:ex(?P<expansion>[1236]))?(?=[_\-.]|$)")
 
-# Heads are shared between layers, and between the model and its decoder: one tensor under many keys.
-_SHARED_HEAD = re.compile(r"(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.\d+\.(.+)")
-_PREFIXES = (("backbone.0.body.", "backbone."), ("transformer.", ""))
+# Heads are shared between the model and its decoder, in DINO between layers as well: one tensor under many keys.
+_HEAD = re.compile(r"(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.(\d+)\.(.+)")
+# Swin backbones have no body in DINO's repository, and one in H-DETR's.
+_PREFIXES = (("backbone.0.body.", "backbone."), ("backbone.0.", "backbone."), ("transformer.", ""))
 
 
 def load_model(checkpoint=None, variant: str | None = None, **overrides) -> Detector:
@@ -139,12 +142,18 @@ def recognise(
     """The configuration of an official state dict; raises LiteDetrError where it is no such or cannot be told."""
     fields = _readable_fields(state_dict)
     asked = dict(overrides)
+    if "num_queries" not in fields:
+        published = parse_variant(f"{fields['family']}-{fields['backbone']}").num_queries
+        counts = [training[k] for k in ("num_queries_one2one", "num_queries") if isinstance(training.get(k), int)]
+        fields["num_queries"] = next(iter(counts), published)
     if variant is not None:
         named = parse_variant(variant)
-        if named.backbone != fields["backbone"]:
-            raise LiteDetrError(
-                f"the variant {variant!r} has the backbone {named.backbone}, but the checkpoint's is {fields['backbone']}."
-            )
+        for field in ("family", "backbone"):
+            if getattr(named, field) != fields[field]:
+                raise LiteDetrError(
+                    f"the variant {variant!r} has the {field} {getattr(named, field)}, but the checkpoint's is "
+                    f"{fields[field]}."
+                )
         if named.is_lite and fields.get("num_expansion", named.num_expansion) != named.num_expansion:
             raise LiteDetrError(
                 f"the variant {variant!r} has {named.num_expansion} layers with a light feed-forward network, but the "
@@ -171,18 +180,19 @@ def recognise(
         fields["encoder_points"] = fields["encoder_points"] * fields["num_heads"] // asked["num_heads"]
         fields["decoder_points"] = fields["decoder_points"] * fields["num_heads"] // asked["num_heads"]
     fields |= asked
+    base = f"{fields['family']}-{fields['backbone']}"
     if "num_expansion" not in fields:
         raise LiteDetrError(
             "the checkpoint cannot tell whether its encoder is full-scale or interleaved (it has no light "
-            f"feed-forward networks). Say which with --variant (variant=): dino-{fields['backbone']}, or a Lite one "
-            f"such as lite-dino-{fields['backbone']}-h3l1-2+1x3."
+            f"feed-forward networks). Say which with --variant (variant=): {base}, or a Lite one such as "
+            f"lite-{base}-h3l1-2+1x3."
         )
     if "enc_scale" not in fields:
         if fields["num_expansion"] < fields["encoder_layers"] or fields["small_expand"]:
             raise LiteDetrError(
-                "the checkpoint is a Lite-DINO, and cannot tell how many of its levels are high-level (enc_scale). Say "
-                f"which with --variant (variant=): {_lite_name(fields)} (H3L1 or H2L2). The official file names say it "
-                "as well: s3 or s2, as in r50_s3ex3_50.4.pth."
+                "the checkpoint is a Lite model, and cannot tell how many of its levels are high-level (enc_scale). "
+                f"Say which with --variant (variant=): {_lite_name(fields)} (H3L1 or H2L2). The official file names say "
+                "it as well: s3 or s2, as in r50_s3ex3_50.4.pth."
             )
         fields["enc_scale"] = fields["num_levels"] - 1
     try:
@@ -193,30 +203,30 @@ def recognise(
 
 def _readable_fields(state_dict: Mapping[str, Tensor]) -> dict:
     """What keys and shapes tell."""
+    family, backbone = _family(state_dict), _backbone_fields(state_dict)
     missing = [
         key
-        for key in ("transformer.level_embed", "transformer.tgt_embed.weight", "transformer.enc_output.weight",
+        for key in ("transformer.level_embed", "transformer.enc_output.weight",
                     "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
                     "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",
                     "transformer.encoder.layers.0.linear1.weight",
                     "transformer.decoder.layers.0.linear1.weight",
-                    "class_embed.0.weight", "backbone.0.body.layer3.0.conv3.weight")
+                    "class_embed.0.weight" if family == "dino" else "transformer.pos_trans.weight")
         if key not in state_dict
     ]  # fmt: skip
-    if missing:
+    heads = [value for key, value in state_dict.items() if re.fullmatch(r"class_embed\.\d+\.weight", key)]
+    if missing or not heads or not backbone:
+        lacks = missing or (["backbone.0.*"] if heads else ["class_embed.*.weight"])
         raise LiteDetrError(
-            f"the checkpoint is of another architecture than DINO or Lite-DINO with a ResNet backbone: it lacks "
-            f"{_some(missing)}. Its keys begin with {_some(state_dict)}."
+            "the checkpoint is of another architecture than (Lite-)DINO, two-stage Deformable DETR or H-DETR with a "
+            f"ResNet or Swin backbone: it lacks {_some(lacks)}. Its keys begin with {_some(state_dict)}."
         )
-
-    def count(pattern: str) -> int:
-        return len({m[1] for key in state_dict if (m := re.match(pattern, key))})
 
     def width(key: str) -> int:
         return state_dict[f"transformer.{key}"].shape[0]
 
     num_levels, hidden_dim = state_dict["transformer.level_embed"].shape
-    encoder_layers = count(r"transformer\.encoder\.layers\.(\d+)\.")
+    encoder_layers = _count(state_dict, r"transformer\.encoder\.layers\.(\d+)\.")
     light = sorted(
         int(m[1]) for k in state_dict if (m := re.match(r"transformer\.encoder\.layers\.(\d+)\.linear12\.weight", k))
     )
@@ -224,18 +234,13 @@ def _readable_fields(state_dict: Mapping[str, Tensor]) -> dict:
     decoder_offsets = width("decoder.layers.0.cross_attn.sampling_offsets.weight")
     # Encoder and decoder have as many points; offsets shared by all levels are narrower by their number.
     same_loc = encoder_offsets * num_levels == decoder_offsets
-    blocks = count(r"backbone\.0\.body\.layer3\.(\d+)\.")
-    backbone = next((name for name, (_, stages) in SHAPES.items() if stages[2] == blocks), None)
-    if backbone is None:
-        known = ", ".join(f"{name} {stages[2]}" for name, (_, stages) in SHAPES.items())
-        raise LiteDetrError(f"the checkpoint's ResNet has {blocks} blocks in layer3; the known ones have: {known}.")
     # Every published model has heads of 32 channels; the number of heads shows in no shape.
     num_heads = max(1, hidden_dim // 32)
     key_aware = "transformer.encoder.layers.0.self_attn.attention_weights.weight" not in state_dict
     fields = {
-        "backbone": backbone,
-        "num_classes": state_dict["class_embed.0.weight"].shape[0],
-        "num_queries": width("tgt_embed.weight"),
+        "family": family,
+        **backbone,
+        "num_classes": heads[0].shape[0],
         "hidden_dim": hidden_dim,
         "num_heads": num_heads,
         "num_levels": num_levels,
@@ -244,12 +249,14 @@ def _readable_fields(state_dict: Mapping[str, Tensor]) -> dict:
         "dim_feedforward": width("encoder.layers.0.linear1.weight"),
         "decoder_dim_feedforward": width("decoder.layers.0.linear1.weight"),
         "encoder_layers": encoder_layers,
-        "decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
+        "decoder_layers": _count(state_dict, r"transformer\.decoder\.layers\.(\d+)\."),
         "small_expand": bool(light),
         "key_aware": key_aware,
         "proj_key": "transformer.encoder.layers.0.self_attn.key_proj.weight" in state_dict,
         "same_loc": same_loc,
     }
+    if family == "dino":
+        fields["num_queries"] = width("tgt_embed.weight")
     if light:
         every = encoder_layers // len(light) if encoder_layers % len(light) == 0 else 0
         expected = [i for i in range(encoder_layers) if every and (i + 1) % every == 0]
@@ -260,42 +267,91 @@ def _readable_fields(state_dict: Mapping[str, Tensor]) -> dict:
             )
         fields["num_expansion"] = len(light)
     elif not key_aware and "transformer.encoder.layers.0.self_attn.query_proj.weight" not in state_dict:
-        # Lite-DETR's module always has a query projection; this is DINO's own, which is full-scale.
+        # Lite-DETR's module always has a query projection; this is the original one, which is full-scale.
         fields["num_expansion"] = encoder_layers
     return fields
 
 
+def _family(state_dict: Mapping[str, Tensor]) -> str:
+    if "transformer.reference_points.weight" in state_dict:
+        raise LiteDetrError(
+            "the checkpoint is a one-stage Deformable DETR (it has transformer.reference_points); only the two-stage "
+            "model with iterative box refinement is supported. Use the checkpoint that was trained with --two_stage "
+            "and --with_box_refine."
+        )
+    if "transformer.pos_trans.weight" not in state_dict:
+        return "dino"
+    return "h-detr" if "query_embed.weight" in state_dict else "deformable-detr"
+
+
+def _backbone_fields(state_dict: Mapping[str, Tensor]) -> dict:
+    """Empty where there is no backbone that can be read."""
+    prefix = "backbone.0.body." if any(key.startswith("backbone.0.body.") for key in state_dict) else "backbone.0."
+    if f"{prefix}layer3.0.conv3.weight" in state_dict:
+        blocks = _count(state_dict, rf"{re.escape(prefix)}layer3\.(\d+)\.")
+        known = {name: stages[2] for name, (_, stages) in SHAPES.items()}
+        found, what = blocks, "ResNet has {} blocks in layer3"
+    elif f"{prefix}patch_embed.proj.weight" in state_dict:
+        known = {name: (dim, stages[2]) for name, (dim, stages, _) in SWINS.items()}
+        blocks = _count(state_dict, rf"{re.escape(prefix)}layers\.2\.blocks\.(\d+)\.")
+        found, what = (state_dict[f"{prefix}patch_embed.proj.weight"].shape[0], blocks), "Swin has {} channels and blocks"
+    else:
+        return {}
+    name = next((name for name, shape in known.items() if shape == found), None)
+    if name is None:
+        listed = ", ".join(f"{name} {shape}" for name, shape in known.items())
+        raise LiteDetrError(f"the checkpoint's {what.format(found)}; the known ones have: {listed}.")
+    table = state_dict.get(f"{prefix}layers.0.blocks.0.attn.relative_position_bias_table")
+    return {"backbone": name} | ({} if table is None else {"window_size": (math.isqrt(table.shape[0]) + 1) // 2})
+
+
+def _count(state_dict: Mapping[str, Tensor], pattern: str) -> int:
+    return len({m[1] for key in state_dict if (m := re.match(pattern, key))})
+
+
 def _lite_name(fields: Mapping) -> str:
     expansions = fields.get("num_expansion", 3)
-    name = f"lite-dino-{fields['backbone']}-{{}}-{fields['encoder_layers'] // expansions}+1x{expansions}"
+    between = fields["encoder_layers"] // expansions
+    name = f"lite-{fields['family']}-{fields['backbone']}-{{}}-{between}+1x{expansions}"
     return f"{name.format('h3l1')} or {name.format('h2l2')}"
 
 
-def _our_key(key: str) -> str:
-    if match := _SHARED_HEAD.fullmatch(key):
-        return f"{match[1]}.{match[2]}"
+def _our_key(key: str, config: DetectorConfig) -> str | None:
+    """None for parameters of the official models that inference does not read."""
+    if key == "label_enc.weight" or key.endswith((".num_batches_tracked", ".attn.relative_position_index")):
+        return None
+    if not config.key_aware and ".query_proj." in key:
+        return None
+    if match := _HEAD.fullmatch(key):
+        head, layer, rest = match[1], int(match[2]), match[3]
+        if config.is_dino:
+            return f"{head}.{rest}"
+        # One head for every layer, and one more for the proposals; boxes are refined by all, classes wanted of the last.
+        if layer == config.decoder_layers:
+            return f"enc_out_{head}.{rest}"
+        if head == "class_embed" and layer < config.decoder_layers:
+            return f"{head}.{rest}" if layer == config.decoder_layers - 1 else None
+        return f"{head}.{layer}.{rest}"
+    if key == "query_embed.weight" and config.family == "h-detr":
+        return "tgt_embed.weight"
     for official, ours in _PREFIXES:
         if key.startswith(official):
             return ours + key.removeprefix(official)
     return key
 
 
-def _has_no_effect(key: str, model: Detector) -> bool:
-    """Parameters of the official models that inference does not read."""
-    if key == "label_enc.weight" or key.endswith(".num_batches_tracked"):
-        return True
-    return not model.config.key_aware and ".query_proj." in key
-
-
 def _convert(state_dict: Mapping[str, Tensor], model: Detector) -> dict[str, Tensor]:
     """The state dict under our names, every key checked."""
+    config = model.config
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found: dict[str, Tensor] = {}
     unexpected, misshapen, different = [], [], []
     for key, value in state_dict.items():
-        if _has_no_effect(key, model):
+        ours = _our_key(key, config)
+        if ours is None:
             continue
-        ours = _our_key(key)
+        if key == "query_embed.weight":
+            value = value[: config.num_queries]  # the others belong to H-DETR's one-to-many branch
         if ours not in wanted:
             unexpected.append(key)
         elif tuple(value.shape) != wanted[ours]:
@@ -305,26 +361,35 @@ def _convert(state_dict: Mapping[str, Tensor], model: Detector) -> dict[str, Ten
                 different.append(key)
         else:
             found[ours] = value.float()
+    shared = "heads that differ between layers, which must be one shared head"
     problems = [
-        ("missing", [official_key(key) for key in wanted if key not in found]),
+        ("missing", [official_key(key, config) for key in wanted if key not in found]),
         ("unexpected", unexpected),
         ("misshapen", misshapen),
-        ("heads that differ between layers, which must be one shared head", different),
+        (shared if config.is_dino else "copies of one head that differ", different),
     ]
     if any(keys for _, keys in problems):
         listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems if keys)
-        raise LiteDetrError(f"the checkpoint does not fit {model.config.name} ({_summary(model.config)}). {listed}.")
+        raise LiteDetrError(f"the checkpoint does not fit {config.name} ({_summary(config)}). {listed}.")
     return found
 
 
-def official_key(key: str) -> str:
+def official_key(key: str, config: DetectorConfig = DetectorConfig()) -> str:
     """The key under which official checkpoints hold our parameter `key` (of a shared head, the first alias)."""
-    first = key.split(".")[0]
-    if first in ("bbox_embed", "class_embed"):
-        return key.replace(first, f"{first}.0", 1)
+    first, _, rest = key.partition(".")
     if first == "backbone":
-        return key.replace("backbone.", "backbone.0.body.", 1)
-    return key if first == "input_proj" else f"transformer.{key}"
+        return f"backbone.0.{rest}" if config.is_dino and config.backbone in SWINS else f"backbone.0.body.{rest}"
+    if first == "input_proj":
+        return key
+    if config.is_dino:
+        return f"{first}.0.{rest}" if first in ("bbox_embed", "class_embed") else f"transformer.{key}"
+    if first.startswith("enc_out_"):
+        return f"{first.removeprefix('enc_out_')}.{config.decoder_layers}.{rest}"
+    if first == "class_embed":
+        return f"class_embed.{config.decoder_layers - 1}.{rest}"
+    if first == "bbox_embed":
+        return key
+    return "query_embed.weight" if first == "tgt_embed" else f"transformer.{key}"
 
 
 def _summary(config: DetectorConfig) -> str:

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 
 from ..errors import LiteDetrError
 
-BACKBONES = ("r50", "r101", "r26n")
+FAMILIES = ("dino", "deformable-detr", "h-detr")
+BACKBONES = ("r50", "r101", "r26n", "swin-t", "swin-l")
 ENCODER_LAYERS = 6
+# Where the published models of a family or with a backbone differ from DINO R50.
+_FAMILY_FIELDS = {
+    "dino": {},
+    "deformable-detr": {"num_queries": 300, "dim_feedforward": 1024, "decoder_dim_feedforward": 1024},
+    "h-detr": {"num_queries": 300},
+}
 # The light backbone belongs to a detector that is small throughout.
-_SIZES = {
+_BACKBONE_FIELDS = {
     "r26n": {
         "num_classes": 10,
         "num_queries": 64,
@@ -20,11 +27,12 @@ _SIZES = {
         "dim_feedforward": 512,
         "decoder_dim_feedforward": 512,
         "decoder_layers": 3,
-    }
+    },
+    "swin-l": {"window_size": 12},
 }
 
 _VARIANT = re.compile(
-    r"(?P<lite>lite-)?(?P<family>dino)-(?P<backbone>r50|r101|r26n)"
+    rf"(?P<lite>lite-)?(?P<family>{'|'.join(FAMILIES)})-(?P<backbone>{'|'.join(BACKBONES)})"
     r"(?:-h(?P<high>\d)l(?P<low>\d)-\(?(?P<between>\d)\+1\)?x(?P<expansions>\d))?",
     re.IGNORECASE,
 )
@@ -32,13 +40,16 @@ _VARIANT = re.compile(
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """A detector of the DINO family, with a full-scale or an interleaved (Lite) encoder.
+    """A detector with a full-scale or an interleaved (Lite) encoder.
 
-    The field names follow the official configuration where it has one (config/DINO/DINO_4scale.py).
+    family: 'dino'; 'deformable-detr', two-stage with iterative box refinement; or 'h-detr', which is that with learned
+        query content (its mixed selection; of its two branches the one-to-one branch).
+    The names of the other fields follow the official configuration where it has one (config/DINO/DINO_4scale.py).
     """
 
     family: str = "dino"
     backbone: str = "r50"
+    window_size: int = 7  # of a Swin backbone
     num_classes: int = 91
     num_queries: int = 900
     hidden_dim: int = 256
@@ -61,6 +72,8 @@ class DetectorConfig:
         def refuse(name, wanted):
             raise LiteDetrError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
 
+        if self.family not in FAMILIES:
+            refuse("family", f"one of {', '.join(FAMILIES)}")
         if self.backbone not in BACKBONES:
             refuse("backbone", f"one of {', '.join(BACKBONES)}")
         if not 1 <= self.enc_scale < self.num_levels:
@@ -84,6 +97,11 @@ class DetectorConfig:
         return tuple((i + 1) % every == 0 for i in range(self.encoder_layers))
 
     @property
+    def is_dino(self) -> bool:
+        """Whether heads, query positions and position encodings are DINO's; else they are Deformable DETR's."""
+        return self.family == "dino"
+
+    @property
     def is_lite(self) -> bool:
         return self.num_expansion < self.encoder_layers or self.small_expand
 
@@ -104,21 +122,25 @@ class DetectorConfig:
         return self.encoder_layers + self.decoder_layers
 
 
-VARIANT_EXAMPLES = "lite-dino-r50-h3l1-2+1x3, lite-dino-r50-h3l1-6+1x1, lite-dino-r50-h2l2-2+1x3, dino-r50"
+VARIANT_EXAMPLES = (
+    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, h-detr-swin-l"
+)
 
 
 def parse_variant(variant: str, **overrides) -> DetectorConfig:
     """The configuration that a name stands for; `overrides` replace single fields.
 
     Both 'lite-dino-r50-h3l1-2+1x3' and the paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' are understood.  A
-    Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Published Lite models are
-    key-aware and have the small feed-forward network; full-scale DINO has neither.
+    Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Lite models are key-aware and have the
+    small feed-forward network; full-scale ones have neither.
     """
     match = _VARIANT.fullmatch(variant.strip().replace(" ", "-"))
     if not match:
         raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
     fields = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
-    fields |= _SIZES.get(fields["backbone"], {})
+    fields |= _FAMILY_FIELDS[fields["family"]] | _BACKBONE_FIELDS.get(fields["backbone"], {})
+    if fields["family"] == "h-detr":
+        fields["window_size"] = 7  # its Swin-L too
     if match["lite"]:
         fields |= {"enc_scale": 3, "num_expansion": 3, "small_expand": True, "key_aware": True}
         if match["high"]:

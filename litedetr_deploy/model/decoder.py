@@ -1,6 +1,8 @@
-"""The DINO decoder: layers that refine boxes (dynamic anchors)."""
+"""The decoder: layers that refine boxes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +58,16 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """In DINO queries follow the boxes (dynamic anchors) and features are normalised at the end; in Deformable DETR
+    the positions of queries stay."""
+
     def __init__(self, config: DetectorConfig):
         super().__init__()
         dim = config.hidden_dim
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(dim)
-        self.ref_point_head = MLP(2 * dim, dim, dim, 2)
+        self.norm = nn.LayerNorm(dim) if config.is_dino else nn.Identity()
+        self.ref_point_head = MLP(2 * dim, dim, dim, 2) if config.is_dino else None
+        self.eps = 1e-3 if config.is_dino else 1e-5  # of the inverse sigmoid
 
     def forward(
         self,
@@ -71,22 +77,25 @@ class Decoder(nn.Module):
         spatial_shapes: Tensor,
         valid_ratios: Tensor,
         padding_mask: Tensor | None,
-        bbox_embed: nn.Module,
+        box_heads: Sequence[nn.Module],
+        position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [N or 1, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement;
-        valid_ratios [N or 1, L, 2] (x, y).  Returns the last layer's normalised features and boxes [N, Q, 4]."""
-        for layer in self.layers:
+        valid_ratios [N or 1, L, 2] (x, y); box_heads: one for every layer; position [N, Q, dim] of the queries, None
+        in DINO.  Returns the last layer's features, normalised in DINO, and boxes [N, Q, 4]."""
+        for layer, box_head in zip(self.layers, box_heads):
             if padding_mask is None:  # every valid ratio is 1
                 reference_boxes = torch.cat([boxes[:, :, None]] * valid_ratios.shape[1], 2)
                 level_0 = boxes
             else:
                 reference_boxes = boxes[:, :, None] * torch.cat((valid_ratios, valid_ratios), -1)[:, None]
                 level_0 = reference_boxes[:, :, 0]
-            position = self.ref_point_head(box_position(level_0, x.shape[-1] // 2))
+            if self.ref_point_head is not None:
+                position = self.ref_point_head(box_position(level_0, x.shape[-1] // 2))
             x = layer(x, position, reference_boxes, memory, spatial_shapes, padding_mask)
-            before = inverse_sigmoid(boxes)
+            before = inverse_sigmoid(boxes, self.eps)
             if layer is not self.layers[-1]:
                 # References are refined with the features before the norm, final boxes with those after it.
-                boxes = (bbox_embed(x) + before).sigmoid()
+                boxes = (box_head(x) + before).sigmoid()
         x = self.norm(x)
-        return x, (bbox_embed(x) + before).sigmoid()
+        return x, (box_head(x) + before).sigmoid()

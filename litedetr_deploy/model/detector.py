@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from .config import DetectorConfig
 from .decoder import MLP, Decoder
 from .encoder import Encoder
-from .position import map_position
+from .position import box_position, map_position
 from .resnet import ResNet
+from .swin import SHAPES as SWINS
+from .swin import SwinTransformer
 
 
 class Encoded(NamedTuple):
@@ -23,15 +25,15 @@ class Encoded(NamedTuple):
     padding_mask: Tensor | None  # [N, S], True = padding
     features: Tensor  # [N, S, dim], of the tokens that compete to become queries
     proposals: Tensor  # [N or 1, S, 4], their boxes before the sigmoid
-    proposal_logits: Tensor  # [N, S, classes]
+    proposal_logits: Tensor  # [N, S, classes that count in the ranking]
 
 
 class Detector(nn.Module):
-    """DINO with a full-scale or an interleaved encoder.
+    """DINO, Deformable DETR or H-DETR, with a full-scale or an interleaved encoder.
 
     class_names: of every label, where they are known.
-    Sources: Lite DETR (arXiv 2303.07335), DINO (arXiv 2203.03605); official models/dino/dino.py and
-    deformable_transformer.py.
+    Sources: Lite DETR (arXiv 2303.07335), DINO (arXiv 2203.03605), Deformable DETR (arXiv 2010.04159), H-DETR (arXiv
+    2207.13080); official models/dino/dino.py and deformable_transformer.py, models/deformable_detr.py.
     """
 
     def __init__(self, config: DetectorConfig):
@@ -39,7 +41,8 @@ class Detector(nn.Module):
         self.config = config
         self.class_names: tuple[str, ...] | None = None
         dim = config.hidden_dim
-        self.backbone = ResNet(config.backbone)
+        swin = config.backbone in SWINS
+        self.backbone = SwinTransformer(config.backbone, config.window_size) if swin else ResNet(config.backbone)
         channels = self.backbone.out_channels
         self.input_proj = nn.ModuleList(_projection(c, dim, 1) for c in channels)
         for level in range(len(channels), config.num_levels):
@@ -50,10 +53,18 @@ class Detector(nn.Module):
         self.enc_output_norm = nn.LayerNorm(dim)
         self.enc_out_class_embed = nn.Linear(dim, config.num_classes)
         self.enc_out_bbox_embed = MLP(dim, dim, 4, 3)
-        self.tgt_embed = nn.Embedding(config.num_queries, dim)
+        if not config.is_dino:
+            self.pos_trans = nn.Linear(2 * dim, 2 * dim)
+            self.pos_trans_norm = nn.LayerNorm(2 * dim)
+        if config.family != "deformable-detr":
+            self.tgt_embed = nn.Embedding(config.num_queries, dim)
         self.decoder = Decoder(config)
         self.class_embed = nn.Linear(dim, config.num_classes)
-        self.bbox_embed = MLP(dim, dim, 4, 3)
+        # DINO's layers share a head; the others have one each.
+        if config.is_dino:
+            self.bbox_embed = MLP(dim, dim, 4, 3)
+        else:
+            self.bbox_embed = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.decoder_layers))
 
     def forward(
         self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
@@ -64,8 +75,7 @@ class Detector(nn.Module):
         at the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
 
         Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
-        [N, S, dim], the encoder's output; proposal_scores [N, S], the best class logit of every token;
-        topk_indices [N, Q].
+        [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].
         """
         encoded = self.encode(images, pixel_mask)
         proposal_scores = encoded.proposal_logits.amax(-1)
@@ -73,14 +83,16 @@ class Detector(nn.Module):
             topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
         selected = take_tokens(encoded.features, topk_indices)
         boxes = (self.enc_out_bbox_embed(selected) + take_tokens(encoded.proposals, topk_indices)).sigmoid()
+        content, position = self._queries(boxes)
         queries, boxes = self.decoder(
-            self.tgt_embed.weight[None],
+            content,
             boxes,
             encoded.memory,
             encoded.spatial_shapes,
             encoded.valid_ratios,
             encoded.padding_mask,
-            self.bbox_embed,
+            [self.bbox_embed] * self.config.decoder_layers if self.config.is_dino else self.bbox_embed,
+            position,
         )
         return {
             "pred_logits": self.class_embed(queries),
@@ -90,6 +102,16 @@ class Detector(nn.Module):
             "topk_indices": topk_indices,
         }
 
+    def _queries(self, boxes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Content [N or 1, Q, dim] of the queries that start with boxes [N, Q, 4], and their position [N, Q, dim]: None
+        in DINO, where it follows the boxes."""
+        if self.config.is_dino:
+            return self.tgt_embed.weight[None], None
+        dim = self.config.hidden_dim
+        embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
+        position, content = embedded.split(dim, -1)
+        return (self.tgt_embed.weight[None] if self.config.family == "h-detr" else content), position
+
     def encode(self, images: Tensor, pixel_mask: Tensor | None = None) -> Encoded:
         """Everything before the decoder; the arguments are those of `forward`."""
         maps = self._maps(images)
@@ -97,9 +119,10 @@ class Detector(nn.Module):
         spatial_shapes = sizes_tensor([size for shape in shapes for size in shape], images.device).view(-1, 2)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
         masks = [None if pixel_mask is None else resize_mask(pixel_mask, h, w) for h, w in shapes]
+        origin = {} if self.config.is_dino else {"temperature": 10000.0, "first": 0.5}
         position = torch.cat(
             [
-                map_position(h, w, self.config.hidden_dim, mask, images.device) + self.level_embed[level]
+                map_position(h, w, self.config.hidden_dim, mask, images.device, **origin) + self.level_embed[level]
                 for level, ((h, w), mask) in enumerate(zip(shapes, masks))
             ],
             1,
@@ -118,8 +141,13 @@ class Detector(nn.Module):
         memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
 
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
-        logits = self.enc_out_class_embed(features)
+        logits = self._proposal_logits(features)
         return Encoded(memory, spatial_shapes, valid_ratios, padding_mask, features, proposals, logits)
+
+    def _proposal_logits(self, features: Tensor) -> Tensor:
+        """Of the classes whose best logit ranks the tokens: DINO's are all, the others' the first."""
+        head = self.enc_out_class_embed
+        return head(features) if self.config.is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The projected maps of all levels, [N, dim, h, w] each."""

@@ -18,35 +18,40 @@ def _interleaved_sine(x: Tensor, features: int, temperature: float) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
 
 
-def map_position(height: int, width: int, dim: int, mask: Tensor | None, device=None) -> Tensor:
+def map_position(
+    height: int, width: int, dim: int, mask: Tensor | None, device=None, temperature: float = 20.0, first: float = 1.0
+) -> Tensor:
     """The encoding of a feature map's pixels: [N or 1, height * width, dim], y before x.
 
-    Temperature 20, counted from 1 and normalised by the valid extent, eps 1e-6, scale 2 pi (official
-    models/dino/position_encoding.py, PositionEmbeddingSineHW).  `mask` [N, height, width], True = padding.
+    Counted from `first` and normalised by the valid extent, eps 1e-6, scale 2 pi.  DINO has temperature 20 and counts
+    from 1 (models/dino/position_encoding.py, PositionEmbeddingSineHW), Deformable DETR has 10000 and counts from 0.5.
+    `mask` [N, height, width], True = padding.
     """
-    temperature, eps = 20.0, 1e-6
+    eps = 1e-6
     if mask is None:
         # Without padding the encoding is separable: two short tables instead of a map.
-        y = torch.arange(1, height + 1, dtype=torch.float32, device=device)
-        x = torch.arange(1, width + 1, dtype=torch.float32, device=device)
+        y = torch.arange(height, dtype=torch.float32, device=device) + first
+        x = torch.arange(width, dtype=torch.float32, device=device) + first
         y = _interleaved_sine(y / (height + eps) * _TWO_PI, dim // 2, temperature)
         x = _interleaved_sine(x / (width + eps) * _TWO_PI, dim // 2, temperature)
         position = torch.cat((y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)), -1)
         return position.flatten(0, 1)[None]
     valid = (~mask).float()
     y, x = valid.cumsum(1), valid.cumsum(2)
-    y = y / (y[:, -1:, :] + eps) * _TWO_PI
-    x = x / (x[:, :, -1:] + eps) * _TWO_PI
+    y = (y + (first - 1)) / (y[:, -1:, :] + eps) * _TWO_PI
+    x = (x + (first - 1)) / (x[:, :, -1:] + eps) * _TWO_PI
     position = torch.cat(
         (_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), -1
     )
     return position.flatten(1, 2)
 
 
-def box_position(boxes: Tensor, dim: int) -> Tensor:
-    """The encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim], in the order y, x, w, h.
+def box_position(boxes: Tensor, dim: int, order: tuple[int, ...] = (1, 0, 2, 3)) -> Tensor:
+    """The encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim].
 
-    Temperature 10000 (official models/dino/utils.py, gen_sineembed_for_position).
+    Temperature 10000.  DINO has y before x (models/dino/utils.py, gen_sineembed_for_position); Deformable DETR's order
+    is (0, 1, 2, 3) (deformable_transformer.py, get_proposal_pos_embed).
     """
-    y_x_w_h = boxes.index_select(-1, torch.tensor((1, 0, 2, 3), device=boxes.device))
-    return _interleaved_sine(y_x_w_h * _TWO_PI, dim, 10000.0).flatten(-2)
+    if order != (0, 1, 2, 3):
+        boxes = boxes.index_select(-1, torch.tensor(order, device=boxes.device))
+    return _interleaved_sine(boxes * _TWO_PI, dim, 10000.0).flatten(-2)

@@ -10,7 +10,7 @@ from PIL import Image
 from ..errors import LiteDetrError
 from .images import RESIZE_MODES, load_image, prepare
 from .postprocess import postprocess
-from .session import OnnxSession
+from .session import open_session
 
 
 @dataclass
@@ -29,15 +29,16 @@ class Detections:
 class Detector:
     """Runs an artifact on pictures.
 
-    artifact: path of an ONNX model that `litedetr export` made; or a session, which has what `OnnxSession` has.
-    providers, threads: as `create_session` takes them.
+    artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that `litedetr build`
+        made from one; or a session, which has what `OnnxSession` has.
+    providers, threads: as `open_session` takes them.
     class_names: name of each label; those in the artifact when not given.
 
     Raises LiteDetrError when the artifact cannot be loaded or does not have a detector's inputs and outputs.
     """
 
     def __init__(self, artifact, providers=None, threads=None, class_names=None):
-        self.session = artifact if hasattr(artifact, "run") else OnnxSession(artifact, providers, threads)
+        self.session = artifact if hasattr(artifact, "run") else open_session(artifact, providers, threads)
         self.class_names = class_names or self.session.metadata.get("class_names")
         inputs, outputs = set(self.session.inputs), set(self.session.outputs)
         self.raw = {"pred_logits", "pred_boxes"} <= outputs

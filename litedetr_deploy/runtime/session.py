@@ -8,6 +8,7 @@ from ..errors import LiteDetrError
 from ..ops import native, schema
 
 METADATA_KEY = "litedetr"  # of the ONNX file's metadata_props; its value is one JSON object
+ENGINE_SUFFIXES = (".plan", ".engine")
 
 
 def create_session(onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
@@ -22,12 +23,7 @@ def create_session(onnx: str | os.PathLike | bytes, providers: list | None = Non
     """
     name = "the given bytes" if isinstance(onnx, bytes) else os.fspath(onnx)
     if not isinstance(onnx, bytes):
-        if not Path(name).is_file():
-            state = "is a directory" if Path(name).is_dir() else "does not exist"
-            raise LiteDetrError(f"{name} {state}. Give the path of an ONNX model, for instance one that "
-                                "`litedetr export` made.")
-        if not os.access(name, os.R_OK):
-            raise LiteDetrError(f"{name} cannot be read: permission denied. Change its permissions or copy it.")
+        check_file(name, "an ONNX model, for instance one that `litedetr export` made")
     ort = import_onnxruntime()
     providers = _check_providers(ort, providers)
     options = ort.SessionOptions()
@@ -45,8 +41,29 @@ def create_session(onnx: str | os.PathLike | bytes, providers: list | None = Non
         session = ort.InferenceSession(onnx if isinstance(onnx, bytes) else name, options, providers=providers)
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
         raise _explain(name, error, no_library) from error
-    _check_op_version(name, read_metadata(session))
+    check_op_version(name, read_metadata(session))
     return session
+
+
+def open_session(artifact: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
+    """Return the session that runs `artifact`: a TensorRT engine (.plan, .engine), else an ONNX model.
+
+    providers, threads: of ONNX Runtime, as `create_session` takes them; an engine has neither.
+    """
+    if not isinstance(artifact, bytes) and Path(artifact).suffix.lower() in ENGINE_SUFFIXES:
+        from .tensorrt import TensorRTSession
+
+        return TensorRTSession(artifact)
+    return OnnxSession(artifact, providers, threads)
+
+
+def check_file(path: str | os.PathLike, wanted: str) -> None:
+    """Raise LiteDetrError unless `path` is a file that can be read; `wanted` says what it should be."""
+    if not Path(path).is_file():
+        state = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise LiteDetrError(f"{path} {state}. Give the path of {wanted}.")
+    if not os.access(path, os.R_OK):
+        raise LiteDetrError(f"{path} cannot be read: permission denied. Change its permissions or copy it.")
 
 
 def import_onnxruntime():
@@ -134,7 +151,8 @@ def _explain(name, error, no_library):
                          "or load it with the version of onnxruntime that it was made for.")
 
 
-def _check_op_version(name, metadata):
+def check_op_version(name, metadata):
+    """Raise LiteDetrError where the attention ops in `name` are of another version than this package's."""
     version = metadata.get("op_version", schema.VERSION)
     if metadata.get("attention") == "op" and version != schema.VERSION:
         raise LiteDetrError(f"{name} was exported with version {version} of the attention ops; this package has "

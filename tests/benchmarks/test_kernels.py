@@ -8,8 +8,9 @@ import sys
 
 import kernels
 import pytest
-import timing
 import torch
+
+from litedetr_deploy.benchmark import timing
 
 MAPS = ((6, 5), (3, 4), (2, 2))
 TINY = kernels.Size("tiny", MAPS)

@@ -4,8 +4,9 @@ import json
 import time
 
 import pytest
-import timing
 import torch
+
+from litedetr_deploy.benchmark import timing
 
 
 def test_time_call_times_the_call_alone():

@@ -18,7 +18,7 @@ SMALL = {"hidden_dim": 64, "num_heads": 2, "dim_feedforward": 64, "decoder_dim_f
 
 def official_form(config: DetectorConfig) -> dict[str, torch.Tensor]:
     """A state dict of random weights under official keys, without the further aliases of shared heads."""
-    return {official_key(key): value for key, value in Detector(config).state_dict().items()}
+    return {official_key(key, config): value for key, value in Detector(config).state_dict().items()}
 
 
 def without(state_dict, *keys):
@@ -63,6 +63,67 @@ def test_every_switch_of_the_attention_is_recognised(switches):
 def test_plain_dino_is_recognised_by_itself():
     config = parse_variant("dino-r101", **SMALL)
     assert ld.load_model(official_form(config)).config == config
+
+
+@pytest.mark.parametrize("variant,overrides", [
+    ("deformable-detr-r50", {}),
+    ("lite-deformable-detr-r101-h3l1-6+1x1", {}),
+    ("h-detr-r50", {}),
+    ("lite-h-detr-r50-h2l2-2+1x3", {}),
+    ("lite-dino-swin-t-h3l1-2+1x3", {}),
+    ("deformable-detr-swin-t", {"window_size": 4}),
+])  # fmt: skip
+def test_every_family_and_backbone_is_recognised(variant, overrides):
+    config = parse_variant(variant, **SMALL, **overrides)
+    asked = {} if config.is_dino else {"num_queries": config.num_queries}
+    state_dict = official_form(config)
+    model = ld.load_model(state_dict, **asked, **({"enc_scale": config.enc_scale} if config.is_lite else {}))
+    assert model.config == config
+    prefix = "backbone.0.patch_embed" if variant.startswith("lite-dino-swin") else "backbone.0.body."
+    assert any(key.startswith(prefix) for key in state_dict)
+
+
+def test_number_of_queries_is_published_or_of_the_training(tmp_path):
+    # Deformable DETR's state dict does not show it, H-DETR's shows that of both branches.
+    state_dict = official_form(parse_variant("h-detr-r50", **SMALL | {"num_queries": 420}))
+    assert ld.load_model(state_dict).config.num_queries == 300
+    args = argparse.Namespace(num_queries_one2one=400, nheads=2)
+    torch.save({"model": state_dict, "args": args}, tmp_path / "checkpoint.pth")
+    model = ld.load_model(tmp_path / "checkpoint.pth")
+    assert torch.equal(model.tgt_embed.weight, state_dict["query_embed.weight"][:400])
+
+
+def test_bad_keys_of_other_families_are_named():
+    broken = official_form(parse_variant("h-detr-swin-t", **SMALL))
+    broken = without(broken, "bbox_embed.6.layers.0.bias", "backbone.0.body.layers.1.blocks.0.attn.qkv.bias")
+    broken["class_embed.7.weight"] = torch.zeros(3)
+    broken["transformer.decoder.bbox_embed.2.layers.2.bias"] = broken["bbox_embed.2.layers.2.bias"] + 1
+    with pytest.raises(ld.LiteDetrError) as error:
+        ld.load_model(broken, num_queries=50)
+    message = str(error.value)
+    assert re.search("missing: [^;]*bbox_embed.6.layers.0.bias", message)
+    assert re.search("missing: [^;]*backbone.0.body.layers.1.blocks.0.attn.qkv.bias", message)
+    assert "unexpected: class_embed.7.weight" in message
+    assert "copies of one head that differ: transformer.decoder.bbox_embed.2.layers.2.bias" in message
+
+
+def test_one_stage_is_refused():
+    state_dict = official_form(parse_variant("deformable-detr-r50", **SMALL))
+    state_dict["transformer.reference_points.weight"] = torch.zeros(2, 64)
+    with pytest.raises(ld.LiteDetrError, match="one-stage Deformable DETR.*--two_stage"):
+        ld.load_model(state_dict)
+
+
+def test_the_wrong_family_is_named():
+    with pytest.raises(ld.LiteDetrError, match="family h-detr, but the checkpoint's is deformable-detr"):
+        ld.load_model(official_form(parse_variant("deformable-detr-r50", **SMALL)), "h-detr-r50")
+
+
+def test_unknown_swin_is_named():
+    state_dict = official_form(parse_variant("dino-swin-t", **SMALL))
+    state_dict["backbone.0.patch_embed.proj.weight"] = torch.zeros(128, 3, 4, 4)
+    with pytest.raises(ld.LiteDetrError, match=r"Swin has \(128, 6\).*swin-t \(96, 6\)"):
+        ld.load_model(state_dict)
 
 
 @pytest.mark.parametrize("file,scale", [("r50_s3ex3_50.4.pth", 3), ("r50_s2ex3_49.9.pth", 2)])
@@ -168,6 +229,17 @@ class Unknown:
 @pytest.mark.parametrize("spelling", ["lite-dino-r50-h3l1-2+1x3", "Lite-DINO-R50-H3L1-(2+1)x3", "lite-dino-r50"])
 def test_spellings_of_a_variant(spelling):
     assert parse_variant(spelling).name == "lite-dino-r50-h3l1-2+1x3"
+
+
+@pytest.mark.parametrize("spelling,name", [
+    ("Lite-Deformable-DETR R50 H3L1-(3+1)x2", "lite-deformable-detr-r50-h3l1-3+1x2"),
+    ("Lite-H-DETR Swin-T H2L2-(2+1)x3", "lite-h-detr-swin-t-h2l2-2+1x3"),
+    ("H-DETR Swin-L", "h-detr-swin-l"),
+    ("Deformable DETR R101", "deformable-detr-r101"),
+])  # fmt: skip
+def test_spellings_of_the_paper(spelling, name):
+    assert parse_variant(spelling).name == name
+    assert parse_variant(name) == parse_variant(spelling)
 
 
 @pytest.mark.parametrize("variant,layers", [

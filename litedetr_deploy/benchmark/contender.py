@@ -1,0 +1,375 @@
+"""A detector ready to be timed: one in a process of its own, with the threads and the memory to itself.
+
+`Worker` starts the process and talks to it; what a row needs beyond the engine is in `Job`.  The process ends when
+the other end of its pipe does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import LiteDetrError
+from . import timing
+from .check import INDICES, LOGITS, SCORES, Weights
+from .plan import Row
+
+# A shorter call is preceded by an untimed one, so that the processor's caches and clock are as in steady use.
+SHORT = 0.3
+PROBES = (SCORES, INDICES)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row and what its process needs."""
+
+    row: Row
+    file: Path  # the artifact; not read by PyTorch
+    images: Path  # .npz with `images` [1, 3, H, W]
+    weights: Weights | None = None  # of PyTorch
+
+
+class WorkerFailed(Exception):
+    """The message is one line."""
+
+
+class Worker:
+    """A contender in a process of its own.  A context manager; raises WorkerFailed where the process fails."""
+
+    def __init__(self, job: Job):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, job), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def ready(self) -> None:
+        """Waits until it is loaded and has run once."""
+        self._receive()
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Of the picture, as `Reference.check` takes them."""
+        return self._ask("outputs")
+
+    def time(self) -> tuple[float, float | None]:
+        """Seconds of one call, and of those how many the CUDA device worked on it, where that can be told."""
+        return self._ask("time")
+
+    def memory(self) -> int | None:
+        """Bytes: the most that was resident in its process."""
+        return self._ask("memory")
+
+    def parts(self, calls: int) -> dict[str, float] | None:
+        """Seconds of each part in the median of so many calls, None where the engine does not tell."""
+        return self._ask("parts", calls)
+
+    def keep_running(self, seconds: float) -> tuple[int, float]:
+        """Calls one after another for so long: images, and seconds."""
+        return self._ask("keep_running", seconds)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.terminate()
+        self._process.join()
+
+    def _ask(self, question: str, *arguments):
+        try:
+            self._pipe.send((question, *arguments))
+        except OSError:
+            pass  # it ended; the reason is below
+        return self._receive()
+
+    def _receive(self):
+        try:
+            succeeded, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            reason = "was killed, likely for want of memory" if code == -signal.SIGKILL else f"ended with {code}"
+            raise WorkerFailed(f"its process {reason}") from None
+        if not succeeded:
+            raise WorkerFailed(answer)
+        return answer
+
+
+def _serve(pipe, job: Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one
+    try:
+        contender = open_contender(job)
+        contender.call()
+        contender.call()
+        contender.peak = peak_memory()  # before a check and a profile add to it
+        pipe.send((True, None))
+        while True:
+            question, *arguments = pipe.recv()
+            pipe.send((True, getattr(contender, question)(*arguments)))
+    except (EOFError, BrokenPipeError):
+        pass
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        with contextlib.suppress(OSError):
+            pipe.send((False, text if isinstance(error, LiteDetrError) else text.splitlines()[0]))
+
+
+def peak_memory() -> int | None:
+    """Bytes that were resident in this process at most."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) << 10 if found else None
+
+
+def open_contender(job: Job) -> Contender:
+    with np.load(job.images) as file:
+        images = np.repeat(file["images"], job.row.batch, axis=0)
+    return _ENGINES[job.row.way.engine](job, images)
+
+
+class Contender:
+    """call: runs the detector once and waits for its outputs."""
+
+    peak: int | None = None
+    _last = np.inf  # seconds of the last call
+
+    def __init__(self, job: Job, images: np.ndarray):
+        self.job, self.row, self.images = job, job.row, images
+
+    def call(self):
+        raise NotImplementedError
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def time(self) -> tuple[float, float | None]:
+        time.sleep(timing.REST)
+        if self._last < SHORT:
+            self.call()
+        start = time.perf_counter()
+        output = self.call()  # kept, so that freeing it is not timed
+        self._last = time.perf_counter() - start
+        del output
+        return self._last, self.device_seconds()
+
+    def device_seconds(self) -> float | None:
+        return None
+
+    def memory(self) -> int | None:
+        return self.peak
+
+    def parts(self, calls: int) -> dict[str, float] | None:
+        return None
+
+    def keep_running(self, seconds: float) -> tuple[int, float]:
+        start, calls = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < seconds or not calls:
+            self.call()
+            calls += 1
+        return calls * self.row.batch, elapsed
+
+
+class _OnnxRuntime(Contender):
+    def __init__(self, job: Job, images: np.ndarray):
+        super().__init__(job, images)
+        from ..runtime.session import create_session
+
+        self._providers = ["CPUExecutionProvider"]
+        if self.row.device == "cuda":
+            self._providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # FP32 is what the row says
+        self._session = create_session(job.file, self._providers, self.row.threads)
+        self._feed = _feed({value.name for value in self._session.get_inputs()}, images)
+        self._binding = self._bind() if self.row.device == "cuda" else None
+
+    def _bind(self):
+        """Inputs and outputs that stay on the device: copies over the bus are the application's choice."""
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        for name, array in self._feed.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+        for output in self._session.get_outputs():
+            binding.bind_output(output.name, "cuda")
+        return binding
+
+    def call(self):
+        if self._binding is None:
+            return self._session.run(None, self._feed)
+        return self._session.run_with_iobinding(self._binding)  # waits for the device
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        session = self._probed() or self._session
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, self._feed)))
+
+    def _probed(self):
+        """A session on the same graph that gives PROBES as well; None where it has none, or onnx is missing."""
+        try:
+            import onnx
+        except ImportError:
+            return None
+        from ..runtime.session import create_session
+
+        proto = onnx.load(self.job.file)
+        known = {name for node in proto.graph.node for name in node.output}
+        if not set(PROBES) <= known:
+            return None
+        there = {output.name for output in proto.graph.output}
+        wanted = [name for name in (*PROBES, LOGITS, "pred_boxes") if name in known and name not in there]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        return create_session(proto.SerializeToString(), self._providers, self.row.threads)
+
+    def parts(self, calls: int) -> dict[str, float] | None:
+        if self.row.device != "cpu":  # the profile of the CUDA provider times launches
+            return None
+        try:
+            import onnx  # noqa: F401
+        except ImportError:
+            return None
+        from .parts import onnxruntime_parts
+
+        return onnxruntime_parts(self.job.file, self._feed, calls, self.row.threads)
+
+
+class _OpenVino(Contender):
+    def __init__(self, job: Job, images: np.ndarray):
+        super().__init__(job, images)
+        self._compiled = self._compile()
+        names = {name for value in self._compiled.inputs for name in value.get_names()}
+        self._feed = _feed(names, images)
+
+    def _compile(self, probes: tuple[str, ...] = ()):
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(self.job.file)
+        if probes:
+            there = {name for value in model.outputs for name in value.get_names()}
+            model.add_outputs([name for name in probes if name not in there])
+        settings = {
+            "INFERENCE_NUM_THREADS": self.row.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        return core.compile_model(model, "CPU", settings)
+
+    def call(self):
+        return self._compiled(self._feed, share_inputs=True, share_outputs=True)  # no copies
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        compiled = self._compile(PROBES)
+        values = compiled(self._feed)
+        return {name: np.array(values[value]) for value in compiled.outputs for name in value.get_names()}
+
+
+class _TensorRt(Contender):
+    """With the copies over the bus: the session takes and gives arrays of the host."""
+
+    def __init__(self, job: Job, images: np.ndarray):
+        super().__init__(job, images)
+        from ..runtime.tensorrt import TensorRTSession
+
+        self._session = TensorRTSession(job.file)
+        self._feed = _feed(set(self._session.inputs), images)
+
+    def call(self):
+        return self._session.run(self._feed)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        return {name: np.array(value) for name, value in self.call().items()}
+
+
+class _PyTorch(Contender):
+    def __init__(self, job: Job, images: np.ndarray):
+        super().__init__(job, images)
+        import torch
+
+        from ..export.deployed import Deployed
+        from ..model.resnet import fold_frozen_batch_norm
+        from .official import official_attention
+
+        self._torch = torch
+        torch.set_num_threads(self.row.threads)
+        torch.backends.cudnn.allow_tf32 = False  # FP32 is what the row says
+        model = job.weights.model.to(self.row.device)
+        fold_frozen_batch_norm(model)  # as the export does
+        self._deployed = Deployed(model, "raw").eval().to(self.row.device)
+        self._run = torch.compile(self._deployed, dynamic=False) if self.row.way.mode == "compile" else self._deployed
+        self._input = torch.from_numpy(images).to(self.row.device)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.row.precision)
+        # Weights that were cast outside of a CUDA graph would be gone when it runs.
+        keep = self.row.way.mode != "graph"
+        self._cast = lambda: torch.autocast(self.row.device, half, enabled=half is not None, cache_enabled=keep)
+        self._attention = official_attention if self.row.way.attention == "official" else contextlib.nullcontext
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.row.device == "cuda" else None
+        self._graph = self._capture() if self.row.way.mode == "graph" else None
+
+    def _capture(self):
+        torch = self._torch
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._captured = self._forward()
+        return graph
+
+    def _forward(self):
+        with self._torch.inference_mode(), self._cast(), self._attention():
+            return self._run(self._input)
+
+    def call(self):
+        if self._events is None:
+            return self._forward()
+        begin, end = self._events
+        begin.record()
+        if self._graph:
+            self._graph.replay()
+            output = self._captured
+        else:
+            output = self._forward()
+        end.record()
+        end.synchronize()
+        return output
+
+    def device_seconds(self) -> float | None:
+        return self._events and self._events[0].elapsed_time(self._events[1]) / 1e3
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        values = {name: value.cpu() for name, value in self.call().items()}
+        return {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in values.items()}
+
+    def parts(self, calls: int) -> dict[str, float] | None:
+        if self.row.way.mode:  # compiled as one
+            return None
+        from .parts import torch_parts
+
+        wait = self._torch.cuda.synchronize if self._events else lambda: None
+        return torch_parts(self._deployed.detector, self._forward, calls, wait)
+
+
+_ENGINES = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino, "tensorrt": _TensorRt, "pytorch": _PyTorch}
+
+
+def _feed(inputs: set[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """What an artifact with these inputs is given: the images, their sizes, and a mask without padding."""
+    n, _, height, width = images.shape
+    known = {
+        "images": images,
+        "orig_target_sizes": np.array([[width, height]] * n, np.int64),
+        "pixel_mask": np.zeros((n, height, width), bool),
+    }
+    return {name: known[name] for name in inputs}

@@ -1,0 +1,233 @@
+"""Where the time of a detector goes: backbone, projections, encoder, query selection, decoder, heads.
+
+PyTorch is asked by hooks on its modules.  ONNX Runtime is asked for its profile, whose nodes are those of the graph
+that it has made of ours: a node belongs to the module whose name, weights or outputs it still has; one that has lost
+them belongs where its outputs are used.
+
+The parts and 'other' (the time between them) of one call add up to it; given is the median of each over some calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .timing import percentile
+
+BACKBONE, PROJECTIONS, ENCODER, SELECTION, DECODER, HEADS, POST, OTHER = PARTS = (
+    "backbone",
+    "projections",
+    "encoder",
+    "query selection",
+    "decoder",
+    "heads",
+    "post-processing",
+    "other",
+)
+_MODULES = {
+    "backbone": BACKBONE,
+    "input_proj": PROJECTIONS,
+    "encoder": ENCODER,
+    "enc_output": SELECTION,
+    "enc_output_norm": SELECTION,
+    "enc_out_class_embed": SELECTION,
+    "enc_out_bbox_embed": SELECTION,
+    "tgt_embed": SELECTION,
+    "pos_trans": SELECTION,
+    "pos_trans_norm": SELECTION,
+    "decoder": DECODER,
+    "class_embed": HEADS,
+    "bbox_embed": HEADS,
+}
+_ROOT = "detector"  # the name of the detector in the exported module
+_NCHWC = "_nchwc"  # what ONNX Runtime appends to the outputs of convolutions in blocked layout
+FINAL_VALUES = ("pred_logits", "pred_boxes")
+
+
+def medians(runs: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Seconds of every part that takes any, in the order of PARTS."""
+    runs = list(runs)
+    middle = {part: percentile([run.get(part, 0.0) for run in runs], 50) for part in PARTS}
+    return {part: seconds for part, seconds in middle.items() if seconds}
+
+
+# PyTorch
+
+
+def torch_parts(
+    detector, call: Callable[[], object], runs: int, synchronize: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Seconds of every part of `call`, which runs `detector` once; the arithmetic between two modules belongs to the
+    one before, but to 'other' (positions and reference points) before the encoder.
+
+    synchronize: waits for the device, at every border of two parts.
+    """
+    clock = _Clock(synchronize)
+    handles = []
+    for name, module in detector.named_children():
+        if part := _MODULES.get(name):
+            modules = module.children() if type(module).__name__ == "ModuleList" else [module]
+            for each in modules:
+                handles.append(each.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)))
+                handles.append(each.register_forward_hook(lambda *_: clock.leave()))
+    try:
+        results = []
+        for _ in range(runs):
+            clock.start()
+            call()
+            results.append(clock.stop())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return medians(results)
+
+
+class _Clock:
+    """Gives all time to the innermost part that runs, or else to the last that ran."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self._synchronize = synchronize
+
+    def start(self) -> None:
+        self._synchronize()
+        self._seconds: Counter[str] = Counter()
+        self._stack, self._between = [], OTHER
+        self._since = time.perf_counter()
+
+    def enter(self, part: str) -> None:
+        self._account()
+        self._stack.append(part)
+
+    def leave(self) -> None:
+        self._account()
+        part = self._stack.pop()
+        self._between = OTHER if part in (BACKBONE, PROJECTIONS) else SELECTION if part == ENCODER else part
+
+    def stop(self) -> dict[str, float]:
+        self._account()
+        return dict(self._seconds)
+
+    def _account(self) -> None:
+        self._synchronize()
+        now = time.perf_counter()
+        self._seconds[self._stack[-1] if self._stack else self._between] += now - self._since
+        self._since = now
+
+
+# ONNX Runtime
+
+
+def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = None) -> dict[str, float]:
+    """Seconds of every part, from the profile of ONNX Runtime on the CPU."""
+    import onnx
+    import onnxruntime
+
+    from ..runtime.session import register_ops
+
+    options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns that the optimised graph is of this machine
+    with contextlib.suppress(Exception):  # without our library a graph of standard operators still runs
+        register_ops(options)
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder, "optimised.onnx")
+        options.optimized_model_filepath = str(optimised)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder, "profile"))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for _ in range(runs + 1):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        exported, run = (onnx.load(file, load_external_data=False).graph for file in (path, optimised))
+        parts = parts_of_nodes(run, parts_of_values(exported))
+    return medians(parts_of_runs(events, parts)[1:])  # the first warms up
+
+
+def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[dict[str, float]]:
+    """Seconds of every part in every run of a profile; `parts`: of every node by its name."""
+    whole = [event for event in events if event["name"] == "model_run"]
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    results = []
+    for run in whole:
+        seconds = Counter()
+        for event in nodes:
+            if run["ts"] <= event["ts"] < run["ts"] + run["dur"]:
+                seconds[parts.get(event["name"].removesuffix("_kernel_time"), OTHER)] += event["dur"] * 1e-6
+        seconds[OTHER] += max(0.0, run["dur"] * 1e-6 - sum(seconds.values()))
+        results.append(dict(seconds))
+    return results
+
+
+def parts_of_values(graph) -> dict[str, str]:
+    """The part that computes each value of an exported graph."""
+    parts = parts_of_nodes(graph)
+    return {output: parts[node.name] for node in graph.node for output in node.output if output}
+
+
+def parts_of_nodes(graph, known: dict[str, str] | None = None) -> dict[str, str]:
+    """The part of every node, by its name, of an ONNX graph in topological order.
+
+    known: of values that the graph was made from.
+    """
+    known = known or {}
+    own = [_own_part(node, known) for node in graph.node]
+    forward, levels, finished = {}, {}, set(FINAL_VALUES)  # by value
+    before, level_sets, after_heads = [], [], []  # by node
+    for node, part in zip(graph.node, own):
+        producers = [forward[name] for name in node.input if name in forward]
+        latest = part or max(producers, key=PARTS.index, default=None)
+        reached = set().union(*(levels.get(name, set()) for name in node.input), _levels(node))
+        final = part is None and any(name in finished for name in node.input)
+        for output in node.output:
+            levels[output] = reached
+            if latest:
+                forward[output] = latest
+            if final:
+                finished.add(output)
+        before.append(latest)
+        level_sets.append(reached)
+        after_heads.append(final)
+
+    consumers: dict[str, set[str]] = {}
+    parts = {}
+    for i in reversed(range(len(graph.node))):
+        node = graph.node[i]
+        users = set().union(*(consumers.get(output, set()) for output in node.output))
+        if own[i]:
+            part = own[i]
+        elif after_heads[i]:
+            part = POST
+        elif before[i] == PROJECTIONS and len(level_sets[i]) == 1:  # not yet joined with the other levels
+            part = PROJECTIONS
+        else:
+            part = users.pop() if len(users) == 1 else before[i] or OTHER
+        parts[node.name] = part
+        if part != OTHER:
+            for name in node.input:
+                consumers.setdefault(name, set()).add(part)
+    return parts
+
+
+def _own_part(node, known: dict[str, str]) -> str | None:
+    """What its name, its weights or its outputs tell."""
+    outputs = [output.removesuffix(_NCHWC) for output in node.output]
+    found = [_part_of_module(node.name.partition("/")[0]), *map(_part_of_module, node.input), *map(known.get, outputs)]
+    return next(filter(None, found), None)
+
+
+def _part_of_module(name: str) -> str | None:
+    root, _, path = name.partition(".")
+    return _MODULES.get(path.partition(".")[0]) if root == _ROOT else None
+
+
+def _levels(node) -> set[str]:
+    """Which of the projections it belongs to: 'detector.input_proj.2.0' is of level '2'."""
+    prefix = f"{_ROOT}.input_proj."
+    names = [name for name in (node.name, *node.input) if name.startswith(prefix)]
+    return {name[len(prefix) :].partition(".")[0].partition("/")[0] for name in names[:1]}

@@ -1,0 +1,327 @@
+"""INT8: explicit symmetric QuantizeLinear and DequantizeLinear around the layers that bear it, placed by ONNX Runtime's
+quantizer; `precision` then gives everything else its type.
+
+Weights have one step a channel, activations one a tensor, found on calibration images.  Steps are whole float16
+numbers, so that a graph whose floats are half quantizes exactly as it was calibrated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..errors import LiteDetrError
+from ..files import replaced_when_done
+from ..model.detector import Detector
+from ..model.resnet import fold_frozen_batch_norm
+from ..runtime.images import load_image, prepare
+from ..runtime.session import create_session
+from . import precision
+from .deployed import Deployed
+
+# Beside the precision islands (norms, softmax, query selection, heads, post-processing), which are FP32.
+EXCLUDED = (
+    "*.sampling_offsets",  # of the deformable attention: pixels
+    "*.attention_weights",  # logits of a softmax
+    "detector.decoder",  # few queries, each of them a detection; holds the MLP of the reference points
+)
+SENSITIVITY_IMAGES = 4
+LARGEST = 127  # of symmetric INT8; -128 is not used
+_SMALLEST_STEP = np.float16(2.0**-24)  # of a tensor or channel that is zero throughout
+_HISTOGRAM_BINS = 1024
+# What a calibration table is of, by key.
+_ITEMS = {"model": "model", "method": "method", "images": "number of images", "digest": "set of images"}
+
+
+@dataclasses.dataclass
+class Pictures:
+    """What the graph is calibrated on: pictures as paths, PIL images or arrays, and the graph's input."""
+
+    images: list
+    image_size: tuple[int, int] | None
+    pixel_mask: bool
+    outputs: str
+
+    def digest(self) -> str:
+        return _digest(
+            Path(image).read_bytes() if isinstance(image, (str, os.PathLike)) else np.asarray(image).tobytes()
+            for image in self.images
+        )
+
+    def feeds(self) -> Iterator[dict[str, np.ndarray]]:
+        """The graph's inputs, one picture at a time."""
+        for image in self.images:
+            mode = "shortest_edge" if self.image_size is None else "letterbox" if self.pixel_mask else "stretch"
+            pixels, mask, size = prepare(load_image(image), mode, self.image_size)
+            feed = {"images": pixels[None]}
+            if self.outputs == "detections":
+                feed["orig_target_sizes"] = np.array([size], np.int64)
+            if self.pixel_mask:
+                feed["pixel_mask"] = mask[None]
+            yield feed
+
+
+def layers(graph: ir.Graph, keep: Sequence[str] = ()) -> list[str]:
+    """The names of the nodes that are quantized: convolutions and matrix products with a weight of their own, outside
+    of the islands of precision, of EXCLUDED and of the patterns `keep`."""
+    left_out = precision.matching(graph, (*precision.ISLANDS, *EXCLUDED, *keep))
+    return [
+        node.name
+        for node in graph
+        if node.op_type in ("Conv", "MatMul")
+        and node not in left_out
+        and node.inputs[1].is_initializer()
+        and len(node.inputs[1].uses()) == 1
+        and not node.inputs[0].is_initializer()
+    ]
+
+
+def load_or_calibrate(
+    model: ir.Model,
+    names: Sequence[str],
+    pictures: Pictures | None,
+    method: str,
+    table: Path,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """The largest magnitude of the input of every node of `names`, by tensor.
+
+    table: the file (JSON) where they are kept; what it has is used where it was made of the same model, pictures
+        and method.  pictures: None to use the file whatever its pictures and method were.
+    Raises LiteDetrError where there are neither pictures nor a table of this model.
+    """
+    wanted = {"model": _digest([ir.to_proto(model).SerializeToString(deterministic=True)])}
+    if pictures is not None:
+        wanted |= {"method": method, "images": len(pictures.images), "digest": pictures.digest()}
+    found = _read(table)
+    tensors = {node.inputs[0].name for node in model.graph if node.name in set(names)}
+    differing = [_ITEMS[key] for key, value in wanted.items() if found.get(key) != value]
+    if not tensors <= found.get("ranges", {}).keys():
+        differing.append("set of layers")
+    if not differing:
+        progress(f"calibrate: {table.name} has it")
+        return found["ranges"]
+    if pictures is None:
+        state = f"is of another {differing[0]}, or damaged" if table.exists() else "does not exist"
+        raise LiteDetrError(
+            f"precision 'int8' needs calibration images: there are none, and the calibration table {table} {state}. "
+            "Give a folder of pictures like those that the model will see (--calibration)."
+        )
+    reason = f" again, {table.name} is of another {differing[0]}" if found else ""
+    progress(f"calibrate{reason}: {len(pictures.images)} pictures, {method}")
+    found = wanted | {"ranges": _calibrate(model, tensors, pictures.feeds(), method)}
+    with replaced_when_done(table) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    return found["ranges"]
+
+
+def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir.Model:
+    """The FP32 `model` with QuantizeLinear and DequantizeLinear around the inputs and weights of the nodes `names`.
+
+    ranges: the largest magnitude of their inputs, by tensor.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import add_infer_metadata
+
+    precision.refuse_typed(model.graph)
+    zero = np.array(0, np.int8)
+    steps, tensors = {}, {}
+    for node in model.graph:
+        if node.name in names:
+            data, weight = node.inputs[:2]
+            largest = np.float32(ranges[data.name])
+            tensors[data.name] = TensorData(lowest=-largest, highest=largest)
+            steps[data.name] = [{"scale": _step(largest), "zero_point": zero}]
+            axis = weight_axis(node)
+            steps[weight.name] = [
+                {"axis": axis, "scale": step, "zero_point": zero}
+                for step in _steps(weight.const_value.numpy(), axis).ravel()
+            ]
+    proto = ir.to_proto(model)
+    add_infer_metadata(proto)  # the shapes are all known
+    quantizer = QDQQuantizer(
+        proto,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QInt8,
+        tensors_range=TensorsData(CalibrationMethod.MinMax, tensors),
+        nodes_to_quantize=list(names),
+        nodes_to_exclude=[],
+        op_types_to_quantize=["Conv", "MatMul"],
+        extra_options={
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "QuantizeBias": False,
+            "OpTypesToExcludeOutputQuantization": ["Conv", "MatMul"],
+            "TensorQuantOverrides": steps,
+        },
+    )
+    quantized = ir.from_proto(quantizer.quantize_model())
+    quantized.metadata_props.clear()
+    quantized.graph.sort()
+    for node in quantized.graph:
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.INT8), node.inputs[0].shape
+        elif node.op_type == "DequantizeLinear":
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), node.inputs[0].shape
+            quantize = node.inputs[0].producer()
+            # The quantizer gives the rounded value to all readers, residual sums among them.
+            for user, i in list(node.outputs[0].uses()) if quantize is not None else ():
+                if user.name not in names:
+                    user.replace_input_with(i, quantize.inputs[0])
+    return quantized
+
+
+def sensitivity(
+    model: Detector, graph: ir.Graph, names: Sequence[str], ranges: dict[str, float], pictures: Pictures
+) -> list[dict]:
+    """What quantizing each layer alone does to the outputs of PyTorch, the worst first.
+
+    Rows with layer (a node of `names`), logits (root mean square of the difference over that of the logits) and boxes
+    (mean difference, of the image's side), on SENSITIVITY_IMAGES of the pictures.  The queries are those of the FP32
+    model throughout.
+    """
+    pictures = dataclasses.replace(pictures, images=pictures.images[:SENSITIVITY_IMAGES])
+    model = copy.deepcopy(model)
+    fold_frozen_batch_norm(model)
+    modules = dict(model.named_modules())
+    normalise = Deployed(model, "raw").normalise
+    feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in pictures.feeds()]
+
+    def run(expected):
+        for feed, reference in zip(feeds, expected):
+            mask = feed.get("pixel_mask")
+            yield model(normalise(feed["images"], mask), mask, reference["topk_indices"] if reference else None)
+
+    rows = []
+    with torch.inference_mode():
+        expected = list(run([None] * len(feeds)))
+        inputs = {node.name: node.inputs[0].name for node in graph}
+        for name in names:
+            module = modules[name.rpartition("/")[0].removeprefix("detector.")]
+            weight = module.weight.data
+            step = float(_step(ranges[inputs[name]]))
+            module.weight.data = fake_quantized_weight(weight)
+            hook = module.register_forward_pre_hook(lambda _, x, step=step: (fake_quantized(x[0], step),))
+            logits = boxes = scale = 0.0
+            for found, wanted in zip(run(expected), expected):
+                logits += (found["pred_logits"] - wanted["pred_logits"]).square().mean().item()
+                scale += wanted["pred_logits"].square().mean().item()
+                boxes += (found["pred_boxes"] - wanted["pred_boxes"]).abs().mean().item()
+            hook.remove()
+            module.weight.data = weight
+            rows.append({"layer": name, "logits": (logits / scale) ** 0.5, "boxes": boxes / len(feeds)})
+    return sorted(rows, key=lambda row: -row["logits"])
+
+
+def fake_quantized(x: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
+    """`x` rounded to whole steps that INT8 has, in its own type."""
+    return (x / step).round().clamp(-LARGEST, LARGEST) * step
+
+
+def fake_quantized_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, ...] rounded to steps of its channels."""
+    return fake_quantized(weight, torch.from_numpy(_steps(weight.numpy(), 0)))
+
+
+def weight_axis(node: ir.Node) -> int:
+    """The axis of the output channels of a node's weight."""
+    return 0 if node.op_type == "Conv" else 1
+
+
+def _steps(weight: np.ndarray, axis: int) -> np.ndarray:
+    """The step of every channel, float32 [1, ..., channels, ..., 1]."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    return _step(np.abs(weight).max(others, keepdims=True))
+
+
+def _step(largest) -> np.ndarray:
+    """The smallest float16 number of which LARGEST reach `largest`, as float32."""
+    exact = np.asarray(largest, np.float32) / np.float32(LARGEST)
+    step = exact.astype(np.float16)
+    step = np.where(step < exact, np.nextafter(step, np.float16(np.inf)), step)
+    return np.asarray(np.maximum(step, _SMALLEST_STEP), np.float32)
+
+
+def _calibrate(model: ir.Model, tensors: set[str], feeds: Iterable[dict], method: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # the calibrators print
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path)
+        calibrator = _calibrator(method, tensors, path)
+        for feed in feeds:  # one at a time: the calibrator keeps every tensor of what it is given at once
+            calibrator.collect_data(_Reader([feed]))
+        data = calibrator.compute_data()
+    ranges = {name: float(max(abs(np.max(v)) for v in data[name].range_value)) for name in sorted(tensors)}
+    bad = [name for name, largest in ranges.items() if not np.isfinite(largest)]
+    if bad:
+        raise LiteDetrError(
+            f"calibration: the value {bad[0]!r} is infinite or not a number on the calibration images. Verify the "
+            "model in FP32 first, and check the images."
+        )
+    return ranges
+
+
+def _calibrator(method: str, tensors: set[str], path: Path):
+    """ONNX Runtime's calibrator for `method`, on `tensors` alone and with the attention ops registered."""
+    from onnxruntime.quantization import calibrate
+
+    base, options = {
+        "minmax": (calibrate.MinMaxCalibrater, {}),
+        "entropy": (calibrate.EntropyCalibrater, {"num_bins": _HISTOGRAM_BINS}),
+        "percentile": (calibrate.PercentileCalibrater, {}),
+    }[method]
+
+    class Calibrator(base):
+        def select_tensors_to_calibrate(self, model):
+            _, infos = super().select_tensors_to_calibrate(model)
+            return tensors, infos
+
+        def create_inference_session(self):
+            self.infer_session = create_session(self.augmented_model_path)
+
+    calibrator = Calibrator(path, None, str(path.with_name("augmented.onnx")), symmetric=True, **options)
+    calibrator.augment_graph()
+    calibrator.create_inference_session()
+    return calibrator
+
+
+class _Reader:
+    """What the calibrators read from."""
+
+    def __init__(self, feeds: Iterable[dict]):
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> dict | None:
+        return next(self._feeds, None)
+
+
+def _read(table: Path) -> dict:
+    """The table, or nothing where there is none that can be read."""
+    try:
+        found = json.loads(table.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("ranges"), dict) else {}
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

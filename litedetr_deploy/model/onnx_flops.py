@@ -1,0 +1,126 @@
+"""Operations and parameters of an exported model: as `flops.count_flops`, from the graph's own nodes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnxscript import optimizer
+
+from ..errors import LiteDetrError
+from ..ops import onnx_schema, schema
+from ..runtime.session import METADATA_KEY
+from .config import parse_variant
+from .flops import BILINEAR, NORM, SOFTMAX, Cost, FlopCount, attention_cost
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_POINTWISE = frozenset(
+    "Add Sub Mul Div Neg Abs Sqrt Reciprocal Exp Log Pow Erf Sin Cos Sigmoid Tanh Relu Gelu Clip Min Max Floor Ceil "
+    "Round Sign Mod Sum".split()
+)
+_NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
+_MODULE = "detector."
+
+
+def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> FlopCount:
+    """Counts one image.
+
+    image_size: (height, width), for a model of dynamic size; a model of a fixed size has its own.
+    Raises LiteDetrError for a file that `litedetr export` did not write, and for another size than the model's.
+    """
+    path = Path(path)
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's own error classes differ between its implementations
+        raise LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {error}.") from error
+    metadata = next((json.loads(entry.value) for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    if metadata is None:
+        raise LiteDetrError(
+            f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): its parts cannot be told "
+            "apart. Give the checkpoint, or the variant."
+        )
+    fixed = metadata["image_size"]
+    if fixed and image_size and tuple(fixed) != tuple(image_size):
+        raise LiteDetrError(
+            f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size out, "
+            "or export with that size or with dynamic sizes."
+        )
+    if not (fixed or image_size):
+        raise LiteDetrError(f"{path} takes images of any size: say which to count, as in 800x1333.")
+    size = tuple(fixed or image_size)
+    graph = _with_shapes(model, size)
+    costs = []
+    for node in graph:
+        try:
+            kind, fvcore, everything = _cost(node)
+        except (TypeError, AttributeError) as error:  # a size that is no number, or no shape
+            raise LiteDetrError(
+                f"{path}: the shapes at node {node.name!r} do not follow from the image's size. Export with that size "
+                "fixed (--image-size)."
+            ) from error
+        if fvcore or everything:
+            costs.append(Cost(_module(node.name.split("/")[0]), kind, fvcore, everything))
+    parameters: dict[str, int] = {}
+    for name, weight in graph.initializers.items():
+        # What the export computed from constants is no weight.
+        if name.startswith(_MODULE) and weight.dtype in _FLOATS:
+            module = _module(name).rpartition(".")[0]
+            parameters[module] = parameters.get(module, 0) + _numbers(weight)
+    return FlopCount(parse_variant(metadata["variant"]), size, tuple(costs), parameters)
+
+
+def _module(name: str) -> str:
+    return name.removeprefix(_MODULE) if name.startswith(_MODULE) else ""
+
+
+def _with_shapes(model: onnx.ModelProto, size: tuple[int, int]) -> ir.Graph:
+    """The graph for one image of `size`, with what follows from that computed: the shape of every value."""
+    onnx_schema.register()
+    model = ir.from_proto(model)
+    wanted = {"images": (1, 3, *size), "pixel_mask": (1, *size), "orig_target_sizes": (1, 2)}
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape = None
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(wanted[value.name])
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    return model.graph
+
+
+def _numbers(value: ir.Value) -> int:
+    return math.prod(int(size) for size in value.shape)
+
+
+def _cost(node: ir.Node) -> tuple[str, int, int]:
+    """Kind, and operations in both conventions, of a node."""
+    op, inputs, output = node.op_type, node.inputs, node.outputs[0]
+    if node.domain == schema.DOMAIN:
+        head_dim = inputs[1].shape[2] // node.attributes["num_heads"].as_int()
+        costs = attention_cost(op, _numbers(inputs[3]) // 2, head_dim, len(inputs) > 5 and inputs[5] is not None)
+        return "deformable attention", *costs
+    if op == "Conv":
+        count = _numbers(output) * _numbers(inputs[1]) // inputs[1].shape[0]
+        return "convolution", count, count
+    if op in ("MatMul", "Gemm"):
+        transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
+        count = _numbers(output) * int(inputs[0].shape[0 if transposed else -1])
+        return "matrix product", count, count
+    if op in _NORMS:
+        count = NORM * _numbers(inputs[0])
+        return "norm", count, count
+    if op == "GridSample":
+        count = BILINEAR * _numbers(output)
+        return "sampling", count, count
+    if op == "Softmax":
+        return "softmax", 0, SOFTMAX * _numbers(output)
+    if op == "MaxPool":
+        return "pooling", 0, _numbers(output) * math.prod(node.attributes["kernel_shape"].as_ints())
+    if op.startswith("Reduce") and inputs[0].dtype in _FLOATS:
+        return "reduction", 0, _numbers(inputs[0])
+    if op in _POINTWISE and output.dtype in _FLOATS:
+        return "pointwise", 0, _numbers(output)
+    return "", 0, 0

@@ -1,0 +1,355 @@
+"""TensorRT and TensorRT-RTX engines behind the session interface.
+
+Needs numpy, the `tensorrt` (or `tensorrt_rtx`) package and NVIDIA's CUDA bindings; no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import LiteDetrError
+from ..ops import native, schema
+from . import cuda
+from .session import check_file, check_op_version
+
+# Backend -> its Python module, and what installs it.
+MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
+CONTEXTS = 4  # input shapes that are kept ready at a time
+
+# What an engine's failure to load means, by what TensorRT 10 and 11 say; the first that is found.
+_FAILURES = (
+    ("memory", r"out of memory|OutOfMemory|insufficient memory"),
+    ("op version", r"serialization_version is"),
+    ("plugin", r"could not find plugin|PluginCreator|plugin creator|plugin not found"),
+    ("not an engine", r"magic ?tag"),
+    ("version", r"version tag|expecting library version|not compatible with this version|stdVersionRead"),
+    ("device", r"incompatible device|expecting compute|compute capability|unsupported SM"),
+)
+
+
+def import_tensorrt(backend: str):
+    """Return the Python module of `backend`, a key of MODULES; raise LiteDetrError where it cannot be imported."""
+    module, extra = MODULES[backend]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise LiteDetrError(f"{module} cannot be imported ({error}). Install it with "
+                            f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack.") from error
+
+
+def message_logger(trt):
+    """Return a logger for `trt` that prints nothing; its `errors` and `warnings` are lists of what it was told."""
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.errors, self.warnings = [], []
+
+        def log(self, severity, message):
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+
+    return Logger()
+
+
+def load_plugins(registry) -> Path:
+    """Load this package's plugins into a TensorRT plugin registry and return their library.
+
+    Raises LiteDetrError where the library was not built or does not load.
+    """
+    try:
+        library = native.library("tensorrt")
+    except FileNotFoundError as error:
+        raise LiteDetrError(str(error)) from error
+    if registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is None:
+        if registry.load_library(str(library)) is None:
+            raise LiteDetrError(f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
+                                "`pip install --force-reinstall .` in the source folder.")
+    return library
+
+
+def record_path(engine: str | os.PathLike) -> Path:
+    """Return where the description of an engine lies: beside it, so that trtexec can load the engine itself."""
+    return Path(f"{os.fspath(engine)}.json")
+
+
+def read_record(engine: str | os.PathLike) -> dict:
+    """Return what `litedetr build` wrote beside an engine; empty where there is nothing.
+
+    Raises LiteDetrError where it cannot be read, and where it describes another file.
+    """
+    path = record_path(engine)
+    try:
+        record = json.loads(path.read_text())
+        recorded = record["sha256"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LiteDetrError(f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
+                            "it again, build the engine again, or remove it if trtexec built the engine.") from error
+    found = sha256(engine)
+    if found != recorded:
+        raise LiteDetrError(f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., "
+                            f"and {recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, "
+                            "or build the engine again.")
+    return record
+
+
+def sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def deserialize(trt, runtime, logger, path: str | os.PathLike, record: dict, gpu: cuda.Gpu):
+    """Return the engine in the file `path`; raise LiteDetrError that says why it cannot be loaded.
+
+    record: what `read_record` gave; gpu: the GPU that is here.
+    """
+    # Code for the host is in a version-compatible engine: TensorRT's lean runtime and the plugins.
+    runtime.engine_host_code_allowed = bool(record.get("options", {}).get("version_compatible"))
+    engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
+    if engine is None:
+        raise _explain(trt, path, record, gpu, logger.errors)
+    return engine
+
+
+def _explain(trt, path, record, gpu, errors):
+    text = " ".join(errors)
+    said = f"TensorRT says: {errors[0].strip()[:300]}" if errors else "TensorRT does not say why"
+    kind = next((kind for kind, pattern in _FAILURES if re.search(pattern, text, re.IGNORECASE)), None)
+    built_with, built_on = record.get("version"), record.get("compute_capabilities")
+    if kind == "memory":
+        return LiteDetrError(f"{path} does not fit into the memory of {gpu.name} that is free. {said}. End what else "
+                             "runs on it, or build the engine for a smaller batch or image size.")
+    if kind == "op version":
+        return LiteDetrError(f"{path} holds attention plugins of another version than this package's. {said}. Build "
+                             "the engine again, or install the litedetr-deploy that built it.")
+    if kind == "plugin":
+        return LiteDetrError(f"{path} needs a plugin that TensorRT does not have: {schema.KEY_AWARE} and "
+                             f"{schema.PLAIN} are in this package's library {native.LIBRARIES['tensorrt']}, which is "
+                             f"not there or is of another version. {said}. Run `pip install .` in the source folder.")
+    if kind == "version" or (built_with not in (None, trt.__version__) and kind != "device"):
+        return LiteDetrError(f"{path} was built by {trt.__name__} {built_with or 'of another version'}, and "
+                             f"{trt.__version__} is installed: an engine runs in the version that built it. {said}. "
+                             "Build it again here, or once for all newer versions with --version-compatible.")
+    if kind == "device" or (built_on and gpu.compute_capability not in built_on and kind is None):
+        built_on = " and ".join(built_on) if built_on else "another one"
+        return LiteDetrError(f"{path} was built for compute capability {built_on}, and {gpu.name} has "
+                             f"{gpu.compute_capability}. {said}. Build it again on this GPU.")
+    return LiteDetrError(f"{path} is not an engine of {trt.__name__}, or a damaged one. {said}. Copy it again, or "
+                         "build it again with `litedetr build`.")
+
+
+class DeviceArray:
+    """An output that stays on the GPU until the session's next run.  torch.as_tensor, CuPy and Numba take it as it is
+    through `__cuda_array_interface__`."""
+
+    def __init__(self, session, address: int, shape: tuple[int, ...], dtype):
+        self._session = session  # owns the memory
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": self.dtype.str, "data": (address, False),
+                                         "strides": None, "version": 3}
+
+
+class TensorRTSession:
+    """An engine, ready to run: what `OnnxSession` is to an ONNX model.
+
+    artifact: path of an engine of `litedetr build`; of one that trtexec built, which has no metadata.
+
+    inputs: name -> shape, a tuple with an int where the engine takes one size only and None where it takes several
+    outputs: names, in the engine's order
+    metadata: what `litedetr export` wrote into the ONNX model
+
+    From the second run with the same input shapes on, TensorRT's work is one CUDA graph.  Not for several threads at
+    a time.  Raises LiteDetrError where TensorRT, the CUDA bindings or a GPU is missing, and for an engine that cannot
+    be loaded here.
+    """
+
+    def __init__(self, artifact):
+        check_file(artifact, "a TensorRT engine, for instance one that `litedetr build` made")
+        self.path = Path(artifact)
+        record = read_record(artifact)
+        self.metadata = record.get("metadata", {})
+        check_op_version(artifact, self.metadata)
+        backend = record.get("backend", "tensorrt")
+        trt = import_tensorrt(backend)
+        gpu = cuda.find_gpu()
+        self._logger = message_logger(trt)
+        runtime = trt.Runtime(self._logger)
+        if backend == "tensorrt" and not record.get("plugin_inside"):
+            # Without a record nobody knows whether the engine needs them.
+            if self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt")):
+                load_plugins(runtime.get_plugin_registry())
+        self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
+        self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
+
+    def _prepare(self, trt, device, is_rtx):
+        engine, self._device, self._rtx = self._engine, device, is_rtx
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
+        self.outputs = tuple(name for name in names if not is_input[name])
+        self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        # name -> (smallest, largest) shape
+        self._limits = {}
+        for name in names:
+            if is_input[name]:
+                smallest, _, largest = map(tuple, engine.get_tensor_profile_shape(name, 0))
+                self._limits[name] = smallest, largest
+        self.inputs = {name: tuple(low if low == high else None for low, high in zip(*limits))
+                       for name, limits in self._limits.items()}
+        self._contexts = OrderedDict()  # input shapes -> _Context
+        self._trt = trt
+        try:
+            self._workspace = 0 if is_rtx else device.allocate(engine.device_memory_size_v2)
+            largest = self._make_context()
+            for name, (_, shape) in self._limits.items():
+                largest.set_input_shape(name, shape)
+            sizes = {name: int(np.prod(largest.get_tensor_shape(name))) * self._types[name].itemsize for name in names}
+            self._addresses = {name: device.allocate(size) for name, size in sizes.items()}
+            self._host = {name: device.allocate_host(size) for name, size in sizes.items()}
+        except cuda.OutOfMemory as error:
+            raise LiteDetrError(f"{self.path} cannot be prepared: {error}") from error
+
+    def _make_context(self):
+        """An execution context; those of TensorRT share one memory for activations, of which one is used at a time."""
+        if self._rtx:  # captures graphs itself, for any shape
+            config = self._engine.create_runtime_config()
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self._engine.create_execution_context(config)
+        else:
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise self._failed("cannot be prepared")
+        if not self._rtx:
+            context.set_device_memory(self._workspace, self._engine.device_memory_size_v2)
+        return context
+
+    def run(self, feed: dict) -> dict:
+        """Run on a dict of name -> array; return a dict of name -> array."""
+        context = self._enqueue(feed)
+        views = {}
+        for name in self.outputs:
+            shape, dtype = context.shapes[name], self._types[name]
+            size = int(np.prod(shape)) * dtype.itemsize
+            views[name] = self._host[name][:size].view(dtype).reshape(shape)
+            self._device.to_host(views[name], self._addresses[name])
+        self._device.synchronize()
+        return {name: view.copy() for name, view in views.items()}
+
+    def run_on_device(self, feed: dict) -> dict:
+        """As `run`, but return a dict of name -> `DeviceArray`, which the next run overwrites."""
+        context = self._enqueue(feed)
+        self._device.synchronize()
+        return {name: DeviceArray(self, self._addresses[name], context.shapes[name], self._types[name])
+                for name in self.outputs}
+
+    def close(self) -> None:
+        """Give the GPU's memory back.  The session cannot run any more."""
+        self._contexts.clear()
+        self._device.close()
+
+    def _enqueue(self, feed):
+        arrays = self._check(feed)
+        context = self._context(tuple(arrays[name].shape for name in self.inputs))
+        for name, array in arrays.items():
+            # Through pinned memory, which the GPU reads by itself; what was read last is done with by now.
+            pinned = self._host[name][: array.nbytes].view(array.dtype).reshape(array.shape)
+            pinned[...] = array
+            self._device.to_device(self._addresses[name], pinned)
+        if not context.execute(self._device):
+            raise self._failed("fails to run")
+        return context
+
+    def _context(self, shapes):
+        """The context that is prepared for these input shapes; the one that was used longest ago makes room."""
+        context = self._contexts.pop(shapes, None)
+        if context is None:
+            if len(self._contexts) == CONTEXTS:
+                _, oldest = self._contexts.popitem(last=False)
+                oldest.release(self._device)
+            reused = next(iter(self._contexts.values())).execution if self._rtx and self._contexts else None
+            context = _Context(reused or self._make_context(), not self._rtx)
+        self._contexts[shapes] = context
+        if not context.set_shapes(dict(zip(self.inputs, shapes)), self._addresses, self.outputs):
+            raise self._failed(f"cannot take inputs of the shapes {list(shapes)}")
+        return context
+
+    def _check(self, feed):
+        arrays = {}
+        for name, (smallest, largest) in self._limits.items():
+            if name not in feed:
+                raise LiteDetrError(f"the input {name!r} of {self.path} is missing; given: "
+                                    f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}.")
+            array = np.asarray(feed[name])
+            if array.dtype != self._types[name]:
+                raise LiteDetrError(f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. "
+                                    "Convert it before the run.")
+            fits = array.ndim == len(smallest) and all(
+                low <= size <= high for low, size, high in zip(smallest, array.shape, largest)
+            )
+            if not fits:
+                raise LiteDetrError(f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for "
+                                    f"{list(smallest)} to {list(largest)}. Run smaller batches or other sizes, or "
+                                    "build the engine with other --batch and --image-size.")
+            arrays[name] = array
+        return arrays
+
+    def _failed(self, what):
+        errors, self._logger.errors = self._logger.errors, []
+        said = f": {errors[0].strip()[:300]}" if errors else ""
+        return LiteDetrError(f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else "
+                             "build the engine again with the TensorRT that is installed here.")
+
+
+class _Context:
+    """An execution context for one set of input shapes, and the CUDA graph of its work from the second run on."""
+
+    def __init__(self, execution, captures: bool):
+        self.execution, self.shapes = execution, None
+        self._captures, self._graph, self._runs = captures, None, 0
+
+    def set_shapes(self, inputs, addresses, outputs) -> bool:
+        """Tell TensorRT the shapes of the inputs and where everything lies; False where it refuses."""
+        if self.shapes is None or not self._captures:
+            if not all(self.execution.set_input_shape(name, shape) for name, shape in inputs.items()):
+                return False
+            for name, address in addresses.items():
+                self.execution.set_tensor_address(name, address)
+            self.shapes = {name: tuple(self.execution.get_tensor_shape(name)) for name in outputs}
+        return True
+
+    def execute(self, device) -> bool:
+        """Put the work on the device's stream."""
+        self._runs += 1
+        # The first run also does what follows from new shapes, which must not become part of a graph.
+        if self._captures and self._runs == 2:
+            self._graph = device.capture(lambda: self.execution.execute_async_v3(device.stream))
+        if self._graph is None:
+            return self.execution.execute_async_v3(device.stream)
+        device.launch(self._graph)
+        return True
+
+    def release(self, device):
+        if self._graph is not None:
+            device.destroy(self._graph)
+
+
+def _is_built(name):
+    try:
+        return bool(native.library(name))
+    except FileNotFoundError:
+        return False

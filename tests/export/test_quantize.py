@@ -1,0 +1,188 @@
+"""`litedetr_deploy.export.quantize`: what becomes INT8, from which pictures, and what is refused."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import litedetr_deploy as ld
+from litedetr_deploy import cli
+from litedetr_deploy.export import limits, precision, quantize
+from litedetr_deploy.export.verify import verify_onnx
+from litedetr_deploy.runtime.sample import sample_images
+
+from .test_precision import SIZE, inferred, save, set_opset, traced
+
+pytestmark = pytest.mark.xdist_group("export")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return quantize.Pictures(sample_images(2), SIZE, False, "detections")
+
+
+def float_model():
+    model = ir.load(traced()[1] / "fp32.onnx")
+    set_opset(model, 19)
+    return model
+
+
+@pytest.fixture(scope="module")
+def names():
+    return quantize.layers(float_model().graph)
+
+
+@pytest.fixture(scope="module")
+def ranges(names, pictures, tmp_path_factory):
+    table = tmp_path_factory.mktemp("table") / "model.calibration.json"
+    return quantize.load_or_calibrate(float_model(), names, pictures, "minmax", table, lambda stage: None)
+
+
+@pytest.fixture(scope="module")
+def quantized(names, ranges):
+    model = quantize.apply(float_model(), names, ranges)
+    precision.apply(model, "int8")
+    return model
+
+
+def test_what_is_quantized(names, quantized):
+    assert {"detector.backbone.conv1/Conv", "detector.encoder.layers.0.linear2/MatMul"} <= set(names)
+    assert "detector.encoder.layers.3.self_attn.value_proj/MatMul" in names
+    kept = ("sampling_offsets", "decoder", "enc_out", "class_embed", "bbox_embed", "Attn/")
+    assert not [name for name in names if any(part in name for part in kept)]
+    assert precision.count(quantized)["int8"] == len(names)
+    dequantized = [node for node in quantized.graph if node.op_type == "DequantizeLinear"]
+    readers = {user.name for node in dequantized for user, _ in node.outputs[0].uses()}
+    assert readers == set(names)  # no residual sum reads a rounded value
+    inferred(ir.to_proto(quantized))
+
+
+def test_symmetric_steps_by_channel(quantized):
+    constants = {name: value.const_value.numpy() for name, value in quantized.graph.initializers.items()}
+    original = float_model().graph.initializers
+    for node in quantized.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        data, step, zero = node.inputs
+        assert zero.dtype == ir.DataType.INT8 and not constants[zero.name].any()
+        assert (constants[step.name] > 0).all()
+        if not data.is_initializer():
+            assert constants[step.name].ndim == 0
+            continue
+        axis = node.attributes["axis"].as_int()
+        weight = original[data.name.removesuffix("_quantized")].const_value.numpy()
+        assert constants[step.name].shape == (weight.shape[axis],)
+        steps = np.expand_dims(constants[step.name], [i for i in range(weight.ndim) if i != axis]).astype(np.float32)
+        # The steps are stored in half and are exact there: no weight is off by more than half of one.
+        assert (np.abs(constants[data.name] * steps - weight) <= 0.5001 * steps).all()
+        assert np.abs(constants[data.name]).max() == quantize.LARGEST
+
+
+def test_the_graph_computes_what_pytorch_does_with_these_steps(quantized, tmp_path):
+    verification = verify_onnx(save(quantized, "int8", tmp_path / "model.onnx"), traced()[0], sample_images(1))
+    assert verification.passed, [row for row in verification.rows if not row["passed"]]
+
+
+def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
+    path = save(quantized, "int8", tmp_path / "model.onnx")
+    proto = onnx.load(path)
+    (node,) = [node for node in proto.graph.node if node.name == "detector.input_proj.0.0/Conv"]
+    (dequantize,) = [other for other in proto.graph.node if node.input[1] in other.output]
+    (step,) = [tensor for tensor in proto.graph.initializer if tensor.name == dequantize.input[1]]
+    array = onnx.numpy_helper.to_array(step).copy()
+    array[::2] *= 3
+    step.CopyFrom(onnx.numpy_helper.from_array(array, step.name))
+    onnx.save(proto, path)
+    assert not verify_onnx(path, traced()[0], sample_images(1)).passed
+
+
+@pytest.mark.parametrize("method", ["entropy", "percentile"])
+def test_methods_cut_the_range(method, names, ranges, pictures, tmp_path):
+    few = names[:4]
+    found = quantize.load_or_calibrate(float_model(), few, pictures, method, tmp_path / "table", lambda stage: None)
+    assert len(found) < len(ranges)
+    assert all(0 < largest <= ranges[tensor] * 1.01 for tensor, largest in found.items())
+
+
+def test_the_table_is_kept_and_a_stale_one_is_not_used(names, pictures, tmp_path):
+    table, stages = tmp_path / "model.calibration.json", []
+
+    def calibrate(model, pictures, method="minmax", number=2):
+        return quantize.load_or_calibrate(model, names[:number], pictures, method, table, stages.append)
+
+    first = calibrate(float_model(), pictures)
+    assert "2 pictures, minmax" in stages[-1]
+    assert json.loads(table.read_text())["images"] == 2
+    marked = json.loads(table.read_text())
+    marked["ranges"] = {tensor: largest + 1 for tensor, largest in first.items()}
+    table.write_text(json.dumps(marked))
+    assert calibrate(float_model(), pictures) == calibrate(float_model(), None) == marked["ranges"]
+    assert "has it" in stages[-1]
+    calibrate(float_model(), pictures, "percentile")
+    assert "again" in stages[-1] and "another method" in stages[-1]
+
+    calibrate(float_model(), pictures, "percentile", number=3)
+    assert "another set of layers" in stages[-1]
+
+    other = float_model()
+    weight = other.graph.initializers["detector.backbone.conv1.weight"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(2), name=weight.name)
+    with pytest.raises(ld.LiteDetrError, match="another model"):
+        calibrate(other, None)
+    calibrate(other, pictures, "percentile")
+    assert "another model" in stages[-1]
+    table.write_text("{")
+    with pytest.raises(ld.LiteDetrError, match="damaged"):
+        calibrate(other, None)
+
+
+def test_sensitivity_ranks_the_layer_with_the_coarsest_steps_first(names, ranges, pictures):
+    model = float_model()
+    few = [name for name in names if "encoder.layers.3.linear" in name or "input_proj" in name]
+    coarse = "detector.encoder.layers.3.linear2/MatMul"
+    (tensor,) = [node.inputs[0].name for node in model.graph if node.name == coarse]
+    rows = quantize.sensitivity(traced()[0], model.graph, few, ranges | {tensor: 500 * ranges[tensor]}, pictures)
+    assert rows[0]["layer"] == coarse and rows[0]["logits"] > 3 * rows[1]["logits"] > 0
+    assert {row["layer"] for row in rows} == set(few)
+
+
+def test_a_quantized_graph_is_refused(names, ranges, quantized):
+    with pytest.raises(ld.LiteDetrError, match="typed already"):
+        quantize.apply(quantized, names, ranges)
+
+
+def test_pictures_are_spread_over_the_folder(tmp_path):
+    for i in range(7):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    assert [path.stem for path in limits.calibration_images(tmp_path, 3)] == ["0", "2", "4"]
+    assert len(limits.calibration_images(tmp_path, None)) == 7
+    with pytest.raises(ld.LiteDetrError, match="there are 7 calibration images .*8 are asked"):
+        limits.calibration_images(tmp_path, 8)
+    with pytest.raises(ld.LiteDetrError, match="it must be 1 or more"):
+        limits.calibration_images(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        (["--precision", "int8"], "holds no picture"),
+        (["--precision", "fp16"], "are for precision 'int8'"),
+        (["--precision", "int8", "--calibration-method", "mean"], "calibration method is 'mean'"),
+        (["--precision", "fp8"], "precision is 'fp8'"),
+    ],
+)
+def test_wrong_use(options, says, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    (tmp_path / "empty").mkdir()
+    arguments = ["export", str(tmp_path / "weights.pth"), "-o", str(tmp_path / "model.onnx")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--calibration", str(tmp_path / "empty"), *options])
+    assert result.exit_code == 2 and says in result.stderr
+
+
+def test_int8_without_pictures(tmp_path):
+    with pytest.raises(ld.LiteDetrError, match="sensitivity .* need the images"):
+        ld.export_onnx(traced()[0], tmp_path / "model.onnx", precision="int8", sensitivity=True)
