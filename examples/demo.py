@@ -19,7 +19,7 @@ from litedetr_deploy.runtime.draw import draw, save
 DETECTOR = "lite-dino-shapes"
 FOLDER = Path("demo")
 SCENES_SHOWN = (3, 2)  # columns, rows
-THRESHOLD = 0.3
+THRESHOLD = 0.4
 SCENES_MEASURED = 200
 
 
