@@ -24,7 +24,7 @@ class Report:
 
     def to_dict(self):
         return {"path": "model.onnx", "size_bytes": 188_400_000, "seconds": 41.2, "attention_nodes": 12,
-                "verification": self.rows, "passed": all(row["passed"] for row in self.rows)}
+                "nodes": {"int8": 30, "half": 20, "float": 10, "casts": 5}, "verification": self.rows, "passed": all(row["passed"] for row in self.rows)}
 
 
 @pytest.fixture
@@ -53,12 +53,15 @@ def export(monkeypatch, tmp_path):
 def test_arguments_reach_the_exporter(export, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     result, calls = export(ROWS[:2], "--variant", "lite-dino-r50-h3l1-2+1x3", "--attention", "gather", "--image-size",
-                           "640x512", "--outputs", "raw", "--pixel-mask", "--opset", "18", "--images", str(tmp_path))
+                           "640x512", "--outputs", "raw", "--pixel-mask", "--opset", "18", "--images", str(tmp_path),
+                           "--precision", "int8", "--calibration", str(tmp_path), "--keep-fp32", "detector.backbone")
     assert result.exit_code == 0, result.stderr
+    assert "int8: 30 nodes in INT8, 20 in half, 10 in FP32; 5 casts" in result.stdout
     assert calls == {
-        "model": (tmp_path / "weights.pth", "lite-dino-r50-h3l1-2+1x3"), "path": tmp_path / "model.onnx",
-        "attention": "gather", "image_size": (640, 512), "outputs": "raw", "pixel_mask": True, "opset": 18,
-        "verify": True, "images": [tmp_path / "a.png"],
+        "model": (str(tmp_path / "weights.pth"), "lite-dino-r50-h3l1-2+1x3"), "path": tmp_path / "model.onnx",
+        "attention": "gather", "precision": "int8", "image_size": (640, 512), "outputs": "raw", "pixel_mask": True,
+        "opset": 18, "calibration": [tmp_path / "a.png"], "calibration_images": None, "calibration_method": "entropy",
+        "keep_fp32": ["detector.backbone"], "sensitivity": False, "verify": True, "images": [tmp_path / "a.png"],
     }
 
 
@@ -105,5 +108,5 @@ def test_verify_takes_the_variant_from_the_model(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "litedetr_deploy.export.verify", stand_in)
     monkeypatch.setitem(vars(ld), "load_model", lambda path, variant: (path, variant))
     result = CliRunner().invoke(cli.app, ["verify", str(model), str(tmp_path / "weights.pth")])
-    assert calls == [(model, (tmp_path / "weights.pth", "dino-r50"), None)]
+    assert calls == [(model, (str(tmp_path / "weights.pth"), "dino-r50"), None)]
     assert result.exit_code == 1 and "DOES NOT AGREE" in result.stdout
