@@ -95,14 +95,16 @@ def export_onnx(
     calibrates = calibration is not None or calibration_images is not None or sensitivity
     limits.check(attention, precision, image_size, outputs, opset, calibrates, calibration_method)
     limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
-    pictures = None
+    path = Path(path)
+    table, pictures = path.with_suffix(".calibration.json"), None
     if calibration is not None:
         chosen = limits.calibration_images(calibration, calibration_images)
         pictures = quantize.Pictures(chosen, image_size, pixel_mask, outputs)
     elif calibrates:
         raise LiteDetrError("sensitivity and a number of calibration images need the images: give a folder of them.")
+    elif precision == "int8":
+        quantize.check_table(table)
     start = time.monotonic()
-    path = Path(path)
     with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:
         progress("trace the model")
         program, input_names = _trace(model, image_size, outputs, pixel_mask)
@@ -113,7 +115,6 @@ def export_onnx(
         graph.finish(onnx_model, opset, OUTPUTS[outputs], _symbols(onnx_model))
         ranking = []
         if precision == "int8":
-            table = path.with_suffix(".calibration.json")
             layers = quantize.layers(onnx_model.graph, keep_fp32)
             ranges = quantize.load_or_calibrate(onnx_model, layers, pictures, calibration_method, table, progress)
             if sensitivity:

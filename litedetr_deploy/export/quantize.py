@@ -106,7 +106,8 @@ def load_or_calibrate(
     if pictures is not None:
         wanted |= {"method": method, "images": len(pictures.images), "digest": pictures.digest()}
     found = _read(table)
-    tensors = {node.inputs[0].name for node in model.graph if node.name in set(names)}
+    names = set(names)
+    tensors = {node.inputs[0].name for node in model.graph if node.name in names}
     differing = [_ITEMS[key] for key, value in wanted.items() if found.get(key) != value]
     if not tensors <= found.get("ranges", {}).keys():
         differing.append("set of layers")
@@ -114,17 +115,19 @@ def load_or_calibrate(
         progress(f"calibrate: {table.name} has it")
         return found["ranges"]
     if pictures is None:
-        state = f"is of another {differing[0]}, or damaged" if table.exists() else "does not exist"
-        raise LiteDetrError(
-            f"precision 'int8' needs calibration images: there are none, and the calibration table {table} {state}. "
-            "Give a folder of pictures like those that the model will see (--calibration)."
-        )
+        raise _needs_pictures(table, f"is of another {differing[0]}, or damaged")
     reason = f" again, {table.name} is of another {differing[0]}" if found else ""
     progress(f"calibrate{reason}: {len(pictures.images)} pictures, {method}")
     found = wanted | {"ranges": _calibrate(model, tensors, pictures.feeds(), method)}
     with replaced_when_done(table) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
     return found["ranges"]
+
+
+def check_table(table: Path) -> None:
+    """Raises LiteDetrError where there is no file that could stand for calibration images."""
+    if not table.is_file():
+        raise _needs_pictures(table, "does not exist")
 
 
 def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir.Model:
@@ -139,6 +142,7 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir
 
     precision.refuse_typed(model.graph)
     zero = np.array(0, np.int8)
+    names = set(names)
     steps, tensors = {}, {}
     for node in model.graph:
         if node.name in names:
@@ -298,6 +302,13 @@ def _calibrator(method: str, tensors: set[str], path: Path):
     calibrator.augment_graph()
     calibrator.create_inference_session()
     return calibrator
+
+
+def _needs_pictures(table: Path, state: str) -> LiteDetrError:
+    return LiteDetrError(
+        f"precision 'int8' needs calibration images: there are none, and the calibration table {table} {state}. Give a "
+        "folder of pictures like those that the model will see (--calibration)."
+    )
 
 
 class _Reader:

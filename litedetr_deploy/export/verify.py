@@ -48,6 +48,8 @@ NAMES = {"proposal_scores": "token scores", "pred_logits": "logits", "pred_boxes
 # the calibration, and what that costs, of an evaluation.
 TYPED_FLOORS = {"proposal_scores": 4, "pred_logits": 0.25, "pred_boxes": 0.25}
 TYPED_CAPS = {"proposal_scores": 0.3, "pred_logits": 0.1, "pred_boxes": 0.05}
+RAN = {"fp32": "the model", "fp16": "the model and its float twin", "bf16": "the model's float twin"}
+RAN["int8"] = RAN["fp16"]
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
@@ -159,9 +161,8 @@ class _ProbedGraph:
         self.half = HALVES.get(self.precision)
         self.proto = proto
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in PROBES if name not in self.outputs)
-        as_twin |= self.precision == "bf16"  # of which ONNX Runtime's CPU has no kernels
-        self.ran = "the model's float twin" if as_twin else "the model"
-        if as_twin:
+        self.ran = RAN[self.precision]
+        if as_twin or self.precision == "bf16":  # of which ONNX Runtime's CPU has few kernels
             proto = precision.float_twin(proto)
         self.session = create_session(proto.SerializeToString())
 
@@ -242,16 +243,16 @@ def _yardstick(model: Detector, image, mask, wanted) -> _Yardstick:
     return _Yardstick(tolerances)
 
 
-def _typed_yardstick(rounding: Detector, precision: str, image, mask, wanted) -> _Yardstick:
-    """PyTorch in FP32 against what `_rounding` made of it."""
+def _typed_yardstick(rounding: Detector, typed_as: str, image, mask, wanted) -> _Yardstick:
+    """PyTorch in FP32 against what `_rounding` made of it for the precision `typed_as`."""
     other = _run_pytorch(rounding, image, mask, wanted["topk_indices"])
     yardstick = _Yardstick({}, typed=True)
-    eps = torch.finfo(HALVES[precision]).eps
+    eps = torch.finfo(HALVES[typed_as]).eps
     for name in NAMES:
         scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
-        spread = yardstick.measure(name, other[name] - wanted[name])
-        tolerance = max(SPREADS * spread if np.isfinite(spread) else 0.0, TYPED_FLOORS[name] * eps * scale)
-        cap = np.inf if precision == "int8" else TYPED_CAPS[name] * scale
+        spread = yardstick.measure(name, other[name] - wanted[name]) if np.isfinite(other[name]).all() else 0.0
+        tolerance = max(SPREADS * spread, TYPED_FLOORS[name] * eps * scale)
+        cap = np.inf if typed_as == "int8" else TYPED_CAPS[name] * scale
         yardstick.tolerances[name] = float(min(tolerance, cap))
     return yardstick
 

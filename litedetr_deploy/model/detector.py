@@ -109,8 +109,8 @@ class Detector(nn.Module):
             return self.tgt_embed.weight[None], None
         dim = self.config.hidden_dim
         embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
-        position, content = embedded.split(dim, -1)
-        return (self.tgt_embed.weight[None] if self.config.family == "h-detr" else content), position
+        content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
+        return content, embedded[..., :dim]
 
     def encode(self, images: Tensor, pixel_mask: Tensor | None = None) -> Encoded:
         """Everything before the decoder; the arguments are those of `forward`."""

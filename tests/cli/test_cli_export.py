@@ -24,7 +24,8 @@ class Report:
 
     def to_dict(self):
         return {"path": "model.onnx", "size_bytes": 188_400_000, "seconds": 41.2, "attention_nodes": 12,
-                "nodes": {"int8": 30, "half": 20, "float": 10, "casts": 5}, "verification": self.rows, "passed": all(row["passed"] for row in self.rows)}
+                "nodes": {"int8": 30, "half": 20, "float": 10, "casts": 5}, "verification": self.rows,
+                "passed": all(row["passed"] for row in self.rows)}
 
 
 @pytest.fixture
