@@ -1,4 +1,4 @@
-"""Counts of operations against hand-computed ones, and against what the official code counts (tests/golden/flops.json)."""
+"""Counts of operations against hand-computed ones and the official code's (tests/golden/flops.json)."""
 
 import json
 

@@ -1,7 +1,9 @@
 """`litedetr_deploy.export.precision`: which node gets which type, what it costs, and what it saves."""
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def traced():
     torch.manual_seed(0)
     model = ld.load_model(variant="lite-dino-r26n", encoder_layers=4, num_expansion=2, decoder_layers=2)
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     apply = precision.apply
 
     def save_and_apply(onnx_model, *arguments):
