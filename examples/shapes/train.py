@@ -2,6 +2,7 @@
 
     python examples/shapes/train.py --output runs/lite                        # a few hours on two cores
     python examples/shapes/train.py --output runs/full --variant dino-r26n    # the twin
+    python examples/shapes/train.py --output runs/more --start runs/lite/model.safetensors --side 256
 
 Interrupt it as you like: the same command goes on where the last checkpoint was written.  OUTPUT then holds
 checkpoint.pth (to go on), log.jsonl, curves.png and model.safetensors (averaged weights, for litedetr-export).
@@ -28,7 +29,7 @@ from litedetr_deploy import __version__
 from litedetr_deploy.evaluate.shapes import CLASS_NAMES, TRAIN_SEED, scene
 from litedetr_deploy.export.deployed import IMAGENET_MEAN, IMAGENET_STD
 from litedetr_deploy.files import replaced_when_done
-from litedetr_deploy.model.checkpoint import METADATA_KEY, official_key
+from litedetr_deploy.model.checkpoint import METADATA_KEY, load_model, official_key
 from litedetr_deploy.model.config import parse_variant
 
 # Share of the images, and their side in pixels: most is learnt on small scenes, which cost a quarter.
@@ -41,15 +42,15 @@ AVERAGE_OVER = 400  # steps that the averaged weights look back over
 class Scenes(Dataset):
     """Scene `index` of the training seed: image [3, S, S] uint8, labels [K], boxes [K, 4] cxcywh in 0..1."""
 
-    def __init__(self, first: int, total: int, batch_size: int):
-        self.first, self.total, self.batch_size = first, total, batch_size
+    def __init__(self, first: int, total: int, batch_size: int, side: int | None):
+        self.first, self.total, self.batch_size, self.side = first, total, batch_size, side
 
     def __len__(self):
         return self.total - self.first
 
     def __getitem__(self, position):
         index = self.first + position
-        side = side_at((index - index % self.batch_size) / self.total)  # one side a batch
+        side = self.side or side_at((index - index % self.batch_size) / self.total)  # one side a batch
         image, boxes, labels = scene(index, TRAIN_SEED, (side, side))
         boxes = torch.from_numpy(boxes) / side
         boxes = torch.cat(((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), 1)
@@ -84,14 +85,20 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first weights and the noise.")] = 0,
+    start: Annotated[str | None, typer.Option(help="Weights to begin with: a file, or lite-dino-shapes.")] = None,
+    side: Annotated[int | None, typer.Option(help="Side of the scenes in pixels; by default it grows from 128 to 256.")] = None,
 ):
     """Train, or go on with the training in OUTPUT."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     config = parse_variant(variant, num_classes=len(CLASS_NAMES))
-    wanted = {"variant": variant, "images": images, "batch_size": batch_size, "seed": seed}
-    trainee = Trainee(config).to(device).train()
+    wanted = {"variant": variant, "images": images, "batch_size": batch_size, "seed": seed, "side": side}
+    trainee = Trainee(config)
+    if start:
+        trainee.detector.load_state_dict(load_model(start, variant).state_dict())
+        wanted["start"] = Path(start).name
+    trainee.to(device).train()
     average = torch.optim.swa_utils.AveragedModel(
         trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER), use_buffers=True
     )
@@ -99,7 +106,7 @@ def main(
     step = resume(output / "checkpoint.pth", wanted, trainee, average, optimizer)
     total = images // batch_size
     loader = DataLoader(
-        Scenes(step * batch_size, total * batch_size, batch_size),
+        Scenes(step * batch_size, total * batch_size, batch_size, side),
         batch_size,
         num_workers=workers,
         collate_fn=collate,

@@ -22,6 +22,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import LiteDetrError
 from ..files import replaced_when_done
+from ..model.paper import ROWS
 from ..ops import native
 from ..runtime.tensorrt import read_record
 from . import timing
@@ -38,17 +39,7 @@ MEASURED, WRONG, FAILED, MISSING = "measured", "wrong", "failed", "missing"
 MOST_WATCHED = 20  # calls from whose median the parts are taken
 POWER_SECONDS = 4.0  # of calls without a pause, while the sensors are read
 
-# AP of the published weights on COCO val2017 (the paper's tables 3 and 4): 36 epochs.
-PUBLISHED_AP = {
-    "dino-r50": 50.7,
-    "lite-dino-r50-h2l2-2+1x3": 49.9,
-    "lite-dino-r50-h3l1-6+1x1": 50.2,
-    "lite-dino-r50-h3l1-2+1x3": 50.4,
-    "dino-swin-t": 54.1,
-    "lite-dino-swin-t-h2l2-2+1x3": 53.1,
-    "lite-dino-swin-t-h3l1-6+1x1": 53.3,
-    "lite-dino-swin-t-h3l1-2+1x3": 53.9,
-}
+PUBLISHED_AP = {row.variant: row.ap for row in ROWS}  # of the published weights, on COCO val2017
 
 
 @dataclass

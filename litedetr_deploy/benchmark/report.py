@@ -93,24 +93,24 @@ def as_markdown(results: Sequence[Result], machine: dict) -> str:
         HOW,
     ]
     for group in groups(results):
-        lines += ["", f"## {group_title(group)}", "", *_table(COLUMNS, table_rows(group))]
+        lines += ["", f"## {group_title(group)}", "", *markdown_table(COLUMNS, table_rows(group))]
         measured = [result for result in group if result.status == MEASURED]
         if parts := [result for result in measured if result.parts]:
             names = [part for part in PARTS if any(part in result.parts for result in parts)]
             rows = [[r.row.contender, *(_milliseconds(r.parts.get(part)) for part in names)] for r in parts]
-            lines += ["", "By part, ms:", "", *_table(("contender", *names), rows)]
+            lines += ["", "By part, ms:", "", *markdown_table(("contender", *names), rows)]
         if power := [result for result in measured if result.power]:
-            lines += ["", "Power, while called without a pause:", "", *_table(POWER_COLUMNS, map(_power_row, power))]
+            lines += ["", "Power, while called without a pause:", "", *markdown_table(POWER_COLUMNS, map(_power_row, power))]
         if engines := [result for result in measured if result.trtexec_ms is not None]:
             rows = [
                 [result.row.contender, three_digits(result.median * 1e3), three_digits(result.trtexec_ms)]
                 for result in engines
             ]
-            lines += ["", "Against trtexec, median ms:", "", *_table(("contender", "here", "trtexec"), rows)]
+            lines += ["", "Against trtexec, median ms:", "", *markdown_table(("contender", "here", "trtexec"), rows)]
     if points := _known_models(results):
         rows = [[model, three_digits(gflops), three_digits(ap)] for model, (gflops, ap) in points.items()]
         lines += ["", "## Models", "", "GFLOPs of one image as the paper counts (multiply-adds); AP as published for "
-                  "the trained weights.", "", *_table(("model", "GFLOPs", "AP"), rows)]  # fmt: skip
+                  "the trained weights.", "", *markdown_table(("model", "GFLOPs", "AP"), rows)]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +135,7 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else three_digits(seconds * 1e3)
 
 
-def _table(columns: Sequence[str], rows) -> list[str]:
+def markdown_table(columns: Sequence[str], rows) -> list[str]:
     lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
     lines += [row + [""] * (len(columns) - len(row)) for row in rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

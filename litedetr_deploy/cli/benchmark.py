@@ -6,12 +6,16 @@ from typing import Annotated
 import typer
 
 from ..errors import LiteDetrError
+from ..export import limits
 from . import _checks
 from ._console import Stages, guarded, print_json, stdout_console
+from .evaluate import ImageStages
 from .latency import latency
 
 benchmark = typer.Typer(no_args_is_help=True, help="Measure what a detector costs.")
 benchmark.command()(latency)
+
+CALIBRATION_SCENES = 64  # of the shapes' training set
 
 DEFAULT = "lite-dino-r50-h3l1-2+1x3"
 _CONVENTIONS = (
@@ -66,6 +70,74 @@ def gflops(
         print_json(count)
     else:
         _print_count(model, count)
+
+
+@benchmark.command()
+@guarded
+def precision(
+    checkpoint: Annotated[str, typer.Argument(
+        help="Trained weights: .pth or .safetensors; or the name of those that come with this package.")
+        ] = "lite-dino-shapes",
+    variant: Annotated[str | None, typer.Option(help="What the checkpoint holds, as in export.")] = None,
+    data: Annotated[Path | None, typer.Option(
+        help="What AP is measured on: a COCO folder, as in evaluate.  Not given: the drawn shapes.")] = None,
+    calibration: Annotated[Path | None, typer.Option(
+        help="Directory of pictures to calibrate INT8 on; needed with --data.")] = None,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(limits.PRECISIONS),
+    attentions: Annotated[str, typer.Option(help="Separated by commas: op, gather, gridsample.")] = "op,gather",
+    image_size: Annotated[str, typer.Option(
+        help="Input size in pixels, HEIGHTxWIDTH; the shapes' is 256x256.")] = "256x256",
+    count: Annotated[int | None, typer.Option(min=1, help="Take the first images only, so many.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the timed calls of each.")] = 10.0,
+    models: Annotated[Path, typer.Option(help="Folder for the exported models.")] = Path("precision"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write OUTPUT.json and OUTPUT.md.")] = None,
+):
+    """Export a detector in every precision, and compare AP, size and latency.
+
+    Exit status 1 says that a model did not pass its verification.
+    """
+    size = _checks.image_size(image_size)
+    wanted = [[part.strip() for part in text.split(",") if part.strip()] for text in (precisions, attentions)]
+    for kind in wanted[0]:
+        for attention in wanted[1]:
+            limits.check(attention, kind, size, "detections", limits.FIRST_OPSET)
+    if size is None:
+        raise LiteDetrError("--image-size is 'dynamic'; a time needs a size: HEIGHTxWIDTH, as in 800x1333.")
+    if data and "int8" in wanted[0] and calibration is None:
+        raise LiteDetrError("INT8 needs pictures like those of --data to calibrate on: give a directory of them with "
+                            "--calibration, or leave int8 out of --precisions.")
+    _checks.checkpoint(checkpoint)
+    pictures = calibration and limits.calibration_images(calibration, None)
+    if output:
+        _checks.writable_directory(output.parent)
+    models.mkdir(parents=True, exist_ok=True)
+    with ImageStages() as stage:
+        stage("load PyTorch and the checkpoint")
+        import litedetr_deploy as ld
+
+        from ..benchmark import precision as measuring
+        from ..evaluate import shapes
+        from ..evaluate.data import drawn_shapes, read_coco
+
+        model = ld.load_model(checkpoint, variant)
+        stage("read the annotations" if data else "draw the shapes")
+        dataset = read_coco(data, None, count) if data else drawn_shapes(count)
+        if pictures is None:
+            pictures = [shapes.scene(i, shapes.TRAIN_SEED)[0] for i in range(CALIBRATION_SCENES)]
+        base, rows = measuring.measure(model, dataset, models, *wanted, size, pictures, threads, seconds, stage)
+    title = f"{checkpoint} at {image_size}, AP on {dataset.name} ({base.images} images), {threads} " \
+            f"thread{'s' if threads > 1 else ''}"
+    table = _new_table(*measuring.COLUMNS)
+    for row in measuring.table_rows(base, rows):
+        table.add_row(*row)
+    console = stdout_console()
+    console.print(table)
+    console.print(f"{title}.  {measuring.HOW}", markup=False)
+    if output:
+        print("wrote", ", ".join(map(str, measuring.write_reports(base, rows, title, output))))
+    if not all(row.verified for row in rows):
+        raise typer.Exit(1)
 
 
 def _config(model, variant):

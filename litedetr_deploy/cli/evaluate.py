@@ -16,7 +16,8 @@ from ._console import Stages, guarded, print_json, stdout_console
 @guarded
 def evaluate(
     artifact: Annotated[str, typer.Argument(
-        help="ONNX model; or checkpoint, or the name of one that comes with this package, to run in PyTorch.")],
+        help="ONNX model; engine (.plan); or checkpoint, or the name of one that comes with this package, to run in "
+             "PyTorch.")],
     data: Annotated[Path | None, typer.Option(
         help="Folder with annotations/instances_val2017.json and val2017 (or instances_val.json and val); or the "
              "annotation file itself.")] = None,
@@ -61,7 +62,7 @@ def evaluate(
     from ..evaluate.evaluate import evaluate as evaluate_one
 
     began = time.monotonic()
-    with _ImageStages() as stage:
+    with ImageStages() as stage:
         stage("draw the shapes" if shapes else "read the annotations")
         dataset = drawn_shapes(count) if shapes else read_coco(data, images, count)
         options = {"variant": variant, "image_size": size, "resize": resize, "batch_size": batch_size,
@@ -92,7 +93,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-class _ImageStages(Stages):
+class ImageStages(Stages):
     """Stages, of which some count images: those show a bar, the rate and the time left."""
 
     def __init__(self):

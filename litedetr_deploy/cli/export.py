@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import LiteDetrError
 from ..export import limits
 from . import _checks
 from ._console import Stages, guarded, print_json, print_verification, stdout_console
@@ -42,6 +43,11 @@ def export(
         help="entropy, percentile or minmax.")] = limits.CALIBRATION_METHODS[0],
     sensitivity: Annotated[bool, typer.Option(
         "--sensitivity", help="Rank the layers by what quantizing each alone does.")] = False,
+    ap_budget: Annotated[float | None, typer.Option(
+        help="Leave as many of the worst layers out of int8 as it takes to lose no more AP (0..1) than this to FP32; "
+             "measured on --data or --shapes.")] = None,
+    data: Annotated[Path | None, typer.Option(help="COCO folder for --ap-budget, as in evaluate.")] = None,
+    shapes: Annotated[bool, typer.Option("--shapes", help="Take the drawn shapes for --ap-budget.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset; int8 needs 19 and bf16 22, and use it.")] = 17,
     images: Annotated[list[Path] | None, typer.Option(
         help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples.")] = None,
@@ -52,8 +58,12 @@ def export(
 ):
     """Export a checkpoint to ONNX and prove the model equal to PyTorch."""
     size = _checks.image_size(image_size)
-    calibrates = calibration is not None or calibration_images is not None or sensitivity
+    calibrates = calibration is not None or calibration_images is not None or sensitivity or ap_budget is not None
     limits.check(attention, precision, size, outputs, opset, calibrates, calibration_method)
+    if ap_budget is not None:
+        limits.check_budget(ap_budget, data or shapes or None)
+    elif data or shapes:
+        raise LiteDetrError("--data and --shapes are what --ap-budget is measured on: give that too.")
     _checks.checkpoint(checkpoint)
     _checks.writable_model(output)
     files = _checks.image_files(images)
@@ -64,11 +74,17 @@ def export(
         import litedetr_deploy as ld
 
         model = ld.load_model(checkpoint, variant)
+        dataset = None
+        if ap_budget is not None:
+            from ..evaluate.data import drawn_shapes, read_coco
+
+            stage("draw the shapes" if shapes else "read the annotations")
+            dataset = drawn_shapes() if shapes else read_coco(data)
         report = ld.export_onnx(
             model, output, attention=attention, precision=precision, image_size=size, outputs=outputs,
             pixel_mask=pixel_mask, opset=opset, calibration=pictures, verify=not no_verify, images=files,
             keep_fp32=keep_fp32 or (), calibration_images=calibration_images, calibration_method=calibration_method,
-            sensitivity=sensitivity, progress=stage,
+            sensitivity=sensitivity, ap_budget=ap_budget, ap_data=dataset, progress=stage,
         ).to_dict()
 
     if as_json:
@@ -76,7 +92,7 @@ def export(
     else:
         if report["verification"]:
             print_verification(report["verification"])
-        if sensitivity:
+        if report["sensitivity"]:
             _print_sensitivity(report["sensitivity"])
         nodes = report["attention_nodes"]
         print(f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, "
@@ -86,6 +102,8 @@ def export(
             counts = report["nodes"]
             print(f"{precision}: {counts['int8']} nodes in INT8, {counts['half']} in half, {counts['float']} in FP32; "
                   f"{counts['casts']} casts")
+        if left_out := report["metadata"]["int8_left_out"]:
+            print(f"left out of INT8 for the AP budget: {', '.join(left_out)}")
     if not report["passed"]:
         raise typer.Exit(1)
 

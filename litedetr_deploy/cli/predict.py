@@ -17,7 +17,8 @@ BAD_INPUT = LiteDetrError.exit_status
 
 @guarded
 def predict(
-    model: Annotated[Path, typer.Argument(help="ONNX model that `litedetr export` made.")],
+    model: Annotated[Path, typer.Argument(
+        help="ONNX model that `litedetr export` made, or engine (.plan) that `litedetr build` made.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures, or directories of pictures.")],
     output: Annotated[Path | None, typer.Option(
         "--output", "-o", help="Where to save the pictures with boxes: a directory, or for one image a file.")] = None,

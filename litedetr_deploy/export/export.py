@@ -19,11 +19,12 @@ from torch.export import Dim
 
 from .. import __version__
 from ..errors import LiteDetrError
+from ..evaluate.data import Dataset
 from ..files import replaced_when_done
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
-from ..runtime.session import METADATA_KEY
+from ..runtime.session import METADATA_KEY, OnnxSession
 from . import graph, limits, quantize
 from . import precision as types
 from .deployed import OUTPUTS, PROBES, Deployed
@@ -67,6 +68,8 @@ def export_onnx(
     calibration_images: int | None = None,
     calibration_method: str = limits.CALIBRATION_METHODS[0],
     sensitivity: bool = False,
+    ap_budget: float | None = None,
+    ap_data: Dataset | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Writes `model` as ONNX, checks the file and compares it with PyTorch.
@@ -86,13 +89,18 @@ def export_onnx(
     calibration_images: how many of them to use; None: all, or 128 of more.
     calibration_method: 'entropy', 'percentile' or 'minmax'.
     sensitivity: whether to rank the layers by what quantizing each alone does (the report's `sensitivity`).
+    ap_budget: for 'int8', how much AP (0..1) may be lost to FP32 on `ap_data` (see `evaluate.data`): the layers that
+        `sensitivity` ranks as the worst stay 'fp16' until no more is.
     images: pictures to verify with (paths, PIL images or arrays); None: the package draws some.
     progress: called with the name of each stage as it begins.
 
     The file and `<path>.json` beside it appear complete or not at all.  Raises LiteDetrError for wishes that cannot
     be met; a failed comparison is not an error: see the report's `passed`.
     """
+    sensitivity = sensitivity or ap_budget is not None
     calibrates = calibration is not None or calibration_images is not None or sensitivity
+    if ap_budget is not None:
+        limits.check_budget(ap_budget, ap_data)
     limits.check(attention, precision, image_size, outputs, opset, calibrates, calibration_method)
     limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
     path = Path(path)
@@ -113,16 +121,26 @@ def export_onnx(
         progress("optimise the graph")
         opset = max(opset, limits.TYPED_OPSET.get(precision, opset))
         graph.finish(onnx_model, opset, OUTPUTS[outputs], _symbols(onnx_model))
-        ranking = []
+        ranking, left_out = [], []
         if precision == "int8":
             layers = quantize.layers(onnx_model.graph, keep_fp32)
             ranges = quantize.load_or_calibrate(onnx_model, layers, pictures, calibration_method, table, progress)
             if sensitivity:
                 progress(f"quantize each of {len(layers)} layers alone")
                 ranking = quantize.sensitivity(model, onnx_model.graph, layers, ranges, pictures)
+            if ap_budget is not None:
+                progress("AP in FP32")
+                wanted = _ap(onnx_model, model, ap_data) - ap_budget
+                chosen = quantize.within_budget(
+                    ranking,
+                    lambda chosen: _ap(_typed_int8(onnx_model, chosen, ranges, keep_fp32), model, ap_data),
+                    wanted,
+                    progress,
+                )
+                layers, left_out = chosen, [name for name in layers if name not in chosen]
             progress("quantize")
-            onnx_model = quantize.apply(onnx_model, layers, ranges)
-        if precision in types.HALVES:
+            onnx_model = _typed_int8(onnx_model, layers, ranges, keep_fp32)
+        elif precision in types.HALVES:
             types.apply(onnx_model, precision, keep_fp32)
         nodes = _check_nodes(onnx_model, model.config.attention_nodes if attention == "op" else 0)
         metadata = {
@@ -132,6 +150,7 @@ def export_onnx(
             "attention": attention,
             "precision": precision,
             "keep_fp32": list(keep_fp32),
+            "int8_left_out": left_out,  # for the AP budget
             "nodes": types.count(onnx_model),
             "opset": opset,
             "image_size": list(image_size) if image_size else None,
@@ -153,6 +172,21 @@ def export_onnx(
         report.seconds = round(time.monotonic() - start, 1)
         temporary_json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
+
+
+def _typed_int8(onnx_model: ir.Model, layers: Sequence[str], ranges: dict, keep_fp32: Sequence[str]) -> ir.Model:
+    quantized = quantize.apply(onnx_model, layers, ranges)
+    types.apply(quantized, "int8", keep_fp32)
+    return quantized
+
+
+def _ap(onnx_model: ir.Model, model: Detector, dataset: Dataset) -> float:
+    """AP (0..1) of a graph in ONNX Runtime on the CPU."""
+    from ..evaluate.evaluate import evaluate
+
+    session = OnnxSession(ir.to_proto(onnx_model).SerializeToString())
+    session.metadata["class_names"] = list(model.class_names) if model.class_names else None
+    return evaluate(session, dataset).metrics["AP"]
 
 
 def _symbols(onnx_model: ir.Model) -> dict[str, str]:

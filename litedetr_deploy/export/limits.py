@@ -69,6 +69,14 @@ def check(
             )
 
 
+def check_budget(budget: float, data) -> None:
+    """Raises LiteDetrError for an AP budget that is no part of 1, or without data to measure AP on."""
+    if not 0 <= budget < 1:
+        raise LiteDetrError(f"the AP budget is {budget:g}; AP is from 0 to 1: give a small part of it, such as 0.01.")
+    if data is None:
+        raise LiteDetrError("an AP budget needs annotated images to measure AP on, and there are none: give them.")
+
+
 def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_levels: int) -> None:
     """Raises LiteDetrError where an image has fewer feature tokens than the detector selects queries."""
     if image_size is None:

@@ -233,6 +233,29 @@ def sensitivity(
     return sorted(rows, key=lambda row: -row["logits"])
 
 
+def within_budget(
+    ranking: Sequence[dict], ap_of: Callable[[list[str]], float], wanted: float, progress: Callable[[str], None]
+) -> list[str]:
+    """The layers to quantize for an AP of at least `wanted`: all but the worst of `ranking`, of which none, one, two,
+    four, eight and so on are left out until AP suffices.
+
+    ap_of: the AP (0..1) of the graph with these layers quantized.
+    Raises LiteDetrError where it does not suffice with half of them left out either.
+    """
+    order = [row["layer"] for row in ranking]
+    left_out = 0
+    while left_out < len(order):
+        progress(f"AP with {left_out} of {len(order)} layers left out")
+        found = ap_of(order[left_out:])
+        if found >= wanted:
+            return order[left_out:]
+        left_out = 2 * left_out or 1
+    raise LiteDetrError(
+        f"the AP budget cannot be met: AP is {found:.4f} with {len(order) - left_out // 2} of {len(order)} layers in "
+        f"INT8, and {wanted:.4f} is wanted. Give a larger budget, more calibration images, or another calibration method."
+    )
+
+
 def fake_quantized(x: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
     """`x` rounded to whole steps that INT8 has, in its own type."""
     return (x / step).round().clamp(-LARGEST, LARGEST) * step

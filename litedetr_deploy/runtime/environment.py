@@ -26,9 +26,13 @@ PACKAGES = (
      "runs the models: pip install litedetr-deploy[onnxruntime]"),
     ("torch", ("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
     ("onnx", ("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
+    ("pycocotools", ("pycocotools",), False, "evaluate needs it: pip install litedetr-deploy[evaluate]"),
     ("openvino", ("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
     ("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-lean-cu13"), False,
-     "engines for NVIDIA GPUs need NVIDIA's tensorrt package"),
+     "engines for NVIDIA GPUs: pip install litedetr-deploy[tensorrt]"),
+    ("tensorrt-rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), False,
+     "engines for RTX GPUs, built with or without one: pip install litedetr-deploy[tensorrt-rtx]"),
+    ("cuda-bindings", ("cuda-bindings",), False, "runs engines: pip install litedetr-deploy[gpu]"),
 )
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
                 "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16")

@@ -121,7 +121,7 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "parse_variant", lambda name, **fields: parse_variant(name, **(fields | SMALL)))
     arguments = {
         "output": tmp_path / "run", "variant": "lite-dino-r26n", "images": 12, "batch_size": 2, "device": "cpu",
-        "threads": 1, "workers": 0, "seed": 0,
+        "threads": 1, "workers": 0, "seed": 0, "start": None, "side": None,
     }  # fmt: skip
     drawn = []
 
@@ -144,3 +144,11 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
     assert model.config.enc_scale == 3 and model.config.num_expansion == 3 and model.class_names == CLASS_NAMES
     with pytest.raises(SystemExit, match="choose another --output"):
         train.main(**(arguments | {"seed": 1}))
+
+    # Another training begins where this one ended: with no step of its own it writes the same weights.
+    more = {"output": tmp_path / "more", "start": str(tmp_path / "run" / "model.safetensors"), "side": 64, "images": 2}
+    monkeypatch.setattr(train, "LEARNING_RATE", 0.0)
+    train.main(**(arguments | more))
+    before, after = model.state_dict(), ld.load_model(tmp_path / "more" / "model.safetensors").state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if "running" not in key)
+    assert drawn[-2:] == [0, 1]

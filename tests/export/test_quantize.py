@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import litedetr_deploy as ld
 from litedetr_deploy import cli
-from litedetr_deploy.export import limits, precision, quantize
+from litedetr_deploy.export import export, limits, precision, quantize
 from litedetr_deploy.export.verify import verify_onnx
 from litedetr_deploy.runtime.sample import sample_images
 
@@ -148,6 +148,45 @@ def test_sensitivity_ranks_the_layer_with_the_coarsest_steps_first(names, ranges
     rows = quantize.sensitivity(traced()[0], model.graph, few, ranges | {tensor: 500 * ranges[tensor]}, pictures)
     assert rows[0]["layer"] == coarse and rows[0]["logits"] > 3 * rows[1]["logits"] > 0
     assert {row["layer"] for row in rows} == set(few)
+
+
+def test_the_worst_layers_are_left_out_until_the_budget_is_met():
+    ranking = [{"layer": str(i)} for i in range(10)]
+    tried = []
+
+    def ap_of(layers):
+        tried.append(10 - len(layers))
+        assert layers == [str(i) for i in range(10 - len(layers), 10)]
+        return 0.5 + 0.02 * (10 - len(layers))
+
+    layers = quantize.within_budget(ranking, ap_of, 0.55, lambda stage: None)
+    assert layers == [str(i) for i in range(4, 10)] and tried == [0, 1, 2, 4]
+    with pytest.raises(ld.LiteDetrError, match="AP is 0.6600 with 2 of 10 layers in INT8, and 0.9000 is wanted"):
+        quantize.within_budget(ranking, ap_of, 0.9, lambda stage: None)
+
+
+def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
+    """AP of a graph with the input of the first layer squashed is low, and the layer is the one that is left out."""
+    monkeypatch.setattr(quantize, "sensitivity", lambda *_: [{"layer": name} for name in sorted(found)])
+    found, worst = set(), "detector.backbone.conv1/Conv"
+    original = quantize.layers
+    monkeypatch.setattr(quantize, "layers", lambda *arguments: found.update(original(*arguments)) or sorted(found))
+    asked = []
+
+    def ap(onnx_model, model, dataset):
+        counts = precision.count(onnx_model)
+        asked.append(counts["int8"])
+        quantized = any(node.name == worst and node.inputs[0].producer() is not None and
+                        node.inputs[0].producer().op_type == "DequantizeLinear" for node in onnx_model.graph)
+        return 0.1 if quantized else 0.5
+
+    monkeypatch.setattr(export, "_ap", ap)
+    report = ld.export_onnx(
+        traced()[0], tmp_path / "model.onnx", precision="int8", image_size=SIZE, calibration=sample_images(1),
+        calibration_method="minmax", ap_budget=0.01, ap_data=object(), verify=False,
+    )  # fmt: skip
+    assert asked == [0, len(found), len(found) - 1]
+    assert report.metadata["int8_left_out"] == [worst] and report.nodes["int8"] == len(found) - 1
 
 
 def test_a_quantized_graph_is_refused(names, ranges, quantized):
