@@ -45,7 +45,7 @@ _MODULES = {
     "bbox_embed": HEADS,
 }
 _ROOT = "detector"  # the name of the detector in the exported module
-_NCHWC = "_nchwc"  # what ONNX Runtime appends to the outputs of convolutions in blocked layout
+_NCHWC = "_nchwc"  # what ONNX Runtime appends to an output, for the name of a convolution or pooling in blocked layout
 FINAL_VALUES = ("pred_logits", "pred_boxes")
 
 
@@ -216,8 +216,8 @@ def parts_of_nodes(graph, known: dict[str, str] | None = None) -> dict[str, str]
 
 def _own_part(node, known: dict[str, str]) -> str | None:
     """What its name, its weights or its outputs tell."""
-    outputs = [output.removesuffix(_NCHWC) for output in node.output]
-    found = [_part_of_module(node.name.partition("/")[0]), *map(_part_of_module, node.input), *map(known.get, outputs)]
+    values = [node.name.removesuffix(_NCHWC), *node.output]
+    found = [_part_of_module(node.name.partition("/")[0]), *map(_part_of_module, node.input), *map(known.get, values)]
     return next(filter(None, found), None)
 
 

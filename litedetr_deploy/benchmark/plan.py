@@ -59,8 +59,8 @@ INSTALL = {
     "torch": "pip install litedetr-deploy[export]",
     "onnx": "pip install litedetr-deploy[export]",
     "onnxscript": "pip install litedetr-deploy[export]",
-    "tensorrt": "install NVIDIA's tensorrt package",
-    "tensorrt_rtx": "install NVIDIA's tensorrt_rtx package",
+    "tensorrt": "pip install litedetr-deploy[tensorrt]",
+    "tensorrt_rtx": "pip install litedetr-deploy[tensorrt-rtx]",
 }
 
 
@@ -275,8 +275,13 @@ def _package(row: Row) -> str:
     return {"pytorch": "torch"}.get(row.way.engine, row.way.engine)
 
 
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # any folder of that name has a spec, but no origin
+
+
 def _missing_packages(packages: Sequence[str], purpose: str = "") -> str:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = [package for package in packages if not _is_installed(package)]
     if not missing:
         return ""
     remedies = " and ".join(dict.fromkeys(INSTALL[package] for package in missing))
@@ -339,7 +344,7 @@ def missing_extras() -> list[str]:
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litedetr" / "benchmark"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litedetr-deploy" / "benchmark"
 
 
 def usable_cores() -> int:

@@ -17,11 +17,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import LiteDetrError
 from ..files import replaced_when_done
 from ..runtime import cuda
 from ..runtime.tensorrt import deserialize, import_tensorrt, load_plugins, message_logger
+
+if TYPE_CHECKING:
+    import tensorrt  # or tensorrt_rtx, which has the same classes
 
 HARDWARE_COMPATIBILITY = {
     "none": "NONE",
@@ -85,7 +89,7 @@ class Builder:
                 raise LiteDetrError(f"TensorRT builds an engine on the GPU that it is for: {error} To build ahead of "
                                     "time, without a GPU, choose backend 'tensorrt-rtx'.") from error
         self.logger = message_logger(trt)
-        self._builder = trt.Builder(self.logger)
+        self._builder: tensorrt.Builder = trt.Builder(self.logger)
         self.plugins: Path | None = None
 
     def check(self, options: Options) -> None:
@@ -105,11 +109,11 @@ class Builder:
         """Make this package's attention ops known to the parser; raise LiteDetrError where that fails."""
         self.plugins = load_plugins(self._builder.get_plugin_registry())
 
-    def parse(self, onnx: Path):
+    def parse(self, onnx: Path) -> tensorrt.INetworkDefinition:
         """Return the network of an ONNX file; raise LiteDetrError for what the parser refuses."""
         trt = self.trt
         self._network = self._builder.create_network(_network_flags(trt, self.backend))
-        parser = trt.OnnxParser(self._network, self.logger)
+        parser: tensorrt.OnnxParser = trt.OnnxParser(self._network, self.logger)
         if not _interruptible(lambda: parser.parse_from_file(str(onnx))):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             said = "; ".join(f"node {error.node_name() or error.node()}: {error.desc()}" for error in errors[:3])
@@ -150,7 +154,7 @@ class Builder:
                 temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
         return bytes(plan)
 
-    def _configure(self, shapes, options):
+    def _configure(self, shapes: dict, options: Options) -> tensorrt.IBuilderConfig:
         trt, config = self.trt, self._builder.create_builder_config()
         # The inspector's layers with their types; costs nothing at run time.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -169,9 +173,10 @@ class Builder:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.__members__[level]
         if options.compute_capabilities:
             known = _compute_capabilities(trt)
-            config.num_compute_capabilities = len(options.compute_capabilities)
+            # Of TensorRT-RTX alone.
+            config.num_compute_capabilities = len(options.compute_capabilities)  # type: ignore[attr-defined]
             for i, one in enumerate(options.compute_capabilities):
-                config.set_compute_capability(known[one], i)
+                config.set_compute_capability(known[one], i)  # type: ignore[attr-defined]
         if options.timing_cache:
             self._read_timing_cache(config, options.timing_cache)
         profile = self._builder.create_optimization_profile()
@@ -180,7 +185,7 @@ class Builder:
         config.add_optimization_profile(profile)
         return config
 
-    def _read_timing_cache(self, config, path):
+    def _read_timing_cache(self, config: tensorrt.IBuilderConfig, path: Path) -> None:
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise LiteDetrError(f"TensorRT {self.version} cannot use the timing cache {path}: it is damaged, or of "
@@ -237,7 +242,7 @@ def _interruptible(work: Callable, cancel: Callable[[], None] = lambda: None):
 def _monitor(trt, progress):
     """A progress monitor that reports one fraction, and stops the build once it is told to `cancel()`."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self):
             trt.IProgressMonitor.__init__(self)
             self._cancelled = False
@@ -294,7 +299,7 @@ class Progress:
 def inspect(trt, gpu: cuda.Gpu, plan: Path, record: dict) -> list[dict]:
     """Return the layers of an engine, one dict each, as TensorRT's inspector describes them; this needs the GPU."""
     logger = message_logger(trt)
-    runtime = trt.Runtime(logger)
+    runtime: tensorrt.Runtime = trt.Runtime(logger)
     if record["plugin"] and not record["plugin_inside"]:
         load_plugins(runtime.get_plugin_registry())
     engine = deserialize(trt, runtime, logger, plan, record, gpu)

@@ -12,6 +12,7 @@ import os
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from ..errors import LiteDetrError
 from ..ops import native, schema
 from . import cuda
 from .session import check_file, check_op_version
+
+if TYPE_CHECKING:
+    import tensorrt  # or tensorrt_rtx, which has the same classes
 
 # Backend -> its Python module, and what installs it.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
@@ -39,7 +43,10 @@ def import_tensorrt(backend: str):
     """Return the Python module of `backend`, a key of MODULES; raise LiteDetrError where it cannot be imported."""
     module, extra = MODULES[backend]
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if not hasattr(found, "__version__"):  # Python imports any folder of that name
+            raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
+        return found
     except ImportError as error:
         raise LiteDetrError(f"{module} cannot be imported ({error}). Install it with "
                             f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack.") from error
@@ -48,7 +55,7 @@ def import_tensorrt(backend: str):
 def message_logger(trt):
     """Return a logger for `trt` that prints nothing; its `errors` and `warnings` are lists of what it was told."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):
             trt.ILogger.__init__(self)
             self.errors, self.warnings = [], []
@@ -62,7 +69,7 @@ def message_logger(trt):
     return Logger()
 
 
-def load_plugins(registry) -> Path:
+def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
     """Load this package's plugins into a TensorRT plugin registry and return their library.
 
     Raises LiteDetrError where the library was not built or does not load.
@@ -113,7 +120,9 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def deserialize(trt, runtime, logger, path: str | os.PathLike, record: dict, gpu: cuda.Gpu):
+def deserialize(
+    trt, runtime: tensorrt.Runtime, logger, path: str | os.PathLike, record: dict, gpu: cuda.Gpu
+) -> tensorrt.ICudaEngine:
     """Return the engine in the file `path`; raise LiteDetrError that says why it cannot be loaded.
 
     record: what `read_record` gave; gpu: the GPU that is here.
@@ -188,7 +197,7 @@ class TensorRTSession:
         trt = import_tensorrt(backend)
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
-        runtime = trt.Runtime(self._logger)
+        runtime: tensorrt.Runtime = trt.Runtime(self._logger)
         if backend == "tensorrt" and not record.get("plugin_inside"):
             # Without a record nobody knows whether the engine needs them.
             if self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt")):
@@ -196,7 +205,7 @@ class TensorRTSession:
         self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
         self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
 
-    def _prepare(self, trt, device, is_rtx):
+    def _prepare(self, trt, device: cuda.Device, is_rtx: bool) -> None:
         engine, self._device, self._rtx = self._engine, device, is_rtx
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
@@ -206,28 +215,31 @@ class TensorRTSession:
         self._limits = {}
         for name in names:
             if is_input[name]:
-                smallest, _, largest = map(tuple, engine.get_tensor_profile_shape(name, 0))
-                self._limits[name] = smallest, largest
+                smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
+                self._limits[name] = _plain(smallest), _plain(largest)
         self.inputs = {name: tuple(low if low == high else None for low, high in zip(*limits))
                        for name, limits in self._limits.items()}
-        self._contexts = OrderedDict()  # input shapes -> _Context
+        self._contexts: OrderedDict[tuple, _Context] = OrderedDict()  # by the inputs' shapes
         self._trt = trt
         try:
             self._workspace = 0 if is_rtx else device.allocate(engine.device_memory_size_v2)
-            largest = self._make_context()
+            context = self._make_context()
             for name, (_, shape) in self._limits.items():
-                largest.set_input_shape(name, shape)
-            sizes = {name: int(np.prod(largest.get_tensor_shape(name))) * self._types[name].itemsize for name in names}
+                context.set_input_shape(name, shape)
+            sizes = {name: int(np.prod(_plain(context.get_tensor_shape(name)))) * self._types[name].itemsize
+                     for name in names}
             self._addresses = {name: device.allocate(size) for name, size in sizes.items()}
             self._host = {name: device.allocate_host(size) for name, size in sizes.items()}
         except cuda.OutOfMemory as error:
             raise LiteDetrError(f"{self.path} cannot be prepared: {error}") from error
 
-    def _make_context(self):
+    def _make_context(self) -> tensorrt.IExecutionContext:
         """An execution context; those of TensorRT share one memory for activations, of which one is used at a time."""
         if self._rtx:  # captures graphs itself, for any shape
             config = self._engine.create_runtime_config()
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = (  # type: ignore[attr-defined]
+                self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            )
             context = self._engine.create_execution_context(config)
         else:
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -318,8 +330,9 @@ class TensorRTSession:
 class _Context:
     """An execution context for one set of input shapes, and the CUDA graph of its work from the second run on."""
 
-    def __init__(self, execution, captures: bool):
-        self.execution, self.shapes = execution, None
+    def __init__(self, execution: tensorrt.IExecutionContext, captures: bool):
+        self.execution = execution
+        self.shapes: dict[str, tuple[int, ...]] | None = None  # of the outputs
         self._captures, self._graph, self._runs = captures, None, 0
 
     def set_shapes(self, inputs, addresses, outputs) -> bool:
@@ -329,7 +342,7 @@ class _Context:
                 return False
             for name, address in addresses.items():
                 self.execution.set_tensor_address(name, address)
-            self.shapes = {name: tuple(self.execution.get_tensor_shape(name)) for name in outputs}
+            self.shapes = {name: _plain(self.execution.get_tensor_shape(name)) for name in outputs}
         return True
 
     def execute(self, device) -> bool:
@@ -346,6 +359,10 @@ class _Context:
     def release(self, device):
         if self._graph is not None:
             device.destroy(self._graph)
+
+
+def _plain(dims: tensorrt.Dims) -> tuple[int, ...]:
+    return tuple(dims[i] for i in range(len(dims)))
 
 
 def _is_built(name):

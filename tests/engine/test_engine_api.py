@@ -1,6 +1,8 @@
 """What differs between versions of TensorRT, against stand-ins for their modules."""
 
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,17 @@ def test_tensorrt_takes_no_compute_capabilities():
 def test_module_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
     with pytest.raises(ld.LiteDetrError, match=r"pip install litedetr-deploy\[tensorrt-rtx\]"):
+        api.Builder("tensorrt-rtx")
+
+
+def test_a_folder_is_not_the_module(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt_rtx").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in [path for path in sys.path if Path(path, "tensorrt_rtx", "__init__.py").exists()]:
+        monkeypatch.setattr(sys, "path", [other for other in sys.path if other != path])
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # what the import leaves is taken away again
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
+    with pytest.raises(ld.LiteDetrError, match=r"is a folder of that name, and no package.*pip install"):
         api.Builder("tensorrt-rtx")
 
 
