@@ -24,7 +24,7 @@ aarch64:
 benchmark: $(VENV)/.installed-benchmark
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results/kernels
 
-# A whole Lite-DINO R50 in every precision, built ahead of time for RTX GPUs: half an hour, and a few GB of memory.
+# A whole Lite-DINO R50 in every precision, built ahead of time for RTX GPUs: ten minutes, and a few GB of memory.
 rtx: $(VENV)/.installed-tests
 	$(BIN)/python tools/build_rtx.py
 

@@ -3,7 +3,7 @@
     python tools/build_rtx.py [FOLDER]
 
 TensorRT-RTX parses and builds the graph of each precision and image size; what it read and made is printed, and engines
-are left in FOLDER (build/rtx).  A precision that the engine's network has lost is an error.  Takes about half an hour.
+are left in FOLDER (build/rtx).  A precision that the engine's network has lost is an error.  Takes about ten minutes.
 """
 
 import sys

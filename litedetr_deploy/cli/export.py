@@ -40,7 +40,7 @@ def export(
     calibration_images: Annotated[int | None, typer.Option(
         help="How many of them to use; by default all, or 128 of more.")] = None,
     calibration_method: Annotated[str, typer.Option(
-        help="entropy, percentile or minmax.")] = limits.CALIBRATION_METHODS[0],
+        help="percentile, minmax or entropy.")] = limits.CALIBRATION_METHODS[0],
     sensitivity: Annotated[bool, typer.Option(
         "--sensitivity", help="Rank the layers by what quantizing each alone does.")] = False,
     ap_budget: Annotated[float | None, typer.Option(

@@ -87,7 +87,7 @@ def export_onnx(
         arrays).  What they give is kept in `<path>.calibration.json`, and used again as long as the model, the
         pictures and the method are the same; None uses that file alone.
     calibration_images: how many of them to use; None: all, or 128 of more.
-    calibration_method: 'entropy', 'percentile' or 'minmax'.
+    calibration_method: 'percentile', 'minmax' or 'entropy'.
     sensitivity: whether to rank the layers by what quantizing each alone does (the report's `sensitivity`).
     ap_budget: for 'int8', how much AP (0..1) may be lost to FP32 on `ap_data` (see `evaluate.data`): the layers that
         `sensitivity` ranks as the worst stay 'fp16' until no more is.

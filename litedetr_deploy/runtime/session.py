@@ -31,6 +31,7 @@ def create_session(onnx: str | os.PathLike | bytes, providers: list | None = Non
         if threads < 1:
             raise LiteDetrError(f"threads is {threads}; it must be 1 or more. Leave it out to let ONNX Runtime choose.")
         options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # its warnings are about its own optimisations
 
     no_library = None
     try:
