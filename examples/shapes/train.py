@@ -2,7 +2,7 @@
 
     python examples/shapes/train.py --output runs/lite                        # a few hours on two cores
     python examples/shapes/train.py --output runs/full --variant dino-r26n    # the twin
-    python examples/shapes/train.py --output runs/more --start runs/lite/model.safetensors --side 256
+    python examples/shapes/train.py --output runs/more --start runs/lite/model.safetensors --side 256 --images 22400
 
 Interrupt it as you like: the same command goes on where the last checkpoint was written.  OUTPUT then holds
 checkpoint.pth (to go on), log.jsonl, curves.png and model.safetensors (averaged weights, for litedetr-export).

@@ -127,7 +127,7 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
     import onnx
     import onnxruntime
 
-    from ..runtime.session import register_ops
+    from ..runtime.session import CPU_SLOWED_BY, register_ops
 
     options = onnxruntime.SessionOptions()
     if threads:
@@ -140,7 +140,9 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
         options.optimized_model_filepath = str(optimised)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=CPU_SLOWED_BY
+        )
         for _ in range(runs + 1):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())

@@ -9,6 +9,8 @@ from ..ops import native, schema
 
 METADATA_KEY = "litedetr"  # of the ONNX file's metadata_props; its value is one JSON object
 ENGINE_SUFFIXES = (".plan", ".engine")
+# ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
+CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
 
 def create_session(onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
@@ -39,7 +41,10 @@ def create_session(onnx: str | os.PathLike | bytes, providers: list | None = Non
     except LiteDetrError as error:  # matters only to a model that holds our ops
         no_library = error
     try:
-        session = ort.InferenceSession(onnx if isinstance(onnx, bytes) else name, options, providers=providers)
+        session = ort.InferenceSession(
+            onnx if isinstance(onnx, bytes) else name, options, providers=providers,
+            disabled_optimizers=CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else (),
+        )
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
         raise _explain(name, error, no_library) from error
     check_op_version(name, read_metadata(session))
