@@ -39,6 +39,8 @@ $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 
 $(VENV)/.installed-tests: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	@# What it depends on is TensorRT itself, gigabytes that a type check does not need.
+	$(PIP) --no-deps 'tensorrt-stubs>=10.13,<11'
 	touch $@
 
 $(VENV)/.installed-benchmark: $(VENV)/.installed
