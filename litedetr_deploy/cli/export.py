@@ -60,6 +60,8 @@ def export(
     size = _checks.image_size(image_size)
     calibrates = calibration is not None or calibration_images is not None or sensitivity or ap_budget is not None
     limits.check(attention, precision, size, outputs, opset, calibrates, calibration_method)
+    if data and shapes:
+        raise LiteDetrError("--data and --shapes are both given, and AP is measured on one of them: leave one out.")
     if ap_budget is not None:
         limits.check_budget(ap_budget, data or shapes or None)
     elif data or shapes:

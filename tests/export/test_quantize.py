@@ -214,6 +214,7 @@ def test_pictures_are_spread_over_the_folder(tmp_path):
         (["--precision", "fp8"], "precision is 'fp8'"),
         (["--precision", "int8", "--ap-budget", "2", "--shapes"], "AP budget is 2"),
         (["--precision", "int8", "--ap-budget", "0.01"], "needs annotated images"),
+        (["--precision", "int8", "--shapes", "--data", "coco"], "leave one out"),
         (["--precision", "int8", "--shapes"], "what --ap-budget is measured on"),
         (["--precision", "fp16", "--ap-budget", "0.01", "--shapes"], "are for precision 'int8'"),
     ],
