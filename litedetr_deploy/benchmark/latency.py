@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from ..runtime.tensorrt import read_record
 from . import timing
 from .check import Reference, Weights, make_picture, make_reference
 from .contender import Job, Worker, WorkerFailed
+from .parts import medians
 from .plan import Cache, Row, artifact_metadata, sources_digest, why_missing
 from .sensors import find_sensors, watch
 
@@ -36,7 +38,8 @@ PACKAGES = (
     "litedetr-deploy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "onnx", "onnxscript", "numpy",
 )  # fmt: skip
 MEASURED, WRONG, FAILED, MISSING = "measured", "wrong", "failed", "missing"
-MOST_WATCHED = 20  # calls from whose median the parts are taken
+MOST_WATCHED = 20  # calls from whose medians the parts are taken
+WATCHED_TURNS = 3  # that these calls come in: a machine changes its pace, the ratios of parts should not
 POWER_SECONDS = 4.0  # of calls without a pause, while the sensors are read
 
 PUBLISHED_AP = {row.variant: row.ap for row in ROWS}  # of the published weights, on COCO val2017
@@ -53,7 +56,7 @@ class Result:
     device_seconds: list[float] = field(default_factory=list)  # of those, how long a CUDA device worked
     memory_bytes: int | None = None  # resident in its process at most
     device_memory_bytes: int | None = None
-    parts: dict[str, float] | None = None  # seconds, of a call that was watched
+    parts: dict[str, float] | None = None  # seconds, of calls that were watched
     power: dict | None = None  # see sensors.watch
     check: list[dict] | None = None  # see check.Check; None: not checked
     variant: str | None = None
@@ -201,10 +204,12 @@ def _measure_together(
         _time_in_turns(by_key, workers, settings.seconds, progress)
         for key, result in by_key.items():
             with _troubles(result):
-                progress(f"{result.row.contender}: parts and power")
+                result.memory_bytes = workers[key].memory()  # before the parts' own sessions
+        _watch_in_turns(by_key, workers, progress)
+        for key, result in by_key.items():
+            with _troubles(result):
+                progress(f"{result.row.contender}: power")
                 worker = workers[key]
-                result.memory_bytes = worker.memory()
-                result.parts = worker.parts(min(MOST_WATCHED, len(result.seconds)))
                 if sensors:
                     result.power = watch(sensors, lambda worker=worker: worker.keep_running(POWER_SECONDS))
                 if result.row.way.engine == "tensorrt":
@@ -273,8 +278,29 @@ def _time_in_turns(
             result.seconds.append(seconds)
             if device_seconds is not None:
                 result.device_seconds.append(device_seconds)
+    _drop_failed(results)
+
+
+def _watch_in_turns(results: dict[str, Result], workers: dict[str, Worker], progress: Callable[[str], None]) -> None:
+    watched = {key: [] for key in results}
+    for turn in range(WATCHED_TURNS):
+        for key, result in results.items():
+            if result.trouble:
+                continue
+            progress(f"{result.row.contender}: parts, turn {turn + 1} of {WATCHED_TURNS}")
+            with _troubles(result):
+                calls = math.ceil(min(MOST_WATCHED, len(result.seconds)) / WATCHED_TURNS)
+                watched[key].append(workers[key].parts(calls))
+    _drop_failed(results)
+    for key, result in results.items():
+        if None not in watched[key]:
+            result.parts = medians(watched[key])
+
+
+def _drop_failed(results: dict[str, Result]) -> None:
+    """Nothing more is asked of a contender that failed."""
     for key in [key for key, result in results.items() if result.trouble]:
-        del results[key]  # nothing more is asked of it
+        del results[key]
 
 
 class Preparation:

@@ -22,9 +22,9 @@ HOW = (
     "short call right after an untimed one of its own. Before it is timed, a contender's output on one picture is "
     "compared with PyTorch's in float32 given the same choice of queries; 'error' is its largest difference as a "
     "share of what is allowed. Times are in milliseconds, 'ratio' is to the first of the table, and MiB is the most "
-    "that was resident in the process, or the memory that it took of the GPU. The parts are medians of calls that "
-    "were watched, by ONNX Runtime's profile or by hooks in PyTorch; positions, which an exported graph has as "
-    "constants, are among 'other' in PyTorch. Batch norms are folded in all of them."
+    "that was resident in the process, or the memory that it took of the GPU. The parts are medians of other calls, "
+    "in turns again, watched by ONNX Runtime's profile or by hooks in PyTorch; positions, which an exported graph has "
+    "as constants, are among 'other' in PyTorch. Batch norms are folded in all of them."
 )
 
 
