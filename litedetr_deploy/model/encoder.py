@@ -72,6 +72,7 @@ class Encoder(nn.Module):
         """tokens [N, S, dim], fine to coarse; position [N or 1, S, dim]; reference_points [N, S, L, 2]; the first
         `num_low` tokens are low-level; padding_mask [N, S] True = padding.  -> memory [N, S, dim]."""
         high_position, high_references = position[:, num_low:], reference_points[:, num_low:]
+        low, high = tokens[:, :num_low], tokens[:, num_low:]  # kept apart: an exported graph need not split them again
         for full, layer in zip(self.full_layers, self.layers):
             if full:
                 tokens = layer.attend(tokens, position, reference_points, tokens, spatial_shapes, padding_mask)
@@ -81,8 +82,9 @@ class Encoder(nn.Module):
                     tokens = torch.cat((low, high), 1)
                 else:
                     tokens = layer.feed_forward(tokens)
+                    low, high = tokens[:, :num_low], tokens[:, num_low:]
             else:
-                high = tokens[:, num_low:]
                 high = layer.attend(high, high_position, high_references, tokens, spatial_shapes, padding_mask)
-                tokens = torch.cat((tokens[:, :num_low], layer.feed_forward(high)), 1)
+                high = layer.feed_forward(high)
+                tokens = torch.cat((low, high), 1)
         return tokens
