@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import LiteDetrError
 from . import timing
 from .check import INDICES, LOGITS, SCORES, Weights
+from .parts import Watched, onnxruntime_parts, torch_parts
 from .plan import Row
 
 # A shorter call is preceded by an untimed one, so that the processor's caches and clock are as in steady use.
@@ -72,8 +73,8 @@ class Worker:
         """Bytes: the most that was resident in its process."""
         return self._ask("memory")
 
-    def parts(self, calls: int) -> dict[str, float] | None:
-        """Seconds of each part in the median of so many calls, None where the engine does not tell."""
+    def parts(self, calls: int) -> Watched | None:
+        """The median of so many calls, None where the engine does not tell."""
         return self._ask("parts", calls)
 
     def keep_running(self, seconds: float) -> tuple[int, float]:
@@ -168,7 +169,7 @@ class Contender:
     def memory(self) -> int | None:
         return self.peak
 
-    def parts(self, calls: int) -> dict[str, float] | None:
+    def parts(self, calls: int) -> Watched | None:
         return None
 
     def keep_running(self, seconds: float) -> tuple[int, float]:
@@ -229,15 +230,13 @@ class _OnnxRuntime(Contender):
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         return create_session(proto.SerializeToString(), self._providers, self.row.threads)
 
-    def parts(self, calls: int) -> dict[str, float] | None:
+    def parts(self, calls: int) -> Watched | None:
         if self.row.device != "cpu":  # the profile of the CUDA provider times launches
             return None
         try:
             import onnx  # noqa: F401
         except ImportError:
             return None
-        from .parts import onnxruntime_parts
-
         return onnxruntime_parts(self.job.file, self._feed, calls, self.row.threads)
 
 
@@ -352,13 +351,11 @@ class _PyTorch(Contender):
         values = {name: value.cpu() for name, value in self.call().items()}
         return {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in values.items()}
 
-    def parts(self, calls: int) -> dict[str, float] | None:
+    def parts(self, calls: int) -> Watched | None:
         if self.row.way.mode:  # compiled as one
             return None
-        from .parts import torch_parts
-
         wait = self._torch.cuda.synchronize if self._events else lambda: None
-        return torch_parts(self._deployed.detector, self._forward, calls, wait)
+        return Watched(torch_parts(self._deployed.detector, self._forward, calls, wait))
 
 
 _ENGINES = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino, "tensorrt": _TensorRt, "pytorch": _PyTorch}

@@ -29,7 +29,7 @@ from ..runtime.tensorrt import read_record
 from . import timing
 from .check import Reference, Weights, make_picture, make_reference
 from .contender import Job, Worker, WorkerFailed
-from .parts import medians
+from .parts import Watched
 from .plan import Cache, Row, artifact_metadata, sources_digest, why_missing
 from .sensors import find_sensors, watch
 
@@ -57,6 +57,7 @@ class Result:
     memory_bytes: int | None = None  # resident in its process at most
     device_memory_bytes: int | None = None
     parts: dict[str, float] | None = None  # seconds, of calls that were watched
+    encoder_operators: dict[str, float] | None = None  # seconds, of the same calls
     power: dict | None = None  # see sensors.watch
     check: list[dict] | None = None  # see check.Check; None: not checked
     variant: str | None = None
@@ -87,6 +88,8 @@ class Result:
                 "peak_memory_mib": scaled(self.memory_bytes, 2**-20, 1),
                 "device_memory_mib": scaled(self.device_memory_bytes, 2**-20, 1),
                 "parts_ms": self.parts and {part: seconds * 1e3 for part, seconds in self.parts.items()},
+                "encoder_operators_ms": self.encoder_operators
+                and {name: seconds * 1e3 for name, seconds in self.encoder_operators.items()},
                 "encoder_ms": scaled((self.parts or {}).get("encoder"), 1e3, 6),
                 "power": self.power,
                 "trtexec_ms": self.trtexec_ms,
@@ -294,7 +297,8 @@ def _watch_in_turns(results: dict[str, Result], workers: dict[str, Worker], prog
     _drop_failed(results)
     for key, result in results.items():
         if None not in watched[key]:
-            result.parts = medians(watched[key])
+            middle = Watched.median(watched[key])
+            result.parts, result.encoder_operators = middle.parts, middle.encoder_operators
 
 
 def _drop_failed(results: dict[str, Result]) -> None:

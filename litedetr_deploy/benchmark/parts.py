@@ -14,7 +14,8 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .timing import percentile
@@ -49,11 +50,24 @@ _NCHWC = "_nchwc"  # what ONNX Runtime appends to an output, for the name of a c
 FINAL_VALUES = ("pred_logits", "pred_boxes")
 
 
-def medians(runs: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Seconds of every part that takes any, in the order of PARTS."""
-    runs = list(runs)
-    middle = {part: percentile([run.get(part, 0.0) for run in runs], 50) for part in PARTS}
-    return {part: seconds for part, seconds in middle.items() if seconds}
+@dataclass(frozen=True)
+class Watched:
+    """Seconds of the parts of a call, and of the operators of its encoder where the engine tells them."""
+
+    parts: dict[str, float]
+    encoder_operators: dict[str, float] | None = None
+
+    @classmethod
+    def median(cls, calls: Sequence["Watched"]) -> "Watched":
+        operators = [call.encoder_operators for call in calls]
+        names = None if None in operators else sorted(set().union(*operators))
+        return cls(medians([call.parts for call in calls], PARTS), names and medians(operators, names))
+
+
+def medians(runs: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str, float]:
+    """Seconds of each of the names that takes any, in their order."""
+    middle = {name: percentile([run.get(name, 0.0) for run in runs], 50) for name in names}
+    return {name: seconds for name, seconds in middle.items() if seconds}
 
 
 # PyTorch
@@ -84,7 +98,7 @@ def torch_parts(
     finally:
         for handle in handles:
             handle.remove()
-    return medians(results)
+    return medians(results, PARTS)
 
 
 class _Clock:
@@ -122,8 +136,8 @@ class _Clock:
 # ONNX Runtime
 
 
-def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = None) -> dict[str, float]:
-    """Seconds of every part, from the profile of ONNX Runtime on the CPU."""
+def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = None) -> Watched:
+    """The medians of some calls, from the profile of ONNX Runtime on the CPU."""
     import onnx
     import onnxruntime
 
@@ -148,21 +162,24 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
         events = json.loads(Path(session.end_profiling()).read_text())
         exported, run = (onnx.load(file, load_external_data=False).graph for file in (path, optimised))
         parts = parts_of_nodes(run, parts_of_values(exported))
-    return medians(parts_of_runs(events, parts)[1:])  # the first warms up
+    return Watched.median(parts_of_runs(events, parts)[1:])  # the first warms up
 
 
-def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[dict[str, float]]:
-    """Seconds of every part in every run of a profile; `parts`: of every node by its name."""
+def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[Watched]:
+    """Every run of a profile; `parts`: of every node by its name."""
     whole = [event for event in events if event["name"] == "model_run"]
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     results = []
     for run in whole:
-        seconds = Counter()
+        seconds, operators = Counter(), Counter()
         for event in nodes:
             if run["ts"] <= event["ts"] < run["ts"] + run["dur"]:
-                seconds[parts.get(event["name"].removesuffix("_kernel_time"), OTHER)] += event["dur"] * 1e-6
+                part = parts.get(event["name"].removesuffix("_kernel_time"), OTHER)
+                seconds[part] += event["dur"] * 1e-6
+                if part == ENCODER:
+                    operators[event["args"]["op_name"]] += event["dur"] * 1e-6
         seconds[OTHER] += max(0.0, run["dur"] * 1e-6 - sum(seconds.values()))
-        results.append(dict(seconds))
+        results.append(Watched(dict(seconds), dict(operators)))
     return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -99,6 +100,8 @@ def as_markdown(results: Sequence[Result], machine: dict) -> str:
             names = [part for part in PARTS if any(part in result.parts for result in parts)]
             rows = [[r.row.contender, *(_milliseconds(r.parts.get(part)) for part in names)] for r in parts]
             lines += ["", "By part, ms:", "", *markdown_table(("contender", *names), rows)]
+        if encoders := [result for result in measured if result.encoder_operators]:
+            lines += ["", "The encoder by operator, ms:", "", *_operator_table(encoders)]
         if power := [result for result in measured if result.power]:
             lines += ["", "Power, while called without a pause:", "", *markdown_table(POWER_COLUMNS, map(_power_row, power))]
         if engines := [result for result in measured if result.trtexec_ms is not None]:
@@ -121,6 +124,21 @@ def _power_row(result: Result) -> list[str]:
     power = result.power
     figures = (power[name] for name in ("watts", "joules_per_image", "clock_mhz", "lowest_clock_mhz", "temperature_c"))
     return [result.row.contender, *map(three_digits, figures), ", ".join(power["throttling"]) or "no"]
+
+
+def _operator_table(results: Sequence[Result]) -> list[str]:
+    """The operators that take a hundredth of the slowest encoder, in the order of their time; the rest as one."""
+    most = Counter()
+    for result in results:
+        most |= Counter(result.encoder_operators)
+    least = max(sum(result.encoder_operators.values()) for result in results) / 100
+    names = [name for name, seconds in most.most_common() if seconds >= least]
+    rows = []
+    for result in results:
+        shown = [result.encoder_operators.get(name) for name in names]
+        rest = sum(result.encoder_operators.values()) - sum(seconds or 0.0 for seconds in shown)
+        rows.append([result.row.contender, *map(_milliseconds, shown), _milliseconds(max(0.0, rest))])
+    return markdown_table(("contender", *names, "the rest"), rows)
 
 
 def _known_models(results: Sequence[Result]) -> dict[str, tuple[float, float | None]]:

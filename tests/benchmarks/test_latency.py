@@ -276,22 +276,29 @@ def test_nodes_that_an_engine_has_renamed_keep_their_parts(graph):
 
 def test_parts_of_a_profile_add_up():
     def event(name, start, duration, category="Node"):
-        return {"name": name, "ts": start, "dur": duration, "cat": category}
+        operator = {"a": "MatMul", "c": "Add"}.get(name[0], "Conv")
+        return {"name": name, "ts": start, "dur": duration, "cat": category, "args": {"op_name": operator}}
 
     events = [
         event("model_run", 0, 100, "Session"), event("a_kernel_time", 10, 30), event("b_kernel_time", 50, 40),
         event("model_run", 200, 50, "Session"), event("a_kernel_time", 210, 30), event("unknown_kernel_time", 241, 5),
+        event("c_kernel_time", 246, 2),
     ]  # fmt: skip
-    first, second = parts.parts_of_runs(events, {"a": parts.ENCODER, "b": parts.DECODER})
-    assert first == pytest.approx({parts.ENCODER: 30e-6, parts.DECODER: 40e-6, parts.OTHER: 30e-6})
-    assert second == pytest.approx({parts.ENCODER: 30e-6, parts.OTHER: 20e-6})
+    first, second = runs = parts.parts_of_runs(events, {"a": parts.ENCODER, "b": parts.DECODER, "c": parts.ENCODER})
+    assert first.parts == pytest.approx({parts.ENCODER: 30e-6, parts.DECODER: 40e-6, parts.OTHER: 30e-6})
+    assert second.parts == pytest.approx({parts.ENCODER: 32e-6, parts.OTHER: 18e-6})
+    assert first.encoder_operators == pytest.approx({"MatMul": 30e-6})
+    assert second.encoder_operators == pytest.approx({"MatMul": 30e-6, "Add": 2e-6})
+    middle = parts.Watched.median([*runs, second])
+    assert middle.parts == pytest.approx(second.parts) and middle.encoder_operators == second.encoder_operators
 
 
 def test_parts_add_up_to_the_whole_in_onnxruntime(cache):
     contender = open_contender(latency.Preparation(cache, latency.Settings()).job(make_row()))
     fastest = min(contender.time()[0] for _ in range(5))
     start = time.perf_counter()
-    found = contender.parts(5)
+    watched = contender.parts(5)
+    found = watched.parts
     elapsed = time.perf_counter() - start
     fastest = min([fastest, *(contender.time()[0] for _ in range(5))])
     assert {parts.BACKBONE, parts.PROJECTIONS, parts.ENCODER, parts.SELECTION, parts.DECODER, parts.HEADS} <= set(found)
@@ -299,6 +306,8 @@ def test_parts_add_up_to_the_whole_in_onnxruntime(cache):
     assert found.get(parts.OTHER, 0) < 0.25 * sum(found.values())
     # Other calls than those that were timed whole, on a machine that may be busy: a third of five calls bounds medians.
     assert 0.5 * fastest < sum(found.values()) < elapsed / 3
+    assert watched.encoder_operators["KeyAwareDeformAttn"] > 0
+    assert sum(watched.encoder_operators.values()) == pytest.approx(found[parts.ENCODER], rel=0.5)  # medians, both
 
 
 def test_parts_add_up_to_the_whole_in_pytorch(cache):
@@ -391,10 +400,11 @@ def test_a_run_from_end_to_end(litedetr, cache, tmp_path):
     assert 0 < measured["median_ms"] <= measured["p90_ms"] <= measured["p99_ms"]
     assert measured["images_per_second"] == pytest.approx(1e3 / measured["median_ms"])
     assert measured["encoder_ms"] == pytest.approx(measured["parts_ms"]["encoder"], abs=1e-3)
+    assert {"MatMul", "KeyAwareDeformAttn"} <= set(measured["encoder_operators_ms"])
     assert measured["peak_memory_mib"] > 20 and measured["variant"].startswith(VARIANT) and measured["gflops"] > 1
     assert all(row["passed"] for row in measured["check"])
     text = (tmp_path / "latency.md").read_text()
-    assert "## 256x256, batch 1, CPU, 1 thread" in text and "By part" in text
+    assert "## 256x256, batch 1, CPU, 1 thread" in text and "By part" in text and "by operator" in text
 
 
 def test_a_wrong_artifact_is_refused(litedetr, cache, tmp_path):
