@@ -30,9 +30,7 @@ def main(report: Path, picture: Path) -> None:
     for row in results:
         parts = count_flops(parse_variant(row["variant"]), IMAGE_SIZE).parts()
         flops.append(grouped({name: part["fvcore"] / 1e9 for name, part in parts.items()}))
-        # The watched calls took another time than the median one: their shares are shown.
-        scale = row["median_ms"] / sum(row["parts_ms"].values())
-        times.append(grouped({name: ms * scale for name, ms in row["parts_ms"].items()}))
+        times.append(grouped(row["parts_ms"]))
 
     figure = Figure(figsize=(11, 0.9 + 0.5 * len(results)), layout="constrained")
     for axes, bars, label in zip(
