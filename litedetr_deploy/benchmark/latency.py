@@ -211,9 +211,9 @@ def _measure_together(
         _watch_in_turns(by_key, workers, progress)
         for key, result in by_key.items():
             with _troubles(result):
-                progress(f"{result.row.contender}: power")
                 worker = workers[key]
                 if sensors:
+                    progress(f"{result.row.contender}: power")
                     result.power = watch(sensors, lambda worker=worker: worker.keep_running(POWER_SECONDS))
                 if result.row.way.engine == "tensorrt":
                     result.trtexec_ms = trtexec_median(prepared.model(result.row), result.row)

@@ -322,7 +322,7 @@ def test_parts_add_up_to_the_whole_in_pytorch(cache):
 
     detector = contender._deployed.detector
     found = parts.torch_parts(detector, timed, 1)
-    assert sum(found.values()) == pytest.approx(whole[0], rel=0.3)
+    assert sum(found.values()) == pytest.approx(whole[0], rel=0.1)
     assert found[parts.ENCODER] > found[parts.HEADS] > 0
     assert not any(module._forward_hooks for module in detector.modules())
 
