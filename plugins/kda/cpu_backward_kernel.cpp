@@ -261,7 +261,8 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
       multiply<kVectors, kSamples>(query, scratch->key_samples, num_samples, vectors, attention);
       for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * scale);
     }
-    softmax(attention, num_samples);
+    const Floats scale = softmax(attention, num_samples);
+    for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * scale);
     multiply<kVectors, kSamples>(g, scratch->value_samples, num_samples, vectors, products);
     Floats mean = {};
     for (int p = 0; p < num_samples; p += kLanes) mean += load(attention + p) * load(products + p);

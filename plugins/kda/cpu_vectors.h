@@ -18,6 +18,7 @@ typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4)));
 KDA_INLINE Floats load(const float *source) { return *reinterpret_cast<const LooseFloats *>(source); }
 KDA_INLINE void store(float *target, Floats x) { *reinterpret_cast<LooseFloats *>(target) = x; }
 KDA_INLINE Floats splat(float x) { return x - Floats{}; }
+KDA_INLINE Ints splat(int32_t x) { return x - Ints{}; }
 KDA_INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
 KDA_INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
 KDA_INLINE Ints load(const int32_t *source) { return as_ints(load(reinterpret_cast<const float *>(source))); }
@@ -96,8 +97,9 @@ KDA_INLINE Floats exp_negative(Floats x) {
   return x < -87.0f ? Floats{} : e * power;
 }
 
-/* Softmax over the first `count` of `logits`, in place; the lanes behind them become 0. */
-KDA_INLINE void softmax(float *logits, int count) {
+/* Softmax over the first `count` of `logits`, in place but for the factor returned, the same in every lane; the lanes
+ * behind them become 0. */
+KDA_INLINE Floats softmax(float *logits, int count) {
   const auto lane_or = [&](int p, Floats otherwise) {
     return count % kLanes == 0 ? load(logits + p) : lane_numbers() + p < count ? load(logits + p) : otherwise;
   };
@@ -113,8 +115,7 @@ KDA_INLINE void softmax(float *logits, int count) {
     store(logits + p, e);
     sum = p == 0 ? e : sum + e;
   }
-  const Floats scale = 1.0f / sum_everywhere(sum);
-  for (int p = 0; p < count; p += kLanes) store(logits + p, load(logits + p) * scale);
+  return 1.0f / sum_everywhere(sum);
 }
 
 }  // namespace
