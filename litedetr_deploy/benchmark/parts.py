@@ -9,7 +9,6 @@ The parts and 'other' (the time between them) of one call add up to it; given is
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import time
@@ -141,22 +140,15 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
     import onnx
     import onnxruntime
 
-    from ..runtime.session import CPU_SLOWED_BY, register_ops
+    from ..runtime.session import create_session
 
     options = onnxruntime.SessionOptions()
-    if threads:
-        options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # it warns that the optimised graph is of this machine
-    with contextlib.suppress(Exception):  # without our library a graph of standard operators still runs
-        register_ops(options)
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder, "optimised.onnx")
         options.optimized_model_filepath = str(optimised)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=CPU_SLOWED_BY
-        )
+        session = create_session(path, ["CPUExecutionProvider"], threads, options)
         for _ in range(runs + 1):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())

@@ -10,15 +10,18 @@ from ..ops import native, schema
 METADATA_KEY = "litedetr"  # of the ONNX file's metadata_props; its value is one JSON object
 ENGINE_SUFFIXES = (".plan", ".engine")
 # ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
-CPU_SLOWED_BY = ("SkipLayerNormFusion",)
+_CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
 
-def create_session(onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
+def create_session(
+    onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None, options=None
+):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
     onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
     providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
     threads: threads inside an operator; ONNX Runtime's choice, one a physical core, when not given.
+    options: `onnxruntime.SessionOptions` to go on from, for instance with profiling enabled.
 
     Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
     damaged, and when its attention ops are not those of this version.
@@ -28,7 +31,7 @@ def create_session(onnx: str | os.PathLike | bytes, providers: list | None = Non
         check_file(name, "an ONNX model, for instance one that `litedetr export` made")
     ort = import_onnxruntime()
     providers = _check_providers(ort, providers)
-    options = ort.SessionOptions()
+    options = options or ort.SessionOptions()
     if threads is not None:
         if threads < 1:
             raise LiteDetrError(f"threads is {threads}; it must be 1 or more. Leave it out to let ONNX Runtime choose.")
@@ -43,7 +46,7 @@ def create_session(onnx: str | os.PathLike | bytes, providers: list | None = Non
     try:
         session = ort.InferenceSession(
             onnx if isinstance(onnx, bytes) else name, options, providers=providers,
-            disabled_optimizers=CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else (),
+            disabled_optimizers=_CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else (),
         )
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
         raise _explain(name, error, no_library) from error
