@@ -9,11 +9,6 @@
 namespace kda {
 namespace {
 
-
-/* Workspace that a group of heads takes, in floats, unless one head takes more: what is repacked should still be in a
- * near cache when it is sampled. */
-constexpr int64_t kGroupFloats = 3 << 19;
-
 /* Queries of one head that a task takes: some 20 microseconds, so that both a dynamic scheduler's overhead and a static
  * one's imbalance stay small. */
 constexpr int64_t kQueryChunk = 128;
@@ -72,14 +67,14 @@ Plan make_plan(const kda_arguments *a) {
   }
   plan.tokens += 1; /* column W of the last level's row H */
   plan.in_place = fits_in_place(a);
-  const int64_t group = kGroupFloats / (plan.tokens * plan.stride);
-  const int64_t groups = group < 1 ? a->num_heads : (a->num_heads + group - 1) / group;
-  plan.num_heads = (a->num_heads + groups - 1) / groups;
   const int64_t chunk = plan.in_place ? kQueryChunk / 8 : kQueryChunk; /* of all heads, usually eight */
   plan.num_chunks = (a->num_queries + chunk - 1) / chunk;
   plan.query_chunk = plan.num_chunks ? (a->num_queries + plan.num_chunks - 1) / plan.num_chunks : 0;
   return plan;
 }
+
+/* Floats of the workspace that the value takes, or a key of its own. */
+int64_t map_floats(const Plan &plan) { return plan.arguments->num_heads * plan.tokens * plan.stride; }
 
 /* Queries are taken tile by tile of the finest level, about 8 x 8 pixels each: then those that follow one another, from
  * whichever level they are, find what they sample in a near cache. */
@@ -203,7 +198,7 @@ size_t kda_cpu_workspace_size(const kda_arguments *a) {
   if (kda_cpu_check(&shapes, NULL, 0) != KDA_OK) return 0;
   const Plan plan = make_plan(a);
   if (plan.in_place) return 0;
-  return static_cast<size_t>(plan.num_heads * plan.tokens * plan.stride * (has_own_key(a) ? 2 : 1)) * sizeof(float) +
+  return static_cast<size_t>(map_floats(plan) * (has_own_key(a) ? 2 : 1)) * sizeof(float) +
          static_cast<size_t>(a->num_queries) * sizeof(int64_t);
 }
 
@@ -217,21 +212,17 @@ kda_status kda_cpu_forward(const kda_arguments *a, void *workspace, const kda_ex
     print(message, message_size, "workspace is NULL; it must have %zu bytes", kda_cpu_workspace_size(a));
     return KDA_INVALID_ARGUMENT;
   }
-  const int64_t group = plan.num_heads;
   plan.value = static_cast<float *>(workspace);
-  plan.key = has_own_key(a) ? plan.value + group * plan.tokens * plan.stride : plan.value;
-  plan.order = reinterpret_cast<int64_t *>(plan.key + group * plan.tokens * plan.stride);
+  plan.key = has_own_key(a) ? plan.value + map_floats(plan) : plan.value;
+  plan.order = reinterpret_cast<int64_t *>(plan.key + map_floats(plan));
   for (plan.item = 0; plan.item < a->batch; ++plan.item) {
     if (plan.in_place) {
       run(executor, plan.num_chunks, attend_task, &plan);
       continue;
     }
     order_queries(&plan);
-    for (plan.first_head = 0; plan.first_head < a->num_heads; plan.first_head += group) {
-      plan.num_heads = plan.first_head + group < a->num_heads ? group : a->num_heads - plan.first_head;
-      run(executor, plan.rows, repack_task, &plan);
-      run(executor, plan.num_heads * plan.num_chunks, attend_task, &plan);
-    }
+    run(executor, plan.rows, repack_task, &plan);
+    run(executor, plan.num_chunks * a->num_heads, attend_task, &plan);
   }
   return KDA_OK;
 }

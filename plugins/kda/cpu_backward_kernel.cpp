@@ -166,7 +166,7 @@ KDA_INLINE void multiply(const float *vector, const float *kept, int num_samples
         rows[i] = v == 0 ? product : rows[i] + product;
       }
     }
-    store(products + first, sum_rows(rows));
+    store(products + first, reduce_rows<kLanes>(rows, Sum()));
   }
 }
 
@@ -261,12 +261,14 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
       multiply<kVectors, kSamples>(query, scratch->key_samples, num_samples, vectors, attention);
       for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * scale);
     }
-    const Floats scale = softmax(attention, num_samples);
-    for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * scale);
+    float *const row_logits = attention;
+    float factor;
+    softmax<1>(&row_logits, num_samples, &factor);
+    for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * factor);
     multiply<kVectors, kSamples>(g, scratch->value_samples, num_samples, vectors, products);
     Floats mean = {};
     for (int p = 0; p < num_samples; p += kLanes) mean += load(attention + p) * load(products + p);
-    mean = sum_everywhere(mean);
+    mean = reduce_rows<1>(&mean, Sum());
     for (int p = 0; p < num_samples; p += kLanes) {
       const Floats logit = load(attention + p) * (load(products + p) - mean);
       store(logits + p, logit);
@@ -313,7 +315,7 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
         along_x[i] = x;
         along_y[i] = y;
       }
-      const Floats x = sum_rows(along_x), y = sum_rows(along_y);
+      const Floats x = reduce_rows<kLanes>(along_x, Sum()), y = reduce_rows<kLanes>(along_y, Sum());
       store(offset_buffer + 2 * first, __builtin_shuffle(x, y, (lane_numbers() >> 1) + (lane_numbers() & 1) * kLanes));
       store(offset_buffer + 2 * first + kLanes,
             __builtin_shuffle(x, y, (lane_numbers() >> 1) + kLanes / 2 + (lane_numbers() & 1) * kLanes));

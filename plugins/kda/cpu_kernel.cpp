@@ -138,8 +138,6 @@ KDA_INLINE void write(void *target, int32_t dtype, int64_t offset, int64_t count
 
 /* ---- repack ----------------------------------------------------------------------------------------- */
 
-constexpr int64_t kRepackAhead = 12; /* tokens */
-
 void repack_tensor(const Plan *plan, const void *source, float *target, int64_t begin, int64_t end) {
   const kda_arguments *a = plan->arguments;
   const int64_t dim = a->head_dim, width = dim * a->num_heads, stride = plan->stride;
@@ -152,28 +150,25 @@ void repack_tensor(const Plan *plan, const void *source, float *target, int64_t 
     const bool inside = y >= 0 && y < level->height;
     /* The last row of all carries one token more, column W of row H. */
     const int64_t zeros = inside ? 1 : level->pitch + (row == plan->rows - 1);
-    for (int64_t head = 0; head < plan->num_heads; ++head) {
+    for (int64_t head = 0; head < a->num_heads; ++head) {
       __builtin_memset(target + (head * plan->tokens + first) * stride, 0, zeros * stride * sizeof(float));
     }
     if (!inside) continue;
     const int64_t token = plan->item * a->num_tokens + level->first_token + y * level->width;
     if (a->dtype == KDA_FLOAT32 && dim == stride) {
-      const float *from = static_cast<const float *>(source) + token * width + plan->first_head * dim;
-      const int64_t group = plan->num_heads * dim;
-      for (int64_t x = 0; x < level->width; ++x, from += width) {
-        /* A group's heads are a fraction of a token's row, which no hardware prefetcher follows. */
-        for (int64_t d = 0; d < group; d += 16) __builtin_prefetch(from + kRepackAhead * width + d, 0, 3);
-        for (int64_t d = 0, head = 0; d < group; d += dim, ++head) {
+      const float *from = static_cast<const float *>(source) + token * width;
+      for (int64_t x = 0; x < level->width; ++x) {
+        for (int64_t head = 0; head < a->num_heads; ++head, from += dim) {
           float *cell = target + (head * plan->tokens + first + 1 + x) * stride;
-          for (int64_t i = 0; i < dim; i += kLanes) store(cell + i, load(from + d + i));
+          for (int64_t i = 0; i < dim; i += kLanes) store(cell + i, load(from + i));
         }
       }
       continue;
     }
     for (int64_t x = 0; x < level->width; ++x) {
-      for (int64_t head = 0; head < plan->num_heads; ++head) {
+      for (int64_t head = 0; head < a->num_heads; ++head) {
         float *cell = target + (head * plan->tokens + first + 1 + x) * stride;
-        read(source, a->dtype, (token + x) * width + (plan->first_head + head) * dim, dim, cell);
+        read(source, a->dtype, (token + x) * width + head * dim, dim, cell);
         for (int64_t d = dim; d < stride; ++d) cell[d] = 0;
       }
     }
@@ -350,7 +345,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   const int64_t num_heads = a->num_heads;
   /* Floats from a token of a map to the next, and from a head's map to the next head's. */
   const int32_t token = static_cast<int32_t>(kInPlace ? num_heads * dim : stride);
-  const int64_t map = kInPlace ? plan->item * a->num_tokens * token : (head - plan->first_head) * plan->tokens * stride;
+  const int64_t map = kInPlace ? plan->item * a->num_tokens * token : head * plan->tokens * stride;
   const float *const values = (kInPlace ? static_cast<const float *>(a->value) : plan->value) + map;
   const float *const keys = kInPlace ? values : plan->key + map;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
@@ -374,7 +369,16 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
       read(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
     }
     locate_samples<kFour, kInPlace>(a, lanes, token, reference, offset, samples);
-    if (kInPlace) {
+    if (!kInPlace) {
+      /* Of the first level, the largest, the least is in a near cache. */
+      for (int p = 0; p < (kFour ? 4 : a->num_points); ++p) {
+        const float *upper = keys + samples->corner[0][p], *lower = upper + pitch_of(p);
+        for (int64_t d = 0; d < 2 * stride; d += 16) {
+          __builtin_prefetch(upper + d, 0, 3);
+          __builtin_prefetch(lower + d, 0, 3);
+        }
+      }
+    } else {
       /* These come from anywhere in the value. */
       for (int c = 0; c < 4; ++c) {
         for (int p = 0; p < num_samples; ++p) {
@@ -432,13 +436,13 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
           }
         }
       }
-      store(weight + first, sum_rows(products) * scale);
+      store(weight + first, reduce_rows<kLanes>(products, Sum()) * scale);
     }
   };
 
   /* Sum of the values by `weight`, times `factor`. */
   const auto finish = [&](int64_t row, int64_t head, const Samples<kFour> *samples, const float *weight,
-                          const float *kept, Floats factor) {
+                          const float *kept, float factor) {
     const int64_t cell = row * num_heads + head;
     const float *value = kInPlace ? values + head * dim : values;
     /* Every weight is spread once for all the vectors; eight sums at a time hide the multiply-adds' latency. */
@@ -478,13 +482,15 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
     int count;
   } blocks[2];
   Block *now = &blocks[0], *next = &blocks[1];
-  alignas(64) float weight_array[kBlock][kMost<kFour>];
+  alignas(64) float weight_array[kBlock][kMost<kFour>] = {};
   alignas(64) float kept_array[kBlock][kKept];
-  Floats factors[kBlock] = {};
+  float factors[kBlock];
   float(*weight)[kMost<kFour>] = weight_array, (*kept)[kKept] = kept_array;
   /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load from
    * memory spreads it for nothing. */
   __asm__("" : "+r"(weight), "+r"(kept));
+  float *rows[kBlock];
+  for (int i = 0; i < kBlock; ++i) rows[i] = weight[i];
 
   const int64_t first_row = plan->item * a->num_queries;
   int64_t query = begin;
@@ -509,7 +515,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   do {
     locate_block(next); /* written once: a second copy of this code made the rest of the loop slower */
     for (int i = 0; i < now->count; ++i) score(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i]);
-    for (int i = 0; i < now->count; ++i) factors[i] = softmax(weight[i], num_samples);
+    softmax<kBlock>(rows, num_samples, factors);
     __asm__ volatile("" : : : "memory");
     for (int i = 0; i < now->count; ++i) {
       finish(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i], factors[i]);
@@ -546,8 +552,9 @@ void attend(const Plan *plan, int64_t begin, int64_t end) {
                                    : plan->stride == 64 ? choose<64 / kLanes>(plan)
                                                         : choose<0>(plan);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = plan->first_head + task / plan->num_chunks;
-    const int64_t first = task % plan->num_chunks * plan->query_chunk, last = first + plan->query_chunk;
+    const int64_t head = plan->in_place ? 0 : task % a->num_heads;
+    const int64_t chunk = plan->in_place ? task : task / a->num_heads;
+    const int64_t first = chunk * plan->query_chunk, last = first + plan->query_chunk;
     if (first < a->num_queries) attend_chunk(plan, &lanes, head, first, last < a->num_queries ? last : a->num_queries);
   }
 }

@@ -27,7 +27,7 @@ struct Level {
   int64_t first_row;    /* of the level, in the count of all workspace rows */
 };
 
-/* A group of one batch item's heads, shared by all its tasks. */
+/* One batch item, shared by all its tasks. */
 struct Plan {
   const kda_arguments *arguments;
   int64_t item;
@@ -37,20 +37,19 @@ struct Plan {
   int64_t stride;       /* floats a token takes in the workspace: D rounded up to whole vectors */
   int64_t query_chunk;  /* queries a task takes */
   int64_t num_chunks;   /* tasks a head takes, or all heads in place */
-  int64_t first_head;   /* of the group */
-  int64_t num_heads;    /* in the group; a task in place takes all heads of its queries */
   bool in_place;        /* the value is read as it came, without a workspace */
   int64_t *order;       /* [queries], the order in which they are taken, but in place */
-  float *key;           /* [heads in the group, tokens, stride]; the same as `value` when there is no key */
+  float *key;           /* [heads, tokens, stride]; the same as `value` when there is no key */
   float *value;
 };
 
 struct Kernel {
   const char *isa;
   int lanes; /* floats in a vector */
-  /* Workspace rows [begin, end) of the group's heads. */
+  /* Workspace rows [begin, end) of all heads. */
   void (*repack)(const Plan *plan, int64_t begin, int64_t end);
-  /* Tasks [begin, end), head by head; each is one chunk of queries. */
+  /* Tasks [begin, end); each is one chunk of queries, of one head or, in place, of all.  The heads of a chunk follow one
+   * another. */
   void (*attend)(const Plan *plan, int64_t begin, int64_t end);
 };
 

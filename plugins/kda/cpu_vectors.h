@@ -37,54 +37,44 @@ KDA_INLINE Ints floor_to_int(Floats x) {
   return truncated + (__builtin_convertvector(truncated, Floats) > x); /* true is -1 */
 }
 
-/* Step of a transpose-and-add tree: lanes whose number has bit `kBit` clear get a[i] + a[i + kBit], the others
- * b[i] + b[i - kBit]. */
-template <int kBit>
-KDA_INLINE Floats add_halves(Floats a, Floats b) {
-  const Ints lanes = lane_numbers();
-  const Floats straight = (lanes & kBit) == 0 ? a : b;
-  const Floats crossed = __builtin_shuffle(a, b, ((lanes & kBit) == 0 ? lanes : lanes + kLanes) ^ kBit);
-  return straight + crossed;
-}
+struct Sum {
+  Floats operator()(Floats a, Floats b) const { return a + b; }
+};
+struct Maximum {
+  Floats operator()(Floats a, Floats b) const { return a > b ? a : b; } /* b where one is NaN */
+};
 
-template <int kCount>
-KDA_INLINE void add_tree(Floats *rows) {
-  for (int i = 0; i < kCount / 2; ++i) rows[i] = add_halves<kCount / 2>(rows[i], rows[i + kCount / 2]);
-  if constexpr (kCount > 2) add_tree<kCount / 2>(rows);
-}
-
-/* Lane i of the result is the sum of rows[i]. */
-KDA_INLINE Floats sum_rows(Floats *rows) {
-  add_tree<kLanes>(rows);
-  return rows[0];
-}
-
-template <int kBit = kLanes / 2>
-KDA_INLINE Floats max_everywhere(Floats x) {
-  if constexpr (kBit == 0) {
-    return x;
+/* Reduces kRows vectors, each to one number: lane i of the result is that of rows[i % kRows].  `rows` is overwritten.
+ *
+ * Two rows at a time become one, of lanes from a and from b in turns of `step`, each reduced with the lane `step` from it;
+ * what is left of every row in the last one is reduced in place.  However many rows there are, and whichever of them a
+ * row is, its numbers are reduced in the same order. */
+template <int kRows, typename Reduce, int kStep = 1>
+KDA_INLINE Floats reduce_rows(Floats *rows, Reduce reduce) {
+  if constexpr (kStep == kLanes) {
+    return rows[0];
   } else {
-    const Floats other = __builtin_shuffle(x, lane_numbers() ^ kBit);
-    return max_everywhere<kBit / 2>(x > other ? x : other);
+    const Ints lanes = lane_numbers();
+    if constexpr (kStep < kRows) {
+      const Ints of_a = (lanes & kStep) == 0, crossed = (of_a ? lanes : lanes + kLanes) ^ kStep;
+      for (int i = 0; i < kRows; i += 2 * kStep) {
+        const Floats a = rows[i], b = rows[i + kStep];
+        rows[i] = reduce(of_a ? a : b, __builtin_shuffle(a, b, crossed));
+      }
+    } else {
+      rows[0] = reduce(rows[0], __builtin_shuffle(rows[0], lanes ^ kStep));
+    }
+    return reduce_rows<kRows, Reduce, 2 * kStep>(rows, reduce);
   }
 }
 
-template <int kBit = kLanes / 2>
-KDA_INLINE Floats sum_everywhere(Floats x) {
-  if constexpr (kBit == 0) {
-    return x;
-  } else {
-    return sum_everywhere<kBit / 2>(x + __builtin_shuffle(x, lane_numbers() ^ kBit));
-  }
-}
-
-/* e^x for x <= 0, to 2 ulp; NaN stays NaN, and what would be subnormal is 0.  x = n ln 2 + r with |r| <= ln 2 / 2, and
- * a Taylor polynomial of degree 7 in r. */
+/* e^x for x <= 0, within 2^-23; NaN stays NaN, and what would be subnormal is 0.  x = n ln 2 + r with |r| <= ln 2 / 2,
+ * and a polynomial in r.  That ln 2 is rounded costs e^x a relative error of 2^-26 n, which where n is not small is one of
+ * a small number. */
 KDA_INLINE Floats exp_negative(Floats x) {
   const float kRound = 0x1.8p23f; /* adding it rounds to an integer, left in the low bits of the mantissa */
   const Floats shifted = x * 1.44269504f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+  const Floats r = x - (shifted - kRound) * 0.693147181f;
   Floats e = splat(1.0f / 5040);
   e = e * r + 1.0f / 720;
   e = e * r + 1.0f / 120;
@@ -97,25 +87,34 @@ KDA_INLINE Floats exp_negative(Floats x) {
   return x < -87.0f ? Floats{} : e * power;
 }
 
-/* Softmax over the first `count` of `logits`, in place but for the factor returned, the same in every lane; the lanes
- * behind them become 0. */
-KDA_INLINE Floats softmax(float *logits, int count) {
-  const auto lane_or = [&](int p, Floats otherwise) {
-    return count % kLanes == 0 ? load(logits + p) : lane_numbers() + p < count ? load(logits + p) : otherwise;
+/* Softmax over the first `count` numbers of each of kRows arrays, in place but for the factor of each; the lanes behind
+ * them become 0.  kRows is 1 or 4, whose maxima and sums are found together. */
+template <int kRows>
+KDA_INLINE void softmax(float *const *logits, int count, float *factors) {
+  const auto lane_or = [&](const float *row, int p, Floats otherwise) {
+    return count % kLanes == 0 ? load(row + p) : lane_numbers() + p < count ? load(row + p) : otherwise;
   };
   const Floats low = splat(-__builtin_inff());
-  Floats highest = lane_or(0, low), sum = {};
-  for (int p = kLanes; p < count; p += kLanes) {
-    const Floats x = lane_or(p, low);
-    highest = x > highest ? x : highest;
+  Floats rows[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = lane_or(logits[i], 0, low);
+    for (int p = kLanes; p < count; p += kLanes) rows[i] = Maximum()(lane_or(logits[i], p, low), rows[i]);
   }
-  highest = max_everywhere(highest);
-  for (int p = 0; p < count; p += kLanes) {
-    const Floats e = exp_negative(lane_or(p, low) - highest);
-    store(logits + p, e);
-    sum = p == 0 ? e : sum + e;
+  /* Numbers spread over a vector from memory, which takes no shuffle. */
+  alignas(64) float highest[kLanes];
+  store(highest, reduce_rows<kRows>(rows, Maximum()));
+  for (int i = 0; i < kRows; ++i) {
+    for (int p = 0; p < count; p += kLanes) {
+      const Floats e = exp_negative(lane_or(logits[i], p, low) - highest[i]);
+      store(logits[i] + p, e);
+      rows[i] = p == 0 ? e : rows[i] + e;
+    }
   }
-  return 1.0f / sum_everywhere(sum);
+  typedef float Four __attribute__((vector_size(16), aligned(4)));
+  alignas(64) float sums[kLanes];
+  store(sums, reduce_rows<kRows>(rows, Sum()));
+  const Four inverse = 1.0f / *reinterpret_cast<const Four *>(sums); /* dividing a whole vector takes four times as long */
+  for (int i = 0; i < kRows; ++i) factors[i] = inverse[i];
 }
 
 }  // namespace
