@@ -261,9 +261,8 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
       multiply<kVectors, kSamples>(query, scratch->key_samples, num_samples, vectors, attention);
       for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * scale);
     }
-    float *const row_logits = attention;
     float factor;
-    softmax<1>(&row_logits, num_samples, &factor);
+    softmax<1>(&attention, num_samples, &factor);
     for (int p = 0; p < num_samples; p += kLanes) store(attention + p, load(attention + p) * factor);
     multiply<kVectors, kSamples>(g, scratch->value_samples, num_samples, vectors, products);
     Floats mean = {};

@@ -355,6 +355,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
 
   const int64_t pitches[4] = {lanes->pitch[0], lanes->pitch[4], lanes->pitch[8], lanes->pitch[12]};
   const auto pitch_of = [&](int p) { return kFour ? pitches[p / 4] : lanes->pitch[p]; };
+  const auto key_of = [&](int64_t head) { return kInPlace ? values + head * dim : keys; };
 
   const auto locate_query = [&](int64_t row, int64_t head, Samples<kFour> *samples) {
     const int64_t first = (row * num_heads + head) * num_samples * 2;
@@ -369,23 +370,13 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
       read(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
     }
     locate_samples<kFour, kInPlace>(a, lanes, token, reference, offset, samples);
-    if (!kInPlace) {
-      /* Of the first level, the largest, the least is in a near cache. */
-      for (int p = 0; p < (kFour ? 4 : a->num_points); ++p) {
-        const float *upper = keys + samples->corner[0][p], *lower = upper + pitch_of(p);
-        for (int64_t d = 0; d < 2 * stride; d += 16) {
-          __builtin_prefetch(upper + d, 0, 3);
-          __builtin_prefetch(lower + d, 0, 3);
-        }
-      }
-    } else {
-      /* These come from anywhere in the value. */
-      for (int c = 0; c < 4; ++c) {
-        for (int p = 0; p < num_samples; ++p) {
-          const int32_t offset_of = samples->corner[c][p];
-          const float *corner = offset_of < 0 ? kZeros : values + head * dim + offset_of;
-          for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(corner + d, 0, 3);
-        }
+    /* In place they come from anywhere in the value; of the workspace, the first level is too large for a near cache. */
+    const int num_far = kInPlace ? num_samples : kFour ? 4 : a->num_points;
+    for (int p = 0; p < num_far; ++p) {
+      const float *corners[4];
+      find_corners<kFour, kInPlace>(key_of(head), token, pitch_of(p), samples, p, corners);
+      for (const float *corner : corners) {
+        for (int64_t d = 0; d < stride; d += 16) __builtin_prefetch(corner + d, 0, 3);
       }
     }
   };
@@ -396,7 +387,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
       read(a->query, a->dtype, cell * num_samples, num_samples, weight);
       return;
     }
-    const float *key = kInPlace ? values + head * dim : keys;
+    const float *key = key_of(head);
     alignas(64) float query_buffer[kVectors ? kVectors * kLanes : kLanes];
     const float *query = query_buffer;
     if (kVectors && dim == stride) {
@@ -489,8 +480,6 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load from
    * memory spreads it for nothing. */
   __asm__("" : "+r"(weight), "+r"(kept));
-  float *rows[kBlock];
-  for (int i = 0; i < kBlock; ++i) rows[i] = weight[i];
 
   const int64_t first_row = plan->item * a->num_queries;
   int64_t query = begin;
@@ -515,7 +504,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   do {
     locate_block(next); /* written once: a second copy of this code made the rest of the loop slower */
     for (int i = 0; i < now->count; ++i) score(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i]);
-    softmax<kBlock>(rows, num_samples, factors);
+    softmax<kBlock>(weight, num_samples, factors); /* of a block that is not full, some rows for nothing */
     __asm__ volatile("" : : : "memory");
     for (int i = 0; i < now->count; ++i) {
       finish(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i], factors[i]);
@@ -551,10 +540,9 @@ void attend(const Plan *plan, int64_t begin, int64_t end) {
                                    : plan->stride == 32 ? choose<32 / kLanes>(plan)
                                    : plan->stride == 64 ? choose<64 / kLanes>(plan)
                                                         : choose<0>(plan);
+  const int64_t heads_apart = plan->in_place ? 1 : a->num_heads; /* tasks that a chunk of queries makes */
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = plan->in_place ? 0 : task % a->num_heads;
-    const int64_t chunk = plan->in_place ? task : task / a->num_heads;
-    const int64_t first = chunk * plan->query_chunk, last = first + plan->query_chunk;
+    const int64_t head = task % heads_apart, first = task / heads_apart * plan->query_chunk, last = first + plan->query_chunk;
     if (first < a->num_queries) attend_chunk(plan, &lanes, head, first, last < a->num_queries ? last : a->num_queries);
   }
 }

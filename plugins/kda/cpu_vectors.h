@@ -46,7 +46,7 @@ struct Maximum {
 
 /* Reduces kRows vectors, each to one number: lane i of the result is that of rows[i % kRows].  `rows` is overwritten.
  *
- * Two rows at a time become one, of lanes from a and from b in turns of `step`, each reduced with the lane `step` from it;
+ * Two rows at a time become one, of lanes from a and from b in turns of kStep, each reduced with the lane kStep from it;
  * what is left of every row in the last one is reduced in place.  However many rows there are, and whichever of them a
  * row is, its numbers are reduced in the same order. */
 template <int kRows, typename Reduce, int kStep = 1>
@@ -88,9 +88,10 @@ KDA_INLINE Floats exp_negative(Floats x) {
 }
 
 /* Softmax over the first `count` numbers of each of kRows arrays, in place but for the factor of each; the lanes behind
- * them become 0.  kRows is 1 or 4, whose maxima and sums are found together. */
-template <int kRows>
-KDA_INLINE void softmax(float *const *logits, int count, float *factors) {
+ * them become 0.  The rows' maxima and sums are found together. */
+template <int kRows, int kLength>
+KDA_INLINE void softmax(float (*logits)[kLength], int count, float *factors) {
+  static_assert(kRows <= 4, "four sums are divided together");
   const auto lane_or = [&](const float *row, int p, Floats otherwise) {
     return count % kLanes == 0 ? load(row + p) : lane_numbers() + p < count ? load(row + p) : otherwise;
   };
