@@ -1,11 +1,12 @@
-"""Trains a small Lite-DINO, or its full-scale twin, on generated scenes.
+"""Train a small Lite-DINO, or its full-scale twin, on generated scenes.
 
-    python examples/shapes/train.py --output runs/lite                        # a few hours on two cores
+    python examples/shapes/train.py --output runs/lite                        # about an hour on two cores
     python examples/shapes/train.py --output runs/full --variant dino-r26n    # the twin
-    python examples/shapes/train.py --output runs/more --start runs/lite/model.safetensors --side 256 --images 22400
 
-Interrupt it as you like: the same command goes on where the last checkpoint was written.  OUTPUT then holds
-checkpoint.pth (to go on), log.jsonl, curves.png and model.safetensors (averaged weights, for litedetr-export).
+Data, order, noise and learning rate are functions of the step and the seed alone, and a checkpoint holds everything
+else: a training that is interrupted and started again with the same command ends with the same weights, bit for bit,
+as one that is not.  OUTPUT holds config.json, checkpoint.pth (to resume from), log.jsonl, curves.png and
+model.safetensors (averaged weights, for litedetr-export).
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from litedetr_deploy.files import replaced_when_done
 from litedetr_deploy.model.checkpoint import METADATA_KEY, load_model, official_key
 from litedetr_deploy.model.config import parse_variant
 
-# Share of the images, and their side in pixels: most is learnt on small scenes, which cost a quarter.
-STAGES = ((0.6, 128), (0.2, 192), (0.2, 256))
+# Share of the images, and their side in pixels: small scenes cost a quarter.
+STAGES = ((0.35, 128), (0.15, 192), (0.5, 256))
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 4e-4, 1e-4, 0.02
 LARGEST_GRADIENT = 1.0
 AVERAGE_OVER = 400  # steps that the averaged weights look back over
+SAVE_EVERY = 180  # seconds
 
 
 class Scenes(Dataset):
@@ -79,12 +81,12 @@ def rate_at(progress: float) -> float:
 def main(
     output: Annotated[Path, typer.Option(help="Folder of everything that the training writes.")],
     variant: Annotated[str, typer.Option(help="Name of the model, with the light backbone r26n.")] = "lite-dino-r26n",
-    images: Annotated[int, typer.Option(help="How many generated scenes to train on, each seen once.")] = 44_800,
+    images: Annotated[int, typer.Option(help="How many generated scenes to train on, each seen once.")] = 48_000,
     batch_size: Annotated[int, typer.Option(help="Scenes a step.")] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first weights and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the noise of every step.")] = 0,
     start: Annotated[str | None, typer.Option(help="Weights to begin with: a file, or lite-dino-shapes.")] = None,
     side: Annotated[int | None, typer.Option(help="Side of the scenes in pixels; by default it grows from 128 to 256.")] = None,
 ):
@@ -93,17 +95,24 @@ def main(
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     config = parse_variant(variant, num_classes=len(CLASS_NAMES))
-    wanted = {"variant": variant, "images": images, "batch_size": batch_size, "seed": seed, "side": side}
+    wanted = {
+        "variant": variant, "images": images, "batch_size": batch_size, "seed": seed, "side": side, "stages": STAGES,
+        "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "average_over": AVERAGE_OVER,
+    }  # fmt: skip
     trainee = Trainee(config)
     if start:
         trainee.detector.load_state_dict(load_model(start, variant).state_dict())
         wanted["start"] = Path(start).name
+    wanted = json.loads(json.dumps(wanted))
     trainee.to(device).train()
     average = torch.optim.swa_utils.AveragedModel(
         trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER), use_buffers=True
     )
     optimizer = torch.optim.AdamW(trainee.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    step = resume(output / "checkpoint.pth", wanted, trainee, average, optimizer)
+    step, rows = resume(output / "checkpoint.pth", wanted, trainee, average, optimizer)
+    with replaced_when_done(output / "config.json") as temporary:
+        used = {"device": device, "threads": threads, "torch": torch.__version__, "tool_version": __version__}
+        temporary.write_text(json.dumps(wanted | used, indent=2) + "\n")
     total = images // batch_size
     loader = DataLoader(
         Scenes(step * batch_size, total * batch_size, batch_size, side),
@@ -113,18 +122,21 @@ def main(
     )
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    saved, losses, started = time.monotonic(), [], time.monotonic()
+    saved, since = time.monotonic(), time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
 
     def save():
+        state = {"trainee": trainee.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         with replaced_when_done(output / "checkpoint.pth") as temporary:
-            state = {"trainee": trainee.state_dict(), "average": average.state_dict()}
-            torch.save(state | {"optimizer": optimizer.state_dict(), "step": step, "wanted": wanted}, temporary)
+            torch.save(state | {"step": step, "rows": rows, "wanted": wanted}, temporary)
+        with replaced_when_done(output / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_weights(average.module, wanted, output / "model.safetensors")
 
-    with Progress(*columns) as progress, (output / "log.jsonl").open("a") as log:
+    with Progress(*columns) as progress:
         task = progress.add_task("training", total=total, completed=step)
         try:
             for pixels, labels, boxes in loader:
+                torch.manual_seed(seed_of(seed, step))
                 for group in optimizer.param_groups:
                     group["lr"] = LEARNING_RATE * rate_at((step + 1) / total)
                 pixels = (pixels.to(device).float() / 255 - mean) / std
@@ -137,31 +149,34 @@ def main(
                 optimizer.step()
                 average.update_parameters(trainee)
                 step += 1
-                losses.append(loss.item())
-                progress.update(task, completed=step, description=f"loss {np.mean(losses[-50:]):.2f}")
-                if step % 50 == 0 or step == total:
-                    row = {"step": step, "loss": float(np.mean(losses[-50:])), "seconds": time.monotonic() - started}
-                    print(json.dumps(row), file=log, flush=True)
-                if time.monotonic() - saved > 300:
+                rows.append({"step": step, "loss": loss.item(), "seconds": round(time.monotonic() - since, 2)})
+                recent = sum(row["loss"] for row in rows[-50:]) / len(rows[-50:])
+                progress.update(task, completed=step, description=f"loss {recent:.2f}")
+                if time.monotonic() - saved > SAVE_EVERY:
                     save()
                     saved = time.monotonic()
         finally:
             save()
-    draw_curves(output / "log.jsonl", output / "curves.png")
+    draw_curves(rows, output / "curves.png")
     print(f"{output / 'model.safetensors'}: {step} steps of {batch_size} scenes")
 
 
-def resume(path: Path, wanted: dict, trainee, average, optimizer) -> int:
-    """Loads the checkpoint where there is one; the step to go on with."""
+def seed_of(seed: int, step: int) -> int:
+    """The seed of everything that is random in a step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def resume(path: Path, wanted: dict, trainee, average, optimizer) -> tuple[int, list[dict]]:
+    """Load the checkpoint where there is one; return the step to go on with and the log so far."""
     if not path.is_file():
-        return 0
+        return 0, []
     state = torch.load(path, weights_only=True)
     if state["wanted"] != wanted:
         raise SystemExit(f"{path} is of a training with {state['wanted']}, not {wanted}: choose another --output.")
     trainee.load_state_dict(state["trainee"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state["step"], state["rows"]
 
 
 def write_weights(trainee: Trainee, wanted: dict, path: Path) -> None:
@@ -182,15 +197,15 @@ def write_weights(trainee: Trainee, wanted: dict, path: Path) -> None:
         save_file(tensors, temporary, {METADATA_KEY: json.dumps(arguments)})
 
 
-def draw_curves(log: Path, path: Path) -> None:
+def draw_curves(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+    smooth = np.convolve([row["loss"] for row in rows], np.ones(min(50, len(rows))) / min(50, len(rows)), "valid")
+    axes.plot([row["step"] for row in rows][len(rows) - len(smooth) :], smooth)
     axes.set(xlabel="step", ylabel="loss, all layers", yscale="log")
     with replaced_when_done(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -114,15 +114,16 @@ def test_denoising_queries_see_only_their_group():
     assert ((moved[:, :2] - original[:, :2]).abs() <= original[:, 2:] / 2 + 1e-6).all()
 
 
-def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, monkeypatch):
     import train
 
-    monkeypatch.setattr(train, "STAGES", ((1.0, 96),))
+    monkeypatch.setattr(train, "STAGES", ((0.5, 96), (0.5, 128)))
     monkeypatch.setattr(train, "parse_variant", lambda name, **fields: parse_variant(name, **(fields | SMALL)))
     arguments = {
-        "output": tmp_path / "run", "variant": "lite-dino-r26n", "images": 12, "batch_size": 2, "device": "cpu",
-        "threads": 1, "workers": 0, "seed": 0, "start": None, "side": None,
+        "output": tmp_path / "whole", "variant": "lite-dino-r26n", "images": 12, "batch_size": 2, "device": "cpu",
+        "threads": 2, "workers": 0, "seed": 0, "start": None, "side": None,
     }  # fmt: skip
+    train.main(**arguments)
     drawn = []
 
     def interrupted_scene(index, seed, size):
@@ -132,14 +133,28 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
         return scene(index, seed, size)
 
     monkeypatch.setattr(train, "scene", interrupted_scene)
+    torch.manual_seed(99)  # what another program's random numbers leave behind must not matter
     with pytest.raises(KeyboardInterrupt):
-        train.main(**arguments)
-    train.main(**arguments)
+        train.main(**(arguments | {"output": tmp_path / "run"}))
+    torch.manual_seed(7)
+    train.main(**(arguments | {"output": tmp_path / "run"}))
     assert drawn == [0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert steps == [6]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == train.LEARNING_RATE
 
+    whole, run = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "run"))
+    for part in ("trainee", "average"):
+        assert whole[part].keys() == run[part].keys()
+        assert all(torch.equal(whole[part][key], run[part][key]) for key in whole[part])
+    for number, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], run["optimizer"]["state"][number][key]) for key in state)
+    assert [row["loss"] for row in whole["rows"]] == [row["loss"] for row in run["rows"]]
+    names = ("whole", "run")
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in names}) == 1
+
+    arguments["output"] = tmp_path / "run"
     model = ld.load_model(tmp_path / "run" / "model.safetensors")  # what it wrote is a checkpoint like any other
     assert model.config.enc_scale == 3 and model.config.num_expansion == 3 and model.class_names == CLASS_NAMES
     with pytest.raises(SystemExit, match="choose another --output"):
