@@ -1,6 +1,6 @@
 """Draws what detectors cost, GFLOPs and milliseconds by part: the README's picture, from a report of latency.py.
 
-    python benchmarks/figure.py benchmarks/results/latency-variants.json docs/cost.png
+python benchmarks/figure.py benchmarks/results/latency-variants.json docs/cost.png
 """
 
 import json

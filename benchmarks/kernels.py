@@ -230,8 +230,7 @@ class Problem:
 def largest_difference(output: Tensor, wanted: Tensor) -> float:
     return (output.double() - wanted).abs().max().item()
 
-
-# Contenders round coordinates and sums in other orders than PyTorch does.  What is wrong is off by far more.
+    # Contenders round coordinates and sums in other orders than PyTorch does.  What is wrong is off by far more.
     TOLERANCE = 10  # times the error of the definition in float32
 
     def __init__(self, size: Size):
@@ -324,11 +323,7 @@ def openvino_call(attention: str, problem: Problem, threads: int):
     import openvino
 
     core = openvino.Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(onnx_model(problem.size, attention), b""), "CPU", settings)
     feed = {name: tensor.numpy() for name, tensor in problem.inputs.items()}
     return lambda: compiled(feed, share_inputs=True, share_outputs=True)[0]  # no copies
@@ -486,11 +481,7 @@ CONTENDERS = {
         Contender(OPENVINO[1], functools.partial(openvino_call, "gather"), ("openvino", *ONNX)),
         *PYTORCH,
     ),
-    "cuda": (
-        Contender(OUR_OP, torch_op_call),
-        Contender("plain op", plain_op_call, plain=True),
-        *PYTORCH,
-    ),
+    "cuda": (Contender(OUR_OP, torch_op_call), Contender("plain op", plain_op_call, plain=True), *PYTORCH),
 }
 DEFORMABLE_DETR = "Deformable DETR FP32 kernel"  # for a GPU, where its source is given
 
@@ -871,10 +862,7 @@ def draw(results: list[Result], machine: dict, path: Path) -> None:
         loc="outside lower center", ncols=len(series), frameon=False, fontsize=9,
     )  # fmt: skip
     on = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['cores']} cores, float32"
-    figure.suptitle(
-        f"One key-aware deformable attention; (x): times our op\n{on}, {machine['date'][:10]}",
-        fontsize=11,
-    )
+    figure.suptitle(f"One key-aware deformable attention; (x): times our op\n{on}, {machine['date'][:10]}", fontsize=11)
     figure.savefig(path, format="png", dpi=150)
 
 

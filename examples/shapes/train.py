@@ -88,7 +88,9 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the noise of every step.")] = 0,
     start: Annotated[str | None, typer.Option(help="Weights to begin with: a file, or lite-dino-shapes.")] = None,
-    side: Annotated[int | None, typer.Option(help="Side of the scenes in pixels; by default it grows from 128 to 256.")] = None,
+    side: Annotated[
+        int | None, typer.Option(help="Side of the scenes in pixels; by default it grows from 128 to 256.")
+    ] = None,
 ):
     """Train, or go on with the training in OUTPUT."""
     torch.set_num_threads(threads)

@@ -48,7 +48,12 @@ class Trainee(nn.Module):
         predictions = self._decode(content, references, encoded, bias)
 
         total = detection_loss(
-            proposed_logits, proposed, match(proposed_logits, proposed, labels, boxes), all_labels, all_boxes, num_objects
+            proposed_logits,
+            proposed,
+            match(proposed_logits, proposed, labels, boxes),
+            all_labels,
+            all_boxes,
+            num_objects,
         )
         for logits, predicted in predictions:
             found_logits, found = logits[:, noise.count :], predicted[:, noise.count :]

@@ -70,9 +70,7 @@ class Check:
         difference = float(np.nan_to_num(difference, nan=np.inf))
         passed = difference <= tolerance
         finite = min(difference, float(np.finfo(np.float32).max))
-        self.rows.append(
-            {"quantity": quantity, "difference": finite, "tolerance": float(tolerance), "passed": passed}
-        )
+        self.rows.append({"quantity": quantity, "difference": finite, "tolerance": float(tolerance), "passed": passed})
 
 
 class Reference:

@@ -57,7 +57,7 @@ class Watched:
     encoder_operators: dict[str, float] | None = None
 
     @classmethod
-    def median(cls, calls: Sequence["Watched"]) -> "Watched":
+    def median(cls, calls: Sequence[Watched]) -> Watched:
         operators = [call.encoder_operators for call in calls]
         names = None if None in operators else sorted(set().union(*operators))
         return cls(medians([call.parts for call in calls], PARTS), names and medians(operators, names))

@@ -108,7 +108,9 @@ def _time_in_turns(sessions: dict, dataset: Dataset, image_size, seconds: float,
     progress("time the graphs in turns", 0, None)
     pixels, _, size = prepare(dataset.load(dataset.images[0]), "stretch", image_size)
     feed = {"images": pixels[None], "orig_target_sizes": np.array([size], np.int64)}
-    calls = {key: lambda session=session: timing.time_call(lambda: session.run(feed)) for key, session in sessions.items()}
+    calls = {
+        key: lambda session=session: timing.time_call(lambda: session.run(feed)) for key, session in sessions.items()
+    }
     taken = {key: [] for key in calls}
     for key in timing.interleave({key: timing.repetitions(call, seconds) for key, call in calls.items()}):
         taken[key].append(calls[key]())

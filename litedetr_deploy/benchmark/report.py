@@ -103,7 +103,12 @@ def as_markdown(results: Sequence[Result], machine: dict) -> str:
         if encoders := [result for result in measured if result.encoder_operators]:
             lines += ["", "The encoder by operator, ms:", "", *_operator_table(encoders)]
         if power := [result for result in measured if result.power]:
-            lines += ["", "Power, while called without a pause:", "", *markdown_table(POWER_COLUMNS, map(_power_row, power))]
+            lines += [
+                "",
+                "Power, while called without a pause:",
+                "",
+                *markdown_table(POWER_COLUMNS, map(_power_row, power)),
+            ]
         if engines := [result for result in measured if result.trtexec_ms is not None]:
             rows = [
                 [result.row.contender, three_digits(result.median * 1e3), three_digits(result.trtexec_ms)]

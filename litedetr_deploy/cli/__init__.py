@@ -18,7 +18,10 @@ from .predict import predict
 from .verify import verify
 
 app = typer.Typer(
-    name="litedetr", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="litedetr",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Deploy Lite DETR and other detectors with deformable attention.",
 )
 for command in (export, build, verify, predict, evaluate, doctor):
@@ -33,8 +36,11 @@ def _print_version(wanted: bool):
 
 
 @app.callback()
-def options(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True,
-                                         help="Print the version and exit.")):
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+):
     # Typer turns this function's signature into the options that stand before the command.
     pass
 

@@ -48,8 +48,9 @@ def image_size(text):
         return None
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match:
-        raise LiteDetrError(f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, or "
-                            "'dynamic'.")
+        raise LiteDetrError(
+            f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, or 'dynamic'."
+        )
     return int(match[1]), int(match[2])
 
 
@@ -63,4 +64,3 @@ def image_files(paths):
     for file in files:
         load_image(file)
     return files
-

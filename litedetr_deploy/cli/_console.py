@@ -38,13 +38,19 @@ def guarded(command):
             raise
         except OSError as error:
             _traceback_when_debugging()
-            print(f"error: {error}. The operating system refused this: see to the disk space and to the path, and run "
-                  "the command again.", file=sys.stderr)
+            print(
+                f"error: {error}. The operating system refused this: see to the disk space and to the path, and run "
+                "the command again.",
+                file=sys.stderr,
+            )
             raise typer.Exit(LiteDetrError.exit_status) from None
         except Exception as error:
             _traceback_when_debugging()
-            print(f"error: unexpected {type(error).__name__}: {error}. This is likely a bug; run the command again "
-                  f"with {DEBUG_VARIABLE}=1 to see where it comes from.", file=sys.stderr)
+            print(
+                f"error: unexpected {type(error).__name__}: {error}. This is likely a bug; run the command again "
+                f"with {DEBUG_VARIABLE}=1 to see where it comes from.",
+                file=sys.stderr,
+            )
             raise typer.Exit(INTERNAL_ERROR) from None
 
     return run
@@ -66,8 +72,14 @@ class Stages:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
-                                  console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
         self._stage = self._task = self._began = None
 
     def __enter__(self):
@@ -115,13 +127,23 @@ def print_verification(rows):
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, align in (("case", "left"), ("quantity", "left"), ("largest difference", "right"),
-                           ("tolerance", "right"), ("verdict", "left")):
+    for heading, align in (
+        ("case", "left"),
+        ("quantity", "left"),
+        ("largest difference", "right"),
+        ("tolerance", "right"),
+        ("verdict", "left"),
+    ):
         table.add_column(heading, justify=align, no_wrap=heading != "case")
     previous = None
     for row in rows:
         case = escape(row["case"]) if row["case"] != previous else ""
-        table.add_row(case, escape(row["quantity"]), f"{row['difference']:.1e}", f"{row['tolerance']:.1e}",
-                      "[green]ok[/]" if row["passed"] else "[bold red]FAILED[/]")
+        table.add_row(
+            case,
+            escape(row["quantity"]),
+            f"{row['difference']:.1e}",
+            f"{row['tolerance']:.1e}",
+            "[green]ok[/]" if row["passed"] else "[bold red]FAILED[/]",
+        )
         previous = row["case"]
     stdout_console().print(table)

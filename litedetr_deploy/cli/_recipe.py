@@ -24,5 +24,12 @@ def _apply(context: typer.Context, path: Path | None):
 
 
 # Eager: the others take their defaults from what it leaves in the context.
-Recipe = Annotated[Path | None, typer.Option(
-    "--recipe", callback=_apply, is_eager=True, help="TOML file with options; what the command line says counts more.")]
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        callback=_apply,
+        is_eager=True,
+        help="TOML file with options; what the command line says counts more.",
+    ),
+]

@@ -28,14 +28,20 @@ _CONVENTIONS = (
 @benchmark.command()
 @guarded
 def gflops(
-    model: Annotated[str, typer.Argument(
-        help="Variant, as in lite-dino-r50-h3l1-2+1x3; or checkpoint; or .onnx model.")] = DEFAULT,
-    size: Annotated[str | None, typer.Option(
-        help="Image size, HEIGHTxWIDTH in pixels.  [default: 850x1040, the paper's, or the ONNX model's own]",
-        show_default=False)] = None,
+    model: Annotated[
+        str, typer.Argument(help="Variant, as in lite-dino-r50-h3l1-2+1x3; or checkpoint; or .onnx model.")
+    ] = DEFAULT,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Image size, HEIGHTxWIDTH in pixels.  [default: 850x1040, the paper's, or the ONNX model's own]",
+            show_default=False,
+        ),
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="What a checkpoint holds, as in export.")] = None,
-    table: Annotated[bool, typer.Option(
-        "--table", help="Count every row of the paper's tables instead, at its size.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Count every row of the paper's tables instead, at its size.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ):
     """Count the operations and the parameters of a detector, by part; nothing is run.
@@ -75,18 +81,23 @@ def gflops(
 @benchmark.command()
 @guarded
 def precision(
-    checkpoint: Annotated[str, typer.Argument(
-        help="Trained weights: .pth or .safetensors; or the name of those that come with this package.")
-        ] = "lite-dino-shapes",
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Trained weights: .pth or .safetensors; or the name of those that come with this package."),
+    ] = "lite-dino-shapes",
     variant: Annotated[str | None, typer.Option(help="What the checkpoint holds, as in export.")] = None,
-    data: Annotated[Path | None, typer.Option(
-        help="What AP is measured on: a COCO folder, as in evaluate.  Not given: the drawn shapes.")] = None,
-    calibration: Annotated[Path | None, typer.Option(
-        help="Directory of pictures to calibrate INT8 on; needed with --data.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="What AP is measured on: a COCO folder, as in evaluate.  Not given: the drawn shapes."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Directory of pictures to calibrate INT8 on; needed with --data.")
+    ] = None,
     precisions: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(limits.PRECISIONS),
     attentions: Annotated[str, typer.Option(help="Separated by commas: op, gather, gridsample.")] = "op,gather",
-    image_size: Annotated[str, typer.Option(
-        help="Input size in pixels, HEIGHTxWIDTH; the shapes' is 256x256.")] = "256x256",
+    image_size: Annotated[
+        str, typer.Option(help="Input size in pixels, HEIGHTxWIDTH; the shapes' is 256x256.")
+    ] = "256x256",
     count: Annotated[int | None, typer.Option(min=1, help="Take the first images only, so many.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
     seconds: Annotated[float, typer.Option(min=0, help="Time for the timed calls of each.")] = 10.0,
@@ -105,8 +116,10 @@ def precision(
     if size is None:
         raise LiteDetrError("--image-size is 'dynamic'; a time needs a size: HEIGHTxWIDTH, as in 800x1333.")
     if data and "int8" in wanted[0] and calibration is None:
-        raise LiteDetrError("INT8 needs pictures like those of --data to calibrate on: give a directory of them with "
-                            "--calibration, or leave int8 out of --precisions.")
+        raise LiteDetrError(
+            "INT8 needs pictures like those of --data to calibrate on: give a directory of them with "
+            "--calibration, or leave int8 out of --precisions."
+        )
     _checks.checkpoint(checkpoint)
     pictures = calibration and limits.calibration_images(calibration, None)
     if output:
@@ -126,8 +139,10 @@ def precision(
         if pictures is None:
             pictures = [shapes.scene(i, shapes.TRAIN_SEED)[0] for i in range(CALIBRATION_SCENES)]
         base, rows = measuring.measure(model, dataset, models, *wanted, size, pictures, threads, seconds, stage)
-    title = f"{checkpoint} at {image_size}, AP on {dataset.name} ({base.images} images), {threads} " \
-            f"thread{'s' if threads > 1 else ''}"
+    title = (
+        f"{checkpoint} at {image_size}, AP on {dataset.name} ({base.images} images), {threads} "
+        f"thread{'s' if threads > 1 else ''}"
+    )
     table = _new_table(*measuring.COLUMNS)
     for row in measuring.table_rows(base, rows):
         table.add_row(*row)
@@ -189,27 +204,42 @@ def _print_count(model, count):
         table.add_row(name, _giga(part["fvcore"]), _giga(part["all"]), f"{part['parameters'] / 1e6:.2f}")
     table.add_section()
     table.add_row("encoder", _giga(count["encoder"]["fvcore"]), _giga(count["encoder"]["all"]))
-    table.add_row("total", _giga(count["total"]["fvcore"]), _giga(count["total"]["all"]),
-                  f"{count['parameters'] / 1e6:.2f}", style="bold")
+    table.add_row(
+        "total",
+        _giga(count["total"]["fvcore"]),
+        _giga(count["total"]["all"]),
+        f"{count['parameters'] / 1e6:.2f}",
+        style="bold",
+    )
     console = stdout_console()
     console.print(table)
-    console.print(f"{model}: {count['variant']}, one image of {'x'.join(map(str, count['image_size']))}.  {_CONVENTIONS}",
-                  markup=False)
+    console.print(
+        f"{model}: {count['variant']}, one image of {'x'.join(map(str, count['image_size']))}.  {_CONVENTIONS}",
+        markup=False,
+    )
 
 
 def _print_table(rows):
     console = stdout_console()
-    table = _new_table("model", "paper", "fvcore", "diff.", "all", "paper, encoder", "fvcore", "diff.", "all",
-                       "params, M")
-    items = _new_table("fvcore, by item", *(heading for heading, _ in _ITEMS), "for training", "rest of encoder",
-                       "other parts")
+    table = _new_table(
+        "model", "paper", "fvcore", "diff.", "all", "paper, encoder", "fvcore", "diff.", "all", "params, M"
+    )
+    items = _new_table(
+        "fvcore, by item", *(heading for heading, _ in _ITEMS), "for training", "rest of encoder", "other parts"
+    )
     for row in rows:
         paper, total, encoder = row["paper"], row["total"], row["encoder"]
         table.add_row(
-            row["variant"], str(paper["gflops"]), _giga(total["fvcore"]),
-            f"{total['fvcore'] / 1e9 - paper['gflops']:+.1f}", _giga(total["all"]), str(paper["encoder_gflops"]),
-            _giga(encoder["fvcore"]), f"{encoder['fvcore'] / 1e9 - paper['encoder_gflops']:+.1f}",
-            _giga(encoder["all"]), f"{row['parameters'] / 1e6:.1f}",
+            row["variant"],
+            str(paper["gflops"]),
+            _giga(total["fvcore"]),
+            f"{total['fvcore'] / 1e9 - paper['gflops']:+.1f}",
+            _giga(total["all"]),
+            str(paper["encoder_gflops"]),
+            _giga(encoder["fvcore"]),
+            f"{encoder['fvcore'] / 1e9 - paper['encoder_gflops']:+.1f}",
+            _giga(encoder["all"]),
+            f"{row['parameters'] / 1e6:.1f}",
         )
         training = sum(part["fvcore"] for name, part in row["parts"].items() if name.endswith("for training"))
         listed = [sum(row["encoder_items"].get(name, 0) for name in names) for _, names in _ITEMS]
@@ -224,7 +254,9 @@ def _print_table(rows):
         "'sampling' is what fvcore counts where the official code runs in PyTorch alone, as it always does for "
         "key-aware attention.  The encoders of DINO, H-DETR and their (6+1)x1 differ by what the value projections "
         "cost, and full-scale H-DETR outside its encoder by what is 'for training'; no one rule makes all of the "
-        "paper's figures.", markup=False)
+        "paper's figures.",
+        markup=False,
+    )
 
 
 # Headings for items of the encoder.

@@ -13,38 +13,63 @@ from ._recipe import Recipe
 
 @guarded
 def build(
-    model: Annotated[str, typer.Argument(
-        help="ONNX model that `litedetr export` made; or a checkpoint, or the name of one that comes with this "
-             "package, which is exported first.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="ONNX model that `litedetr export` made; or a checkpoint, or the name of one that comes with this "
+            "package, which is exported first."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The engine to write, .plan or .engine.")],
-    backend: Annotated[str, typer.Option(
-        help="tensorrt: on the GPU that it is for; tensorrt-rtx: for GeForce and RTX, needs no GPU.")] = "tensorrt",
-    batch: Annotated[str | None, typer.Option(
-        help="Smallest, best and largest batch; 1,1,4 if not given.  One number stands for all three.")] = None,
-    image_size: Annotated[str | None, typer.Option(
-        help="For a model of dynamic size: smallest, best and largest input, as in 480x480,800x1333,1333x1333 (height "
-             "x width).  One stands for all three.  For a checkpoint: what it is exported for.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="tensorrt: on the GPU that it is for; tensorrt-rtx: for GeForce and RTX, needs no GPU.")
+    ] = "tensorrt",
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Smallest, best and largest batch; 1,1,4 if not given.  One number stands for all three."),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model of dynamic size: smallest, best and largest input, as in 480x480,800x1333,1333x1333 (height "
+            "x width).  One stands for all three.  For a checkpoint: what it is exported for."
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="For a checkpoint: fp32, fp16, bf16 or int8.")] = "fp32",
     variant: Annotated[str | None, typer.Option(help="What a checkpoint holds, as in export.")] = None,
-    compute_capability: Annotated[list[str] | None, typer.Option(
-        help="Build for it, as in 8.6; can be repeated.  tensorrt-rtx only; 8.0, 8.6, 8.9 and 12.0 if not given.",
-    )] = None,
-    timing_cache: Annotated[Path | None, typer.Option(
-        help="File that keeps TensorRT's measurements: read if it is there, and written.")] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Build for it, as in 8.6; can be repeated.  tensorrt-rtx only; 8.0, 8.6, 8.9 and 12.0 if not given."
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps TensorRT's measurements: read if it is there, and written.")
+    ] = None,
     workspace: Annotated[float | None, typer.Option(help="GiB of GPU memory that a layer may work in.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(
-        min=0, max=5, help="0 builds fastest; TensorRT's own is 3.")] = None,
-    version_compatible: Annotated[bool, typer.Option(
-        "--version-compatible", help="The engine runs in newer TensorRT as well, and holds the plugins.")] = False,
-    hardware_compatibility: Annotated[str, typer.Option(
-        help="none, ampere+, or same-compute-capability: on which other GPUs the engine runs.")] = "none",
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0 builds fastest; TensorRT's own is 3.")
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option("--version-compatible", help="The engine runs in newer TensorRT as well, and holds the plugins."),
+    ] = False,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="none, ampere+, or same-compute-capability: on which other GPUs the engine runs.")
+    ] = "none",
     tf32: Annotated[bool, typer.Option("--tf32", help="Let FP32 products use TF32.")] = False,
-    allow_known_bad: Annotated[bool, typer.Option(
-        "--allow-known-bad", help="Build with a version that is known to build wrong engines.")] = False,
-    images: Annotated[list[Path] | None, typer.Option(
-        help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples.")] = None,
-    no_verify: Annotated[bool, typer.Option(
-        "--no-verify", help="Do not compare the engine with the ONNX model.")] = False,
+    allow_known_bad: Annotated[
+        bool, typer.Option("--allow-known-bad", help="Build with a version that is known to build wrong engines.")
+    ] = False,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples."
+        ),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the engine with the ONNX model.")
+    ] = False,
     recipe: Recipe = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
@@ -63,11 +88,24 @@ def build(
         import litedetr_deploy as ld
 
         report = ld.build_engine(
-            model, output, backend=backend, batch=batches, image_size=sizes, precision=precision, variant=variant,
-            compute_capabilities=compute_capability or (), timing_cache=timing_cache, workspace=workspace,
-            optimization_level=optimization_level, version_compatible=version_compatible,
-            hardware_compatibility=hardware_compatibility, tf32=tf32, allow_known_bad=allow_known_bad,
-            verify=not no_verify, images=files, progress=stage,
+            model,
+            output,
+            backend=backend,
+            batch=batches,
+            image_size=sizes,
+            precision=precision,
+            variant=variant,
+            compute_capabilities=compute_capability or (),
+            timing_cache=timing_cache,
+            workspace=workspace,
+            optimization_level=optimization_level,
+            version_compatible=version_compatible,
+            hardware_compatibility=hardware_compatibility,
+            tf32=tf32,
+            allow_known_bad=allow_known_bad,
+            verify=not no_verify,
+            images=files,
+            progress=stage,
         ).to_dict()
 
     if as_json:
@@ -99,8 +137,9 @@ def _batch(text):
     try:
         numbers = [int(number) for number in str(text).split(",")]
     except ValueError:
-        raise LiteDetrError(f"the batch is {text!r}; it must be the smallest, the best and the largest, as in 1,1,4, "
-                            "or one number.") from None
+        raise LiteDetrError(
+            f"the batch is {text!r}; it must be the smallest, the best and the largest, as in 1,1,4, or one number."
+        ) from None
     return numbers * 3 if len(numbers) == 1 else numbers
 
 
@@ -117,8 +156,10 @@ def _print(report):
         if precision != "fp32" and not types[precision]:
             print(f"CHECK FAILED: the graph's precision is {precision}, and no layer of the engine has it")
     target = report["gpu"] or f"compute capability {', '.join(report['compute_capabilities'])}"
-    print(f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, {report['backend']} {report['version']} for "
-          f"{target}, {report['metadata']['precision']}, made in {report['seconds']:.0f} s; {_verdict(report)}")
+    print(
+        f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, {report['backend']} {report['version']} for "
+        f"{target}, {report['metadata']['precision']}, made in {report['seconds']:.0f} s; {_verdict(report)}"
+    )
 
 
 def _shape(shape):

@@ -15,31 +15,52 @@ from ._console import Stages, guarded, print_json, stdout_console
 
 @guarded
 def evaluate(
-    artifact: Annotated[str, typer.Argument(
-        help="ONNX model; engine (.plan); or checkpoint, or the name of one that comes with this package, to run in "
-             "PyTorch.")],
-    data: Annotated[Path | None, typer.Option(
-        help="Folder with annotations/instances_val2017.json and val2017 (or instances_val.json and val); or the "
-             "annotation file itself.")] = None,
+    artifact: Annotated[
+        str,
+        typer.Argument(
+            help="ONNX model; engine (.plan); or checkpoint, or the name of one that comes with this package, to run in "
+            "PyTorch."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with annotations/instances_val2017.json and val2017 (or instances_val.json and val); or the "
+            "annotation file itself."
+        ),
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images of an annotation file.")] = None,
-    shapes: Annotated[bool, typer.Option(
-        "--shapes", help="Evaluate on the drawn shapes, which need no files.")] = False,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="Evaluate on the drawn shapes, which need no files.")
+    ] = False,
     count: Annotated[int | None, typer.Option(min=1, help="Take the first images only, so many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a run at most.")] = 1,
-    image_size: Annotated[str | None, typer.Option(
-        help="Input size in pixels, HEIGHTxWIDTH, for a model of dynamic size or a checkpoint; by default the "
-             "data's or the other artifact's, if it is fixed.")] = None,
-    resize: Annotated[str | None, typer.Option(
-        help="How an image becomes the model's input: shortest_edge, stretch or letterbox; by default what the model "
-             "was exported for.")] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Input size in pixels, HEIGHTxWIDTH, for a model of dynamic size or a checkpoint; by default the "
+            "data's or the other artifact's, if it is fixed."
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="How an image becomes the model's input: shortest_edge, stretch or letterbox; by default what the model "
+            "was exported for."
+        ),
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="What a checkpoint holds, as in export.")] = None,
-    provider: Annotated[list[str] | None, typer.Option(
-        help="Execution provider of ONNX Runtime for ONNX models; can be repeated, first choice first.")] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="Execution provider of ONNX Runtime for ONNX models; can be repeated, first choice first."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
-    against: Annotated[str | None, typer.Option(
-        help="A second artifact: evaluate both and compare their detections.")] = None,
-    tolerance: Annotated[float | None, typer.Option(
-        min=0, help="With --against: fail when the two APs (0..1) differ by more.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second artifact: evaluate both and compare their detections.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="With --against: fail when the two APs (0..1) differ by more.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the report, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
@@ -48,8 +69,9 @@ def evaluate(
     An interrupted evaluation goes on where it was when the same command is given again.
     """
     if shapes == (data is not None):
-        raise LiteDetrError("Say what to evaluate on: either --shapes, or --data with a COCO folder or annotation "
-                            "file.")
+        raise LiteDetrError(
+            "Say what to evaluate on: either --shapes, or --data with a COCO folder or annotation file."
+        )
     if images is not None and data is None:
         raise LiteDetrError("--images is the folder of the images of --data; the drawn shapes need none.")
     if tolerance is not None and against is None:
@@ -65,8 +87,15 @@ def evaluate(
     with ImageStages() as stage:
         stage("draw the shapes" if shapes else "read the annotations")
         dataset = drawn_shapes(count) if shapes else read_coco(data, images, count)
-        options = {"variant": variant, "image_size": size, "resize": resize, "batch_size": batch_size,
-                   "providers": provider or None, "threads": threads, "progress": stage}
+        options = {
+            "variant": variant,
+            "image_size": size,
+            "resize": resize,
+            "batch_size": batch_size,
+            "providers": provider or None,
+            "threads": threads,
+            "progress": stage,
+        }
         if against is None:
             report = evaluate_one(artifact, dataset, **options).to_dict()
         else:
@@ -87,8 +116,10 @@ def evaluate(
             verdict = f"; CHECK FAILED: the APs differ by more than {tolerance:g}"
         else:
             verdict = "" if tolerance is None else f"; the APs agree within {tolerance:g}"
-        print(f"{dataset.name}: {report['images']} images with {report['objects']} objects, done in "
-              f"{time.monotonic() - began:.0f} s{f', report in {output}' if output else ''}{verdict}")
+        print(
+            f"{dataset.name}: {report['images']} images with {report['objects']} objects, done in "
+            f"{time.monotonic() - began:.0f} s{f', report in {output}' if output else ''}{verdict}"
+        )
     if not passed:
         raise typer.Exit(1)
 
@@ -106,8 +137,10 @@ class ImageStages(Stages):
                     return Text("")
                 rate = f", {task.speed:.1f} images/s" if task.speed else ""
                 left = task.time_remaining
-                return Text(f"{task.completed:.0f}/{task.total:.0f}{rate}"
-                            + ("" if left is None else f", {left // 60:.0f}:{left % 60:02.0f} left"))
+                return Text(
+                    f"{task.completed:.0f}/{task.total:.0f}{rate}"
+                    + ("" if left is None else f", {left // 60:.0f}:{left % 60:02.0f} left")
+                )
 
         super().__init__()
         self._progress.columns += (BarColumn(), Images())
@@ -141,13 +174,17 @@ def _print_report(report):
     if "comparison" in report:
         found = report["comparison"]["detections"]
         boxes, scores = found["box_difference_px"], found["score_difference"]
-        print(f"AP differs by {report['comparison']['ap_difference']:+.4f}. Of the detections that score "
-              f"{found['score_floor']:g} or more, {found['matched']} match (same label, IoU {found['iou_floor']:g} or "
-              f"more); unmatched: {found['unmatched'][0]} of {columns[0]['artifact']}, {found['unmatched'][1]} of "
-              f"{columns[1]['artifact']}.")
+        print(
+            f"AP differs by {report['comparison']['ap_difference']:+.4f}. Of the detections that score "
+            f"{found['score_floor']:g} or more, {found['matched']} match (same label, IoU {found['iou_floor']:g} or "
+            f"more); unmatched: {found['unmatched'][0]} of {columns[0]['artifact']}, {found['unmatched'][1]} of "
+            f"{columns[1]['artifact']}."
+        )
         if found["matched"]:
-            print(f"Matches differ in boxes by {boxes['mean']:.2g} pixels in the mean and {boxes['largest']:.2g} at "
-                  f"most, in scores by {scores['mean']:.2g} and {scores['largest']:.2g}.")
+            print(
+                f"Matches differ in boxes by {boxes['mean']:.2g} pixels in the mean and {boxes['largest']:.2g} at "
+                f"most, in scores by {scores['mean']:.2g} and {scores['largest']:.2g}."
+            )
 
 
 def _number(value, form):

@@ -14,45 +14,74 @@ from ._recipe import Recipe
 
 @guarded
 def export(
-    checkpoint: Annotated[str, typer.Argument(
-        help="Trained weights: .pth or .safetensors; or the name of those that come with this package, "
-             "lite-dino-shapes.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Trained weights: .pth or .safetensors; or the name of those that come with this package, "
+            "lite-dino-shapes."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX model to write.")],
-    variant: Annotated[str | None, typer.Option(
-        help="What the checkpoint holds, as in lite-dino-r50-h3l1-2+1x3; found out where it can be.")] = None,
-    attention: Annotated[str, typer.Option(
-        help="op: the fused op of this package's library; gather, gridsample: standard ONNX ops.")] = "op",
-    image_size: Annotated[str, typer.Option(
-        help="Input size in pixels, HEIGHTxWIDTH, or 'dynamic'.")] = "800x1333",
-    outputs: Annotated[str, typer.Option(
-        help="detections: labels, boxes, scores; raw: logits and boxes of all queries.")] = "detections",
-    pixel_mask: Annotated[bool, typer.Option(
-        "--pixel-mask", help="Take a mask of the padding, for letterboxed images.")] = False,
-    precision: Annotated[str, typer.Option(
-        help="fp32; fp16 or bf16, with what needs more kept in FP32; int8 of what bears it, and fp16 elsewhere."
-        )] = "fp32",
-    keep_fp32: Annotated[list[str] | None, typer.Option(
-        help="Module or node to keep in FP32 as well, with shell patterns: detector.backbone.layer4; can be "
-             "repeated.")] = None,
-    calibration: Annotated[Path | None, typer.Option(
-        help="Directory of pictures like those that the model will see, for int8.  Not given: what an earlier export "
-             "found out of them.")] = None,
-    calibration_images: Annotated[int | None, typer.Option(
-        help="How many of them to use; by default all, or 128 of more.")] = None,
-    calibration_method: Annotated[str, typer.Option(
-        help="percentile, minmax or entropy.")] = limits.CALIBRATION_METHODS[0],
-    sensitivity: Annotated[bool, typer.Option(
-        "--sensitivity", help="Rank the layers by what quantizing each alone does.")] = False,
-    ap_budget: Annotated[float | None, typer.Option(
-        help="Leave as many of the worst layers out of int8 as it takes to lose no more AP (0..1) than this to FP32; "
-             "measured on --data or --shapes.")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="What the checkpoint holds, as in lite-dino-r50-h3l1-2+1x3; found out where it can be."),
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="op: the fused op of this package's library; gather, gridsample: standard ONNX ops.")
+    ] = "op",
+    image_size: Annotated[str, typer.Option(help="Input size in pixels, HEIGHTxWIDTH, or 'dynamic'.")] = "800x1333",
+    outputs: Annotated[
+        str, typer.Option(help="detections: labels, boxes, scores; raw: logits and boxes of all queries.")
+    ] = "detections",
+    pixel_mask: Annotated[
+        bool, typer.Option("--pixel-mask", help="Take a mask of the padding, for letterboxed images.")
+    ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32; fp16 or bf16, with what needs more kept in FP32; int8 of what bears it, and fp16 elsewhere."
+        ),
+    ] = "fp32",
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Module or node to keep in FP32 as well, with shell patterns: detector.backbone.layer4; can be "
+            "repeated."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of pictures like those that the model will see, for int8.  Not given: what an earlier export "
+            "found out of them."
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(help="How many of them to use; by default all, or 128 of more.")
+    ] = None,
+    calibration_method: Annotated[
+        str, typer.Option(help="percentile, minmax or entropy.")
+    ] = limits.CALIBRATION_METHODS[0],
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Rank the layers by what quantizing each alone does.")
+    ] = False,
+    ap_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave as many of the worst layers out of int8 as it takes to lose no more AP (0..1) than this to FP32; "
+            "measured on --data or --shapes."
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="COCO folder for --ap-budget, as in evaluate.")] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="Take the drawn shapes for --ap-budget.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset; int8 needs 19 and bf16 22, and use it.")] = 17,
-    images: Annotated[list[Path] | None, typer.Option(
-        help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples.")] = None,
-    no_verify: Annotated[bool, typer.Option(
-        "--no-verify", help="Do not compare the model with PyTorch.")] = False,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples."
+        ),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the model with PyTorch.")] = False,
     recipe: Recipe = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
@@ -83,10 +112,24 @@ def export(
             stage("draw the shapes" if shapes else "read the annotations")
             dataset = drawn_shapes() if shapes else read_coco(data)
         report = ld.export_onnx(
-            model, output, attention=attention, precision=precision, image_size=size, outputs=outputs,
-            pixel_mask=pixel_mask, opset=opset, calibration=pictures, verify=not no_verify, images=files,
-            keep_fp32=keep_fp32 or (), calibration_images=calibration_images, calibration_method=calibration_method,
-            sensitivity=sensitivity, ap_budget=ap_budget, ap_data=dataset, progress=stage,
+            model,
+            output,
+            attention=attention,
+            precision=precision,
+            image_size=size,
+            outputs=outputs,
+            pixel_mask=pixel_mask,
+            opset=opset,
+            calibration=pictures,
+            verify=not no_verify,
+            images=files,
+            keep_fp32=keep_fp32 or (),
+            calibration_images=calibration_images,
+            calibration_method=calibration_method,
+            sensitivity=sensitivity,
+            ap_budget=ap_budget,
+            ap_data=dataset,
+            progress=stage,
         ).to_dict()
 
     if as_json:
@@ -97,13 +140,17 @@ def export(
         if report["sensitivity"]:
             _print_sensitivity(report["sensitivity"])
         nodes = report["attention_nodes"]
-        print(f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, "
-              f"{f'{nodes} attention nodes' if nodes else 'standard ONNX ops only'}, made in {report['seconds']:.0f} s; "
-              f"{_verdict(report)}")
+        print(
+            f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, "
+            f"{f'{nodes} attention nodes' if nodes else 'standard ONNX ops only'}, made in {report['seconds']:.0f} s; "
+            f"{_verdict(report)}"
+        )
         if precision != "fp32":
             counts = report["nodes"]
-            print(f"{precision}: {counts['int8']} nodes in INT8, {counts['half']} in half, {counts['float']} in FP32; "
-                  f"{counts['casts']} casts")
+            print(
+                f"{precision}: {counts['int8']} nodes in INT8, {counts['half']} in half, {counts['float']} in FP32; "
+                f"{counts['casts']} casts"
+            )
         if left_out := report["metadata"]["int8_left_out"]:
             print(f"left out of INT8 for the AP budget: {', '.join(left_out)}")
     if not report["passed"]:

@@ -18,43 +18,77 @@ _BACKENDS = "; ".join(f"{name}: {backend.about}" for name, backend in plans.BACK
 
 @guarded
 def latency(
-    models: Annotated[list[str] | None, typer.Argument(
-        help="What to measure: variants, as in lite-dino-r50-h3l1-2+1x3 (with random weights, times do not depend on "
-             "them); checkpoints; or artifacts: .onnx, .plan, .engine.  Not given: lite-dino-r50-h3l1-2+1x3.",
-        show_default=False)] = None,
-    backends: Annotated[str, typer.Option(
-        help=f"What runs variants and checkpoints, separated by commas.  {_BACKENDS}.")] = ",".join(
-            plans.DEFAULT_BACKENDS),
-    device: Annotated[str, typer.Option(
-        help="cpu, or cuda for an NVIDIA GPU or a Jetson.  Engines always run on cuda.")] = "cpu",
-    precisions: Annotated[str, typer.Option(
-        help=f"Of variants and checkpoints: {', '.join(plans.PRECISIONS)}, separated by commas.")] = "fp32",
-    image_sizes: Annotated[str, typer.Option(
-        help="HEIGHTxWIDTH in pixels, separated by commas.  Artifacts of a fixed size keep theirs.")] = "800x1333",
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="What to measure: variants, as in lite-dino-r50-h3l1-2+1x3 (with random weights, times do not depend on "
+            "them); checkpoints; or artifacts: .onnx, .plan, .engine.  Not given: lite-dino-r50-h3l1-2+1x3.",
+            show_default=False,
+        ),
+    ] = None,
+    backends: Annotated[
+        str, typer.Option(help=f"What runs variants and checkpoints, separated by commas.  {_BACKENDS}.")
+    ] = ",".join(plans.DEFAULT_BACKENDS),
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda for an NVIDIA GPU or a Jetson.  Engines always run on cuda.")
+    ] = "cpu",
+    precisions: Annotated[
+        str, typer.Option(help=f"Of variants and checkpoints: {', '.join(plans.PRECISIONS)}, separated by commas.")
+    ] = "fp32",
+    image_sizes: Annotated[
+        str, typer.Option(help="HEIGHTxWIDTH in pixels, separated by commas.  Artifacts of a fixed size keep theirs.")
+    ] = "800x1333",
     batch_sizes: Annotated[str, typer.Option(help="Images a call, separated by commas.")] = "1",
-    threads: Annotated[str, typer.Option(
-        help="Threads of the CPU, separated by commas.  Not given: one a core.", show_default=False)] = "",
-    seconds: Annotated[float, typer.Option(
-        min=0, help="Time for the calls of each contender; a slow one takes what three calls need.")] = 20.0,
-    at_once: Annotated[int, typer.Option(
-        min=1, help="How many contenders are loaded together and called in turns.  Fewer need less memory, more are "
-                    "compared more fairly on a machine that is not quiet.")] = 4,
-    checkpoint: Annotated[str | None, typer.Option(
-        help="The weights that the artifacts were made from, to check them against PyTorch: a checkpoint, or a "
-             "variant's name for its random weights.")] = None,
+    threads: Annotated[
+        str, typer.Option(help="Threads of the CPU, separated by commas.  Not given: one a core.", show_default=False)
+    ] = "",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for the calls of each contender; a slow one takes what three calls need.")
+    ] = 20.0,
+    at_once: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="How many contenders are loaded together and called in turns.  Fewer need less memory, more are "
+            "compared more fairly on a machine that is not quiet.",
+        ),
+    ] = 4,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="The weights that the artifacts were made from, to check them against PyTorch: a checkpoint, or a "
+            "variant's name for its random weights."
+        ),
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="Of a checkpoint that cannot tell, as in export.")] = None,
-    unchecked: Annotated[bool, typer.Option(
-        "--unchecked", help="Time artifacts also where their weights are not at hand to check them.")] = False,
-    cache: Annotated[Path, typer.Option(
-        help="Folder of exported models and of PyTorch's outputs.  Made with --prepare on another machine and copied "
-             "here, it makes PyTorch unnecessary here.")] = plans.default_cache(),
-    output: Annotated[Path | None, typer.Option(
-        "--output", "-o", help="Write OUTPUT.json, OUTPUT.md and OUTPUT.png.  An interrupted run goes on when the same "
-                               "command is given again.")] = None,
-    prepare: Annotated[bool, typer.Option(
-        "--prepare", help="Export, and compute PyTorch's outputs, into the cache; measure nothing.")] = False,
-    dry_run: Annotated[bool, typer.Option(
-        "--dry-run", help="List what would be measured and what this machine lacks for the rest; do nothing.")] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Time artifacts also where their weights are not at hand to check them.")
+    ] = False,
+    cache: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of exported models and of PyTorch's outputs.  Made with --prepare on another machine and copied "
+            "here, it makes PyTorch unnecessary here."
+        ),
+    ] = plans.default_cache(),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write OUTPUT.json, OUTPUT.md and OUTPUT.png.  An interrupted run goes on when the same "
+            "command is given again.",
+        ),
+    ] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Export, and compute PyTorch's outputs, into the cache; measure nothing.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="List what would be measured and what this machine lacks for the rest; do nothing."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
     """Time detectors on this machine, whole and by part, and check every one before.
@@ -78,8 +112,12 @@ def latency(
     Run it on a quiet machine. Ctrl-C keeps what is finished.
     """
     plan = plans.make_plan(
-        models or ["lite-dino-r50-h3l1-2+1x3"], _names(backends), _names(precisions),
-        _numbers(batch_sizes, "--batch-sizes"), _sizes(image_sizes), device,
+        models or ["lite-dino-r50-h3l1-2+1x3"],
+        _names(backends),
+        _names(precisions),
+        _numbers(batch_sizes, "--batch-sizes"),
+        _sizes(image_sizes),
+        device,
         _numbers(threads, "--threads") if threads else [plans.usable_cores()],
     )
     store = plans.Cache(cache, checkpoint)
@@ -121,8 +159,10 @@ def latency(
     if any(result.status in (measuring.WRONG, measuring.FAILED) for result in results):
         raise typer.Exit(1)
     if all(result.status == measuring.MISSING for result in results):
-        raise LiteDetrError("Nothing could be measured: all contenders are missing on this machine, the lines above "
-                            "say why. `--dry-run` lists it without running anything.")
+        raise LiteDetrError(
+            "Nothing could be measured: all contenders are missing on this machine, the lines above "
+            "say why. `--dry-run` lists it without running anything."
+        )
 
 
 def _names(text):
@@ -188,8 +228,12 @@ def _print_results(results, report):
 
     console = stdout_console()
     for group in report.groups(results):
-        table = Table(title=f"{report.group_title(group)}; milliseconds", title_justify="left", box=box.SIMPLE_HEAD,
-                      pad_edge=False)
+        table = Table(
+            title=f"{report.group_title(group)}; milliseconds",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for column in report.COLUMNS:
             table.add_column(column, justify="left" if column == report.COLUMNS[0] else "right", no_wrap=True)
         troubles = []

@@ -17,15 +17,25 @@ BAD_INPUT = LiteDetrError.exit_status
 
 @guarded
 def predict(
-    model: Annotated[Path, typer.Argument(
-        help="ONNX model that `litedetr export` made, or engine (.plan) that `litedetr build` made.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="ONNX model that `litedetr export` made, or engine (.plan) that `litedetr build` made."),
+    ],
     images: Annotated[list[Path], typer.Argument(help="Pictures, or directories of pictures.")],
-    output: Annotated[Path | None, typer.Option(
-        "--output", "-o", help="Where to save the pictures with boxes: a directory, or for one image a file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where to save the pictures with boxes: a directory, or for one image a file."
+        ),
+    ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that counts.")] = 0.3,
-    resize: Annotated[str | None, typer.Option(
-        help="How an image becomes the model's input: shortest_edge, stretch or letterbox; by default what the model "
-             "was exported for.")] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="How an image becomes the model's input: shortest_edge, stretch or letterbox; by default what the model "
+            "was exported for."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the detections as JSON.")] = False,
 ):
@@ -82,8 +92,9 @@ def _targets(files, output):
 
     if output.suffix.lower() in SUFFIXES and not output.is_dir():
         if len(files) > 1:
-            raise LiteDetrError(f"The output {output} is one picture, and there are {len(files)} images. Give a "
-                                "directory.")
+            raise LiteDetrError(
+                f"The output {output} is one picture, and there are {len(files)} images. Give a directory."
+            )
         _checks.writable_directory(output.parent)
         targets = [output]
     else:

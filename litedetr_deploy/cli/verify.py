@@ -14,8 +14,12 @@ def verify(
     model: Annotated[Path, typer.Argument(help="ONNX model that `litedetr export` made.")],
     checkpoint: Annotated[str, typer.Argument(help="The weights that it was made from.")],
     variant: Annotated[str | None, typer.Option(help="As in export; by default the model's own.")] = None,
-    images: Annotated[list[Path] | None, typer.Option(
-        help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
     """Compare an ONNX model with PyTorch, on this machine."""
@@ -31,6 +35,7 @@ def verify(
         variant = variant or OnnxSession(model).metadata.get("variant")
         stage("load PyTorch and the checkpoint")
         import litedetr_deploy as ld
+
         from ..export.verify import verify_onnx
 
         report = verify_onnx(model, ld.load_model(checkpoint, variant), images=files, progress=stage).to_dict()

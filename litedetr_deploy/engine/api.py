@@ -54,21 +54,30 @@ class Options:
     def check(self, backend: str) -> None:
         """Raise LiteDetrError for what `backend` cannot be asked for."""
         if self.hardware_compatibility not in HARDWARE_COMPATIBILITY:
-            raise LiteDetrError(f"hardware_compatibility is {self.hardware_compatibility!r}; it must be "
-                                f"{' or '.join(map(repr, HARDWARE_COMPATIBILITY))}.")
+            raise LiteDetrError(
+                f"hardware_compatibility is {self.hardware_compatibility!r}; it must be "
+                f"{' or '.join(map(repr, HARDWARE_COMPATIBILITY))}."
+            )
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise LiteDetrError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
         if self.workspace is not None and self.workspace <= 0:
             raise LiteDetrError(f"workspace is {self.workspace}; it must be more than 0 GiB.")
         if backend == "tensorrt" and self.compute_capabilities:
-            raise LiteDetrError(f"compute_capabilities is {', '.join(self.compute_capabilities)}, and TensorRT builds "
-                                "for the GPU that it builds on. Leave it out, or choose backend 'tensorrt-rtx'.")
+            raise LiteDetrError(
+                f"compute_capabilities is {', '.join(self.compute_capabilities)}, and TensorRT builds "
+                "for the GPU that it builds on. Leave it out, or choose backend 'tensorrt-rtx'."
+            )
         if backend == "tensorrt-rtx":
-            for name, given in (("timing_cache", self.timing_cache), ("version_compatible", self.version_compatible),
-                                ("hardware_compatibility", self.hardware_compatibility != "none")):
+            for name, given in (
+                ("timing_cache", self.timing_cache),
+                ("version_compatible", self.version_compatible),
+                ("hardware_compatibility", self.hardware_compatibility != "none"),
+            ):
                 if given:
-                    raise LiteDetrError(f"{name} is given, and backend 'tensorrt-rtx' has no such thing. Leave it out, "
-                                        "or choose backend 'tensorrt'.")
+                    raise LiteDetrError(
+                        f"{name} is given, and backend 'tensorrt-rtx' has no such thing. Leave it out, "
+                        "or choose backend 'tensorrt'."
+                    )
 
 
 class Builder:
@@ -86,8 +95,10 @@ class Builder:
             try:
                 self.gpu = cuda.find_gpu()
             except LiteDetrError as error:
-                raise LiteDetrError(f"TensorRT builds an engine on the GPU that it is for: {error} To build ahead of "
-                                    "time, without a GPU, choose backend 'tensorrt-rtx'.") from error
+                raise LiteDetrError(
+                    f"TensorRT builds an engine on the GPU that it is for: {error} To build ahead of "
+                    "time, without a GPU, choose backend 'tensorrt-rtx'."
+                ) from error
         self.logger = message_logger(trt)
         self._builder: tensorrt.Builder = trt.Builder(self.logger)
         self.plugins: Path | None = None
@@ -97,13 +108,17 @@ class Builder:
         options.check(self.backend)
         level = HARDWARE_COMPATIBILITY[options.hardware_compatibility]
         if level not in self.trt.HardwareCompatibilityLevel.__members__:
-            raise LiteDetrError(f"hardware_compatibility is {options.hardware_compatibility!r}, and TensorRT "
-                                f"{self.version} does not have it. Choose 'ampere+', or install 10.9 or newer.")
+            raise LiteDetrError(
+                f"hardware_compatibility is {options.hardware_compatibility!r}, and TensorRT "
+                f"{self.version} does not have it. Choose 'ampere+', or install 10.9 or newer."
+            )
         if options.compute_capabilities:
             known = _compute_capabilities(self.trt)
             if unknown := [one for one in options.compute_capabilities if one not in known]:
-                raise LiteDetrError(f"the compute capability {unknown[0]} is not one that {self.backend} "
-                                    f"{self.version} builds for; these are {', '.join(known)}.")
+                raise LiteDetrError(
+                    f"the compute capability {unknown[0]} is not one that {self.backend} "
+                    f"{self.version} builds for; these are {', '.join(known)}."
+                )
 
     def load_plugins(self) -> None:
         """Make this package's attention ops known to the parser; raise LiteDetrError where that fails."""
@@ -117,9 +132,11 @@ class Builder:
         if not _interruptible(lambda: parser.parse_from_file(str(onnx))):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             said = "; ".join(f"node {error.node_name() or error.node()}: {error.desc()}" for error in errors[:3])
-            raise LiteDetrError(f"{self.backend} {self.version} cannot read {onnx}: {said or self._said()}. Export it "
-                                "again with `litedetr export --attention op` for TensorRT, `--attention gather` for "
-                                "TensorRT-RTX.")
+            raise LiteDetrError(
+                f"{self.backend} {self.version} cannot read {onnx}: {said or self._said()}. Export it "
+                "again with `litedetr export --attention op` for TensorRT, `--attention gather` for "
+                "TensorRT-RTX."
+            )
         return self._network
 
     def count_types(self) -> dict[str, int]:
@@ -147,8 +164,10 @@ class Builder:
         config.progress_monitor = monitor
         plan = _interruptible(lambda: self._builder.build_serialized_network(self._network, config), monitor.cancel)
         if plan is None:
-            raise LiteDetrError(f"{self.backend} {self.version} cannot build the engine: {self._said()}. If memory is "
-                                "short, build for a smaller batch or image size, or with a smaller --workspace.")
+            raise LiteDetrError(
+                f"{self.backend} {self.version} cannot build the engine: {self._said()}. If memory is "
+                "short, build for a smaller batch or image size, or with a smaller --workspace."
+            )
         if options.timing_cache:
             with replaced_when_done(options.timing_cache) as temporary:
                 temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
@@ -188,8 +207,10 @@ class Builder:
     def _read_timing_cache(self, config: tensorrt.IBuilderConfig, path: Path) -> None:
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-            raise LiteDetrError(f"TensorRT {self.version} cannot use the timing cache {path}: it is damaged, or of "
-                                "another version or GPU. Name another file, or remove this one.")
+            raise LiteDetrError(
+                f"TensorRT {self.version} cannot use the timing cache {path}: it is damaged, or of "
+                "another version or GPU. Name another file, or remove this one."
+            )
 
     def _said(self):
         return self.logger.errors[-1].strip()[:500] if self.logger.errors else "it does not say why"

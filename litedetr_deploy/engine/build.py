@@ -122,8 +122,9 @@ def build_engine(
     try:
         staging = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise LiteDetrError(f"{path} cannot be written: {error.strerror}. Choose a folder that exists and is yours to "
-                            "write.") from error
+        raise LiteDetrError(
+            f"{path} cannot be written: {error.strerror}. Choose a folder that exists and is yours to write."
+        ) from error
     with staging as folder:
         if graph is None:
             onnx = Path(folder, "model.onnx")
@@ -131,8 +132,14 @@ def build_engine(
             graph = _Graph(onnx)
         gpus = (builder.gpu.compute_capability,) if backend == "tensorrt" else options.compute_capabilities
         warnings = known_bad.gate(
-            known_bad.Target(backend, api.version_numbers(builder.version), graph.precision, graph.operators, gpus,
-                             known_bad.find_jetpack()),
+            known_bad.Target(
+                backend,
+                api.version_numbers(builder.version),
+                graph.precision,
+                graph.operators,
+                gpus,
+                known_bad.find_jetpack(),
+            ),
             allow_known_bad,
         )
         progress("read the ONNX model")
@@ -144,8 +151,10 @@ def build_engine(
         shapes = profile.shapes(inputs, batch, image_size)
         types = builder.count_types()
         if graph.precision != "fp32" and not types[graph.precision]:
-            raise CheckFailed(f"{graph.path} says that its precision is {graph.precision}, and {backend} "
-                              f"{builder.version} reads no layer of that type in it. Export the model again.")
+            raise CheckFailed(
+                f"{graph.path} says that its precision is {graph.precision}, and {backend} "
+                f"{builder.version} reads no layer of that type in it. Export the model again."
+            )
         report = EngineReport(
             str(path), backend, builder.version, {"name": graph.path.name, "sha256": sha256(graph.path)},
             graph.metadata, shapes, _plain(options), warnings, compute_capabilities=list(gpus), network_types=types,
@@ -153,8 +162,11 @@ def build_engine(
         if backend == "tensorrt":
             report.gpu = builder.gpu.name
         if uses_plugin:
-            report.plugin = {"name": builder.plugins.name, "sha256": sha256(builder.plugins),
-                             "op_version": graph.metadata["op_version"]}
+            report.plugin = {
+                "name": builder.plugins.name,
+                "sha256": sha256(builder.plugins),
+                "op_version": graph.metadata["op_version"],
+            }
             report.plugin_inside = version_compatible
         stage = "build the engine"
         progress(stage, 0, 1)
@@ -193,8 +205,10 @@ class _Graph:
         self.path = path
         entries = {entry.key: entry.value for entry in proto.metadata_props}
         if METADATA_KEY not in entries:
-            raise LiteDetrError(f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}). "
-                                "Export the model with it, or build with trtexec.")
+            raise LiteDetrError(
+                f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}). "
+                "Export the model with it, or build with trtexec."
+            )
         self.metadata = json.loads(entries[METADATA_KEY])
         self.precision = self.metadata["precision"]
         self.operators = frozenset(node.op_type for node in proto.graph.node)
@@ -204,13 +218,17 @@ class _Graph:
         """Raise LiteDetrError for a graph that `backend` cannot take."""
         check_op_version(self.path, self.metadata)
         if backend == "tensorrt-rtx" and self.metadata["attention"] == "op":
-            raise LiteDetrError(f"{self.path} holds the fused attention ops, and TensorRT-RTX has no plugins to run "
-                                "them. Export the model with `litedetr export --attention gather`, or give its "
-                                "checkpoint to `litedetr build`, which exports the right graph itself.")
+            raise LiteDetrError(
+                f"{self.path} holds the fused attention ops, and TensorRT-RTX has no plugins to run "
+                "them. Export the model with `litedetr export --attention gather`, or give its "
+                "checkpoint to `litedetr build`, which exports the right graph itself."
+            )
         if "GridSample" in self.operators and self.opset >= FIRST_MISREAD_OPSET:
-            raise LiteDetrError(f"{self.path} holds GridSample nodes of opset {self.opset}: from opset "
-                                f"{FIRST_MISREAD_OPSET} on, TensorRT's parser reads their 'linear' as nearest without "
-                                "a word (NVIDIA/TensorRT issue 4646). Export the model with --attention op or gather.")
+            raise LiteDetrError(
+                f"{self.path} holds GridSample nodes of opset {self.opset}: from opset "
+                f"{FIRST_MISREAD_OPSET} on, TensorRT's parser reads their 'linear' as nearest without "
+                "a word (NVIDIA/TensorRT issue 4646). Export the model with --attention op or gather."
+            )
 
 
 def _onnx_path(model) -> Path | None:
@@ -226,8 +244,10 @@ def _export(model, onnx, backend, image_size, precision, variant, verify, images
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise LiteDetrError(f"{model} is not an .onnx file, so it would be exported first, and PyTorch cannot be "
-                            f"imported ({error}). Install it with `pip install litedetr-deploy[export]`.") from error
+        raise LiteDetrError(
+            f"{model} is not an .onnx file, so it would be exported first, and PyTorch cannot be "
+            f"imported ({error}). Install it with `pip install litedetr-deploy[export]`."
+        ) from error
     from ..export.export import export_onnx
     from ..model.checkpoint import load_model
 
@@ -240,9 +260,11 @@ def _export(model, onnx, backend, image_size, precision, variant, verify, images
     )  # fmt: skip
     if not report.passed:
         failed = next(row for row in report.verification if not row["passed"])
-        raise CheckFailed(f"the exported graph does not agree with PyTorch ({failed['case']}, {failed['quantity']}: "
-                          f"{failed['difference']:.1e}, allowed {failed['tolerance']:.1e}), so no engine was built. "
-                          "Look at `litedetr export` of the same weights.")
+        raise CheckFailed(
+            f"the exported graph does not agree with PyTorch ({failed['case']}, {failed['quantity']}: "
+            f"{failed['difference']:.1e}, allowed {failed['tolerance']:.1e}), so no engine was built. "
+            "Look at `litedetr export` of the same weights."
+        )
 
 
 def _examine(report, trt, plan, onnx, verify, images, progress):
@@ -250,8 +272,10 @@ def _examine(report, trt, plan, onnx, verify, images, progress):
     try:
         gpu = cuda.find_gpu()
         if report.backend == "tensorrt-rtx" and gpu.compute_capability not in report.compute_capabilities:
-            raise LiteDetrError(f"the engine is for compute capability {', '.join(report.compute_capabilities)}, and "
-                                f"{gpu.name} has {gpu.compute_capability}")
+            raise LiteDetrError(
+                f"the engine is for compute capability {', '.join(report.compute_capabilities)}, and "
+                f"{gpu.name} has {gpu.compute_capability}"
+            )
     except LiteDetrError as error:
         report.not_inspected = report.not_verified = str(error)
         return None

@@ -139,8 +139,10 @@ def gate(target: Target, allow_known_bad: bool = False) -> list[str]:
     version = ".".join(map(str, target.version))
     for row in rows:
         if row.refused and not allow_known_bad:
-            raise LiteDetrError(f"{target.backend} {version} is not to be used for this: {row.why} ({row.source}). "
-                                f"{row.fix}; or take the risk with --allow-known-bad.")
+            raise LiteDetrError(
+                f"{target.backend} {version} is not to be used for this: {row.why} ({row.source}). "
+                f"{row.fix}; or take the risk with --allow-known-bad."
+            )
     return [f"{target.backend} {version}: {row.why} ({row.source}). {row.fix}." for row in rows]
 
 

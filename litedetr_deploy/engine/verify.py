@@ -113,6 +113,12 @@ def _box_difference(found, wanted, side):
 
 def _add(rows, case, quantity, difference, tolerance):
     difference = float(difference)
-    rows.append({"case": case, "quantity": quantity, "passed": difference <= tolerance,  # NaN fails
-                 "difference": difference if np.isfinite(difference) else float(np.finfo(np.float32).max),
-                 "tolerance": tolerance})
+    rows.append(
+        {
+            "case": case,
+            "quantity": quantity,
+            "passed": difference <= tolerance,  # NaN fails
+            "difference": difference if np.isfinite(difference) else float(np.finfo(np.float32).max),
+            "tolerance": tolerance,
+        }
+    )

@@ -17,8 +17,10 @@ def import_pycocotools():
     try:
         from pycocotools import coco, cocoeval
     except ImportError as error:
-        raise LiteDetrError(f"pycocotools, which computes AP, cannot be imported ({error}). Install it with "
-                            "`pip install litedetr-deploy[evaluate]`.") from error
+        raise LiteDetrError(
+            f"pycocotools, which computes AP, cannot be imported ({error}). Install it with "
+            "`pip install litedetr-deploy[evaluate]`."
+        ) from error
     return coco, cocoeval
 
 
@@ -32,8 +34,17 @@ def average_precision(dataset: Dataset, detections: dict) -> dict[str, float | N
     for image, one in detections.items():
         for label, (x1, y1, x2, y2), score in zip(one.labels.tolist(), one.boxes.tolist(), one.scores.tolist()):
             width, height = x2 - x1, y2 - y1
-            found.append({"id": len(found) + 1, "image_id": image, "category_id": label, "score": score,
-                          "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0})
+            found.append(
+                {
+                    "id": len(found) + 1,
+                    "image_id": image,
+                    "category_id": label,
+                    "score": score,
+                    "bbox": [x1, y1, width, height],
+                    "area": width * height,
+                    "iscrowd": 0,
+                }
+            )
     # COCOeval takes the id 0 for "no match", and data of others often starts there.
     objects = [annotation | {"id": number} for number, annotation in enumerate(dataset.annotations, 1)]
     categories = [{"id": number, "name": name} for number, name in dataset.categories.items()]

@@ -54,15 +54,18 @@ def read_coco(data: str | os.PathLike, images: str | os.PathLike | None = None, 
     try:
         contents = json.loads(text)
     except ValueError as error:
-        raise LiteDetrError(f"{file} is not JSON ({error}). Give a COCO annotation file, such as "
-                            "instances_val2017.json.") from error
+        raise LiteDetrError(
+            f"{file} is not JSON ({error}). Give a COCO annotation file, such as instances_val2017.json."
+        ) from error
     _check_fields(contents, file)
     categories, entries, annotations = _select(contents, file, count)
     files = [(entry["file_name"], *_size_and_time(folder / entry["file_name"])) for entry in entries]
     missing = [name for name, size, _ in files if size is None]
     if missing:
-        raise LiteDetrError(f"{len(missing)} of the {len(files)} images of {file} are not in {folder}, the first of "
-                            f"them {missing[0]}. Give the folder of the images that the annotations are for.")
+        raise LiteDetrError(
+            f"{len(missing)} of the {len(files)} images of {file} are not in {folder}, the first of "
+            f"them {missing[0]}. Give the folder of the images that the annotations are for."
+        )
     fingerprint = hashlib.sha256(text + json.dumps(files).encode()).hexdigest()
     return Dataset(str(file), categories, entries, annotations, lambda entry: _load(folder, entry), fingerprint)
 
@@ -74,8 +77,13 @@ def drawn_shapes(count: int | None = None) -> Dataset:
     fingerprint = hashlib.sha256(json.dumps(contents).encode())
     for picture, *_ in scenes:
         fingerprint.update(picture.tobytes())
-    return Dataset("shapes", *_select(contents, "shapes", count), lambda entry: scenes[entry["id"]][0],
-                   fingerprint.hexdigest(), (shapes.SIZE, shapes.SIZE))
+    return Dataset(
+        "shapes",
+        *_select(contents, "shapes", count),
+        lambda entry: scenes[entry["id"]][0],
+        fingerprint.hexdigest(),
+        (shapes.SIZE, shapes.SIZE),
+    )
 
 
 def _locate(data, images):
@@ -88,19 +96,24 @@ def _locate(data, images):
                 data, images = data / file, images or data / folder
                 break
         else:
-            raise LiteDetrError(f"The data folder {data} holds no annotations: neither "
-                                f"{' nor '.join(file for file, _ in LAYOUTS)} is there. Give such a folder, or the "
-                                "annotation file itself and the folder of its images (--images).")
+            raise LiteDetrError(
+                f"The data folder {data} holds no annotations: neither "
+                f"{' nor '.join(file for file, _ in LAYOUTS)} is there. Give such a folder, or the "
+                "annotation file itself and the folder of its images (--images)."
+            )
     elif images is None:
-        raise LiteDetrError(f"The annotation file {data} needs the folder of its images: give it with --images "
-                            "(images=).")
+        raise LiteDetrError(
+            f"The annotation file {data} needs the folder of its images: give it with --images (images=)."
+        )
     if not images.is_dir():
         state = "is not a folder" if images.exists() else "does not exist"
-        raise LiteDetrError(f"The folder of images {images} {state}. Give the folder that the annotations' file names "
-                            "are in.")
+        raise LiteDetrError(
+            f"The folder of images {images} {state}. Give the folder that the annotations' file names are in."
+        )
     if not any(images.iterdir()):
-        raise LiteDetrError(f"The folder of images {images} is empty. Give the folder that the annotations' file names "
-                            "are in.")
+        raise LiteDetrError(
+            f"The folder of images {images} is empty. Give the folder that the annotations' file names are in."
+        )
     return data, images
 
 
@@ -108,8 +121,9 @@ def _read(file):
     try:
         return file.read_bytes()
     except OSError as error:
-        raise LiteDetrError(f"The annotation file {file} cannot be read: {error.strerror}. Change its permissions or "
-                            "copy it.") from error
+        raise LiteDetrError(
+            f"The annotation file {file} cannot be read: {error.strerror}. Change its permissions or copy it."
+        ) from error
 
 
 def _check_fields(contents, file):
@@ -117,13 +131,17 @@ def _check_fields(contents, file):
         entries = contents.get(part) if isinstance(contents, dict) else None
         if not isinstance(entries, list):
             what = f"has no list {part!r}" if isinstance(contents, dict) else f"holds a {type(contents).__name__}"
-            raise LiteDetrError(f"{file} is not a COCO annotation file: it {what}. Wanted: an object with the lists "
-                                f"{', '.join(FIELDS)}.")
+            raise LiteDetrError(
+                f"{file} is not a COCO annotation file: it {what}. Wanted: an object with the lists "
+                f"{', '.join(FIELDS)}."
+            )
         for number, entry in enumerate(entries):
             missing = [field for field in fields if not isinstance(entry, dict) or field not in entry]
             if missing:
-                raise LiteDetrError(f"{file} is not a COCO annotation file: entry {number} of {part!r} lacks "
-                                    f"{', '.join(missing)}. Every entry needs {', '.join(fields)}.")
+                raise LiteDetrError(
+                    f"{file} is not a COCO annotation file: entry {number} of {part!r} lacks "
+                    f"{', '.join(missing)}. Every entry needs {', '.join(fields)}."
+                )
 
 
 def _select(contents, source, count):
@@ -132,8 +150,10 @@ def _select(contents, source, count):
         raise LiteDetrError(f"count is {count}; it must be 1 or more. Leave it out to take all images.")
     images = {entry["id"]: entry for entry in contents["images"]}
     if len(images) < len(contents["images"]):
-        raise LiteDetrError(f"{source} has {len(contents['images'])} images with only {len(images)} different ids. "
-                            "Give every image an id of its own.")
+        raise LiteDetrError(
+            f"{source} has {len(contents['images'])} images with only {len(images)} different ids. "
+            "Give every image an id of its own."
+        )
     categories = {entry["id"]: str(entry["name"]) for entry in contents["categories"]}
     for id in categories:
         if not isinstance(id, int):
@@ -144,20 +164,30 @@ def _select(contents, source, count):
     for annotation in contents["annotations"]:
         for field, known in (("image_id", images), ("category_id", categories)):
             if annotation[field] not in known:
-                raise LiteDetrError(f"In {source} the annotation {annotation['id']} has the {field} "
-                                    f"{annotation[field]!r}, which is not in the file. Add it or remove the "
-                                    "annotation.")
+                raise LiteDetrError(
+                    f"In {source} the annotation {annotation['id']} has the {field} "
+                    f"{annotation[field]!r}, which is not in the file. Add it or remove the "
+                    "annotation."
+                )
         if annotation["image_id"] in taken:
             box = _checked_box(annotation, images[annotation["image_id"]], source)
-            annotations.append({"id": annotation["id"], "image_id": annotation["image_id"],
-                                "category_id": annotation["category_id"], "bbox": box,
-                                "area": annotation.get("area", box[2] * box[3]),
-                                "iscrowd": int(annotation.get("iscrowd", 0))})
+            annotations.append(
+                {
+                    "id": annotation["id"],
+                    "image_id": annotation["image_id"],
+                    "category_id": annotation["category_id"],
+                    "bbox": box,
+                    "area": annotation.get("area", box[2] * box[3]),
+                    "iscrowd": int(annotation.get("iscrowd", 0)),
+                }
+            )
     if not images_taken:
         raise LiteDetrError(f"{source} lists no images: there is nothing to evaluate on. Give annotated images.")
     if all(annotation["iscrowd"] for annotation in annotations):  # crowds alone give no AP either
-        raise LiteDetrError(f"{source} has no annotated object on the {len(images_taken)} images taken: AP is not "
-                            "defined. Give annotated images" + (", or a larger count." if count else "."))
+        raise LiteDetrError(
+            f"{source} has no annotated object on the {len(images_taken)} images taken: AP is not "
+            "defined. Give annotated images" + (", or a larger count." if count else ".")
+        )
     return categories, images_taken, annotations
 
 
@@ -165,14 +195,21 @@ def _checked_box(annotation, image, source):
     box, width, height = annotation["bbox"], image["width"], image["height"]
     try:
         x, y, w, h = map(float, box)
-        inside = (min(x, y) >= -OVERHANG and min(w, h) >= 0 and x + w <= width + OVERHANG
-                  and y + h <= height + OVERHANG and math.isfinite(x + y + w + h))
+        inside = (
+            min(x, y) >= -OVERHANG
+            and min(w, h) >= 0
+            and x + w <= width + OVERHANG
+            and y + h <= height + OVERHANG
+            and math.isfinite(x + y + w + h)
+        )
     except (TypeError, ValueError):
         inside = False
     if not inside:
-        raise LiteDetrError(f"In {source} the annotation {annotation['id']} has the box {box}, which is not inside its "
-                            f"image {image['file_name']} of {width}x{height} pixels. A box is [x, y, width, height] in "
-                            "pixels from the top left corner: correct it or remove the annotation.")
+        raise LiteDetrError(
+            f"In {source} the annotation {annotation['id']} has the box {box}, which is not inside its "
+            f"image {image['file_name']} of {width}x{height} pixels. A box is [x, y, width, height] in "
+            "pixels from the top left corner: correct it or remove the annotation."
+        )
     return [x, y, w, h]
 
 
@@ -189,7 +226,9 @@ def _load(folder, entry):
     path = folder / entry["file_name"]
     image = load_image(path)
     if image.size != (entry["width"], entry["height"]):
-        raise LiteDetrError(f"The image {path} is {image.width}x{image.height} pixels when upright, and its "
-                            f"annotations are for {entry['width']}x{entry['height']}. Give the images that were "
-                            "annotated, without an EXIF rotation.")
+        raise LiteDetrError(
+            f"The image {path} is {image.width}x{image.height} pixels when upright, and its "
+            f"annotations are for {entry['width']}x{entry['height']}. Give the images that were "
+            "annotated, without an EXIF rotation."
+        )
     return image

@@ -53,8 +53,11 @@ class Comparison:
     detections: dict  # see compare_detections
 
     def to_dict(self) -> dict:
-        return {**self.first.to_dict(), "against": self.second.to_dict(),
-                "comparison": {"ap_difference": self.ap_difference, "detections": self.detections}}
+        return {
+            **self.first.to_dict(),
+            "against": self.second.to_dict(),
+            "comparison": {"ap_difference": self.ap_difference, "detections": self.detections},
+        }
 
 
 def evaluate(artifact, dataset: Dataset, **options) -> Evaluation:
@@ -84,12 +87,25 @@ def compare(artifact, other, dataset: Dataset, **options) -> Comparison:
     images of a fixed size are stretched for both, unless `resize` says otherwise.
     """
     first, second = _evaluate([artifact, other], dataset, **options)
-    return Comparison(first, second, second.metrics["AP"] - first.metrics["AP"],
-                      compare_detections(first.detections, second.detections))
+    return Comparison(
+        first,
+        second,
+        second.metrics["AP"] - first.metrics["AP"],
+        compare_detections(first.detections, second.detections),
+    )
 
 
-def _evaluate(artifacts, dataset, variant=None, image_size=None, resize=None, batch_size=1, providers=None,
-              threads=None, progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None):
+def _evaluate(
+    artifacts,
+    dataset,
+    variant=None,
+    image_size=None,
+    resize=None,
+    batch_size=1,
+    providers=None,
+    threads=None,
+    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+):
     import_pycocotools()  # before the work, not after it
     sessions = []
     for artifact in artifacts:
@@ -98,15 +114,18 @@ def _evaluate(artifacts, dataset, variant=None, image_size=None, resize=None, ba
     names, fixed = list(map(_name, artifacts)), list(map(_fixed_size, sessions))
     for name, size in zip(names, fixed):
         if size and image_size and size != tuple(image_size):
-            raise LiteDetrError(f"The input of {name} is fixed at {size[0]}x{size[1]} (height x width), and "
-                                f"{image_size[0]}x{image_size[1]} was asked for. Leave the size out, or export the "
-                                "model for it.")
+            raise LiteDetrError(
+                f"The input of {name} is fixed at {size[0]}x{size[1]} (height x width), and "
+                f"{image_size[0]}x{image_size[1]} was asked for. Leave the size out, or export the "
+                "model for it."
+            )
     if image_size is None and resize != "shortest_edge":
         image_size = next(filter(None, fixed), dataset.image_size)
     if resize is None and image_size and not all("pixel_mask" in session.inputs for session in sessions):
         resize = "stretch"
-    detectors = [Detector(_Measured(name, session, size or image_size))
-                 for name, session, size in zip(names, sessions, fixed)]
+    detectors = [
+        Detector(_Measured(name, session, size or image_size)) for name, session, size in zip(names, sessions, fixed)
+    ]
     modes = [detector.resize_mode(resize) for detector in detectors]
     labels = [_categories(dataset, session.metadata, name) for session, name in zip(sessions, names)]
     settings = [variant, image_size, resize, batch_size, providers, threads]
@@ -160,8 +179,10 @@ class _Kept:
                 cache.mkdir(parents=True, exist_ok=True)
                 self._file = open(self.path, "a+b")
             except OSError as error:
-                raise LiteDetrError(f"The cache folder {cache}, where an evaluation keeps what is done, cannot be "
-                                    f"written: {error.strerror}. Set XDG_CACHE_HOME to a folder that can.") from error
+                raise LiteDetrError(
+                    f"The cache folder {cache}, where an evaluation keeps what is done, cannot be "
+                    f"written: {error.strerror}. Set XDG_CACHE_HOME to a folder that can."
+                ) from error
             self._read()
         self.continued = len(self.done)
 
@@ -172,8 +193,11 @@ class _Kept:
             if not line.endswith(b"\n"):  # the last one of a process that was killed
                 break
             row = json.loads(line)
-            found = Detections(np.array(row["labels"], np.int64), np.array(row["boxes"], np.float32).reshape(-1, 4),
-                               np.array(row["scores"], np.float32))
+            found = Detections(
+                np.array(row["labels"], np.int64),
+                np.array(row["boxes"], np.float32).reshape(-1, 4),
+                np.array(row["scores"], np.float32),
+            )
             self.done[row["image"]] = row["seconds"], found
             whole += len(line)
         self._file.truncate(whole)
@@ -181,8 +205,13 @@ class _Kept:
     def add(self, image, seconds, found):
         self.done[image] = seconds, found
         if self._file:
-            row = {"image": image, "seconds": seconds, "labels": found.labels.tolist(), "boxes": found.boxes.tolist(),
-                   "scores": found.scores.tolist()}
+            row = {
+                "image": image,
+                "seconds": seconds,
+                "labels": found.labels.tolist(),
+                "boxes": found.boxes.tolist(),
+                "scores": found.scores.tolist(),
+            }
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
 
@@ -200,9 +229,11 @@ def _open(artifact, variant, providers, threads):
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise LiteDetrError(f"{artifact} is no .onnx, .plan or .engine file, so PyTorch would run it, and PyTorch "
-                            f"cannot be imported ({error}). Install it with "
-                            "`pip install litedetr-deploy[export]`.") from error
+        raise LiteDetrError(
+            f"{artifact} is no .onnx, .plan or .engine file, so PyTorch would run it, and PyTorch "
+            f"cannot be imported ({error}). Install it with "
+            "`pip install litedetr-deploy[export]`."
+        ) from error
     from ..model.checkpoint import load_model
     from .torch_session import TorchSession
 
@@ -239,9 +270,13 @@ def _categories(dataset, metadata, name):
     names = metadata.get("class_names")
     number = len(names) if names else metadata.get("num_classes")
     used = {annotation["category_id"] for annotation in dataset.annotations}
-    if names and any(names[id:id + 1] != [dataset.categories[id]] for id in used):
-        labels = {label: id for id, category in dataset.categories.items()
-                  for label in range(len(names)) if names[label] == category}
+    if names and any(names[id : id + 1] != [dataset.categories[id]] for id in used):
+        labels = {
+            label: id
+            for id, category in dataset.categories.items()
+            for label in range(len(names))
+            if names[label] == category
+        }
         why = f"its {number} classes are {', '.join(dict.fromkeys(names))}"
     else:
         labels = {id: id for id in dataset.categories if number is None or 0 <= id < number}
@@ -249,8 +284,10 @@ def _categories(dataset, metadata, name):
     lacking = sorted(used - set(labels.values()))
     if lacking:
         others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        raise LiteDetrError(f"{name} does not know the category {lacking[0]}, {dataset.categories[lacking[0]]!r}, of "
-                            f"{dataset.name}{others}: {why}. Evaluate on data of its own categories.")
+        raise LiteDetrError(
+            f"{name} does not know the category {lacking[0]}, {dataset.categories[lacking[0]]!r}, of "
+            f"{dataset.name}{others}: {why}. Evaluate on data of its own categories."
+        )
     return labels
 
 
@@ -266,13 +303,16 @@ def _run(name, detector, dataset, categories, store, mode, batch_size, progress)
     try:
         for entry, found in zip(todo, stream):
             if not detector.session.finite:
-                raise LiteDetrError(f"{name} gives a NaN or an infinity for the image {entry['file_name']}"
-                                    f"{' or another one of its batch' if batch_size > 1 else ''}. Find out with "
-                                    "`litedetr verify` what it computes otherwise than its checkpoint does.")
+                raise LiteDetrError(
+                    f"{name} gives a NaN or an infinity for the image {entry['file_name']}"
+                    f"{' or another one of its batch' if batch_size > 1 else ''}. Find out with "
+                    "`litedetr verify` what it computes otherwise than its checkpoint does."
+                )
             known = np.isin(found.labels, list(categories))
             labels = np.array([categories[label] for label in found.labels[known].tolist()], np.int64)
-            store.add(entry["id"], detector.session.seconds,
-                      Detections(labels, found.boxes[known], found.scores[known]))
+            store.add(
+                entry["id"], detector.session.seconds, Detections(labels, found.boxes[known], found.scores[known])
+            )
             progress(stage, len(store.done), total)
     except KeyboardInterrupt:
         where = f" and kept in {store.path}: the same command continues" if store.path else ""
@@ -284,8 +324,16 @@ def _summary(name, detector, dataset, store, mode, batch_size):
     detections = {image: found for image, (_, found) in store.done.items()}
     median, p90 = np.percentile(seconds, (50, 90)) * 1000
     return Evaluation(
-        artifact=name, data=dataset.name, images=len(detections), objects=len(dataset.annotations),
-        image_size=list(detector.image_size) if detector.image_size else None, resize=mode, batch_size=batch_size,
-        metrics=average_precision(dataset, detections), latency_ms={"median": float(median), "p90": float(p90)},
-        images_per_second=len(detections) / float(seconds.sum()), continued=store.continued, detections=detections,
+        artifact=name,
+        data=dataset.name,
+        images=len(detections),
+        objects=len(dataset.annotations),
+        image_size=list(detector.image_size) if detector.image_size else None,
+        resize=mode,
+        batch_size=batch_size,
+        metrics=average_precision(dataset, detections),
+        latency_ms={"median": float(median), "p90": float(p90)},
+        images_per_second=len(detections) / float(seconds.sum()),
+        continued=store.continued,
+        detections=detections,
     )

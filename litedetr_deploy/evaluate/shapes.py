@@ -41,8 +41,10 @@ def _star():
 
 def _heart():
     angles = [math.tau * i / 48 for i in range(48)]
-    return [(-16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a))
-            for a in angles]
+    return [
+        (-16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a))
+        for a in angles
+    ]
 
 
 # Closed contours of any size, centred near 0; outer ones turn from x towards y, holes the other way.  The classes
@@ -53,16 +55,32 @@ OUTLINES = {
     "square": [[(-1, -1), (1, -1), (1, 1), (-1, 1)]],
     "triangle": [_arc(1, 0, 240, 3)],
     "star": [_star()],
-    "cross": [[(-1, -0.33), (-0.33, -0.33), (-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33),
-               (0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33)]],
+    "cross": [
+        [
+            (-1, -0.33),
+            (-0.33, -0.33),
+            (-0.33, -1),
+            (0.33, -1),
+            (0.33, -0.33),
+            (1, -0.33),
+            (1, 0.33),
+            (0.33, 0.33),
+            (0.33, 1),
+            (-0.33, 1),
+            (-0.33, 0.33),
+            (-1, 0.33),
+        ]
+    ],
     "arrow": [[(-1, -0.24), (0.05, -0.24), (0.05, -0.78), (1, 0), (0.05, 0.78), (0.05, 0.24), (-1, 0.24)]],
     # The two circles meet at x = 0.61.
     "crescent": [_arc(1, 52.41, 307.59, 40) + _arc(0.8, 277.9, 82.1, 30, x=0.5)],
     "heart": [_heart()],
     "hourglass": [[(-0.75, -1), (0.75, -1), (0.15, 0), (0.75, 1), (-0.75, 1), (-0.15, 0)]],
 }
-OUTLINES = {name: [np.array(contour) / np.abs(np.array(contours[0])).max() for contour in contours]
-            for name, contours in OUTLINES.items()}
+OUTLINES = {
+    name: [np.array(contour) / np.abs(np.array(contours[0])).max() for contour in contours]
+    for name, contours in OUTLINES.items()
+}
 CLASS_NAMES = tuple(OUTLINES)
 
 
@@ -95,8 +113,10 @@ def scene(index: int, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[
     image.  Raises LiteDetrError for a size that has no room for shapes.
     """
     if min(size) < 32:
-        raise LiteDetrError(f"The size of a scene is {size[0]}x{size[1]}; both sides must be at least 32 pixels. "
-                            f"Choose a larger one, as {SIZE}x{SIZE}.")
+        raise LiteDetrError(
+            f"The size of a scene is {size[0]}x{size[1]}; both sides must be at least 32 pixels. "
+            f"Choose a larger one, as {SIZE}x{SIZE}."
+        )
     rng = np.random.Generator(np.random.PCG64([seed, index]))
     shapes = _place(rng, size)
     canvas = _ground(rng, size)
@@ -116,8 +136,16 @@ def coco_annotations(objects: Iterable[tuple[np.ndarray, np.ndarray]], size: tup
         images.append({"id": image, "file_name": f"{image:06}.png", "height": size[0], "width": size[1]})
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
             # Ids from 1: pycocotools takes the id 0 for "no match".
-            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": label, "iscrowd": 0,
-                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": label,
+                    "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                }
+            )
     categories = [{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -193,8 +221,11 @@ def _coverage(contours, height, width):
     direction = np.sign(line0 - line1)[edge]
     # Right of an entry everything is inside until the exit: each adds its part to its pixel and the rest to the next.
     pixel, part = line // 4 * (width + 1) + (x >> 6), x & 63
-    steps = np.bincount(np.concatenate((pixel, pixel + 1)),
-                        np.concatenate((direction * (64 - part), direction * part)), minlength=height * (width + 1))
+    steps = np.bincount(
+        np.concatenate((pixel, pixel + 1)),
+        np.concatenate((direction * (64 - part), direction * part)),
+        minlength=height * (width + 1),
+    )
     return steps.reshape(height, width + 1).cumsum(1, np.float32)[:, :width] * np.float32(1 / 256)
 
 
@@ -248,8 +279,10 @@ def _blocks(rng, size):
     shade = shades[(row * 31 + column * 17).astype(np.int32) & 127]
     across -= row
     along -= column
-    edge = np.minimum(np.minimum(across, 1 - across) * np.float32(block_height),
-                      np.minimum(along, 1 - along) * np.float32(block_width))
+    edge = np.minimum(
+        np.minimum(across, 1 - across) * np.float32(block_height),
+        np.minimum(along, 1 - along) * np.float32(block_width),
+    )
     joint = np.clip(np.float32(rng.uniform(1.2, 2.2)) - edge, 0, 1)
     return shade * (1 + joint * np.float32((-0.35, 0.25)[rng.integers(2)]))
 
@@ -300,8 +333,9 @@ def _clutter(rng, light):
             mask = _coverage([np.stack((x, y), 1)], math.ceil(y.max()) + 1, math.ceil(x.max()) + 1)
         else:
             mask = _stain(rng, round(rng.uniform(0.2, 0.5) * min(height, width)))
-        there, here = _overlap(light, mask, int(rng.integers(width)) - mask.shape[1] // 2,
-                               int(rng.integers(height)) - mask.shape[0] // 2)
+        there, here = _overlap(
+            light, mask, int(rng.integers(width)) - mask.shape[1] // 2, int(rng.integers(height)) - mask.shape[0] // 2
+        )
         light[there] *= 1 + mask[here] * np.float32((-1, 1)[rng.integers(2)] * rng.uniform(0.15, 0.4))
 
 

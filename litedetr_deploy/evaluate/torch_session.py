@@ -25,11 +25,17 @@ class TorchSession:
         model = copy.deepcopy(model)
         fold_frozen_batch_norm(model)
         self._deployed = Deployed(model, "detections").eval()
-        self.inputs = {"images": ("batch", 3, "height", "width"), "orig_target_sizes": ("batch", 2),
-                       "pixel_mask": ("batch", "height", "width")}
+        self.inputs = {
+            "images": ("batch", 3, "height", "width"),
+            "orig_target_sizes": ("batch", 2),
+            "pixel_mask": ("batch", "height", "width"),
+        }
         self.outputs = OUTPUTS["detections"]
-        self.metadata = {"variant": model.config.name, "num_classes": model.config.num_classes,
-                         "class_names": list(model.class_names) if model.class_names else None}
+        self.metadata = {
+            "variant": model.config.name,
+            "num_classes": model.config.num_classes,
+            "class_names": list(model.class_names) if model.class_names else None,
+        }
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run on a dict of name -> array; return a dict of name -> array."""

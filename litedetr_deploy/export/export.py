@@ -260,4 +260,6 @@ def _check(path: Path) -> None:
     for output in inferred.graph.output:
         kind = output.type.tensor_type
         if not kind.elem_type or not kind.HasField("shape"):
-            raise LiteDetrError(f"the exported graph's output {output.name!r} has no type or shape: a bug, please report.")
+            raise LiteDetrError(
+                f"the exported graph's output {output.name!r} has no type or shape: a bug, please report."
+            )

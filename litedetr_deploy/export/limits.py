@@ -83,7 +83,9 @@ def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_level
     """Raises LiteDetrError where an image has fewer feature tokens than the detector selects queries."""
     if image_size is None:
         return
-    tokens = sum(-(-image_size[0] // stride) * -(-image_size[1] // stride) for stride in (8 << i for i in range(num_levels)))
+    tokens = sum(
+        -(-image_size[0] // stride) * -(-image_size[1] // stride) for stride in (8 << i for i in range(num_levels))
+    )
     if tokens < num_queries:
         raise LiteDetrError(
             f"an image of {image_size[0]}x{image_size[1]} has {tokens} feature tokens, fewer than the {num_queries} "

@@ -182,7 +182,9 @@ def _metadata(proto: onnx.ModelProto, path: Path) -> dict:
     for entry in proto.metadata_props:
         if entry.key == METADATA_KEY:
             return json.loads(entry.value)
-    raise LiteDetrError(f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): nothing to verify.")
+    raise LiteDetrError(
+        f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): nothing to verify."
+    )
 
 
 def _picture(picture, height: int, width: int, graph: _ProbedGraph):

@@ -294,7 +294,10 @@ def _backbone_fields(state_dict: Mapping[str, Tensor]) -> dict:
     elif f"{prefix}patch_embed.proj.weight" in state_dict:
         known = {name: (dim, stages[2]) for name, (dim, stages, _) in SWINS.items()}
         blocks = _count(state_dict, rf"{re.escape(prefix)}layers\.2\.blocks\.(\d+)\.")
-        found, what = (state_dict[f"{prefix}patch_embed.proj.weight"].shape[0], blocks), "Swin has {} channels and blocks"
+        found, what = (
+            (state_dict[f"{prefix}patch_embed.proj.weight"].shape[0], blocks),
+            "Swin has {} channels and blocks",
+        )
     else:
         return {}
     name = next((name for name, shape in known.items() if shape == found), None)

@@ -122,9 +122,7 @@ class DetectorConfig:
         return self.encoder_layers + self.decoder_layers
 
 
-VARIANT_EXAMPLES = (
-    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, h-detr-swin-l"
-)
+VARIANT_EXAMPLES = "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, h-detr-swin-l"
 
 
 def parse_variant(variant: str, **overrides) -> DetectorConfig:

@@ -19,8 +19,7 @@ from .flops import BILINEAR, NORM, SOFTMAX, Cost, FlopCount, attention_cost
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _POINTWISE = frozenset(
-    "Add Sub Mul Div Neg Abs Sqrt Reciprocal Exp Log Pow Erf Sin Cos Sigmoid Tanh Relu Gelu Clip Min Max Floor Ceil "
-    "Round Sign Mod Sum".split()
+    ["Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Pow", "Erf", "Sin", "Cos", "Sigmoid", "Tanh", "Relu", "Gelu", "Clip", "Min", "Max", "Floor", "Ceil", "Round", "Sign", "Mod", "Sum"]
 )
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _MODULE = "detector."

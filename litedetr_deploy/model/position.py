@@ -40,9 +40,7 @@ def map_position(
     y, x = valid.cumsum(1), valid.cumsum(2)
     y = (y + (first - 1)) / (y[:, -1:, :] + eps) * _TWO_PI
     x = (x + (first - 1)) / (x[:, :, -1:] + eps) * _TWO_PI
-    position = torch.cat(
-        (_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), -1
-    )
+    position = torch.cat((_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), -1)
     return position.flatten(1, 2)
 
 

@@ -223,8 +223,7 @@ def _checked(op_type: str, inputs: tuple[Tensor | None, ...], num_heads: int, nu
     n, s, channels = value.shape
     q, num_levels = queries.shape[1], spatial_shapes.shape[0]
     _require(
-        channels % num_heads == 0,
-        lambda: f"value has {channels} channels; they should divide by the {num_heads} heads",
+        channels % num_heads == 0, lambda: f"value has {channels} channels; they should divide by the {num_heads} heads"
     )
     _require(
         references.shape[3] in (2, 4),
@@ -263,8 +262,7 @@ def _check_types(op_type: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         rank, letter = ranks.get(name, 3), letters[name]
         _require(
-            tensor.dim() == rank,
-            lambda: f"{name} has shape {_text(tensor.shape)}; it should have {rank} dimensions",
+            tensor.dim() == rank, lambda: f"{name} has shape {_text(tensor.shape)}; it should have {rank} dimensions"
         )
         wanted = " or ".join(_name(dtype) for dtype in dict.fromkeys(allowed[letter]))
         _require(tensor.dtype in allowed[letter], lambda: f"{name} is {_name(tensor.dtype)}; it should be {wanted}")
@@ -317,8 +315,9 @@ def _common_cuda_device(tensors: dict[str, Tensor]) -> torch.device:
     for name, tensor in tensors.items():
         _require(
             tensor.device == device,
-            lambda: f"{name} is on {tensor.device}; it should be on {device}, where the others are: "
-            f"{name}.to('{device}')",
+            lambda: (
+                f"{name} is on {tensor.device}; it should be on {device}, where the others are: {name}.to('{device}')"
+            ),
         )
     return device
 
@@ -395,14 +394,7 @@ def onnx_translations(attention: str) -> dict[Callable, Callable]:
 
     # The exporter reads the parameters of these two to match them with the op's.
     def write_key_aware(
-        query,
-        value,
-        reference_points,
-        sampling_offsets,
-        spatial_shapes,
-        num_heads: int,
-        num_points: int,
-        key=None,
+        query, value, reference_points, sampling_offsets, spatial_shapes, num_heads: int, num_points: int, key=None
     ):
         return write(
             schema.KEY_AWARE,
@@ -412,13 +404,7 @@ def onnx_translations(attention: str) -> dict[Callable, Callable]:
         )
 
     def write_plain(
-        attention_logits,
-        value,
-        reference_points,
-        sampling_offsets,
-        spatial_shapes,
-        num_heads: int,
-        num_points: int,
+        attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads: int, num_points: int
     ):
         return write(
             schema.PLAIN,

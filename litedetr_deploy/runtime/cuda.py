@@ -90,10 +90,12 @@ class Device:
         if self._stream is None:
             return
         self._cuda.cudaStreamSynchronize(self._stream)
-        for release, things in ((self._cuda.cudaGraphExecDestroy, self._graphs),
-                                (self._cuda.cudaFree, self._device_memory),
-                                (self._cuda.cudaFreeHost, self._host_memory),
-                                (self._cuda.cudaStreamDestroy, [self._stream])):
+        for release, things in (
+            (self._cuda.cudaGraphExecDestroy, self._graphs),
+            (self._cuda.cudaFree, self._device_memory),
+            (self._cuda.cudaFreeHost, self._host_memory),
+            (self._cuda.cudaStreamDestroy, [self._stream]),
+        ):
             for thing in things:
                 release(thing)
         self._graphs, self._device_memory, self._host_memory, self._stream = [], [], [], None
@@ -110,8 +112,10 @@ def _bindings():
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise LiteDetrError(f"NVIDIA's CUDA bindings for Python cannot be imported ({error}). Install them with "
-                            "`pip install litedetr-deploy[gpu]`.") from error
+        raise LiteDetrError(
+            f"NVIDIA's CUDA bindings for Python cannot be imported ({error}). Install them with "
+            "`pip install litedetr-deploy[gpu]`."
+        ) from error
     return runtime
 
 
@@ -121,17 +125,24 @@ def _call(function, *arguments):
     try:
         error, *values = function(*arguments)
     except Exception as missing:  # the bindings' own, where the driver's library is not there
-        raise LiteDetrError(f"no GPU here (CUDA: {missing}). Run this on a machine with an NVIDIA GPU and its "
-                            "driver.") from missing
+        raise LiteDetrError(
+            f"no GPU here (CUDA: {missing}). Run this on a machine with an NVIDIA GPU and its driver."
+        ) from missing
     success, out_of_memory = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorMemoryAllocation
     if error == success:
         return values[0] if values else None
     text = runtime.cudaGetErrorString(error)[1].decode()
     if error == out_of_memory:
-        raise OutOfMemory(f"the GPU has too little memory left: {function.__name__}{arguments} fails ({text}). End "
-                          "what else runs on it, or build the engine for a smaller batch or image size.")
+        raise OutOfMemory(
+            f"the GPU has too little memory left: {function.__name__}{arguments} fails ({text}). End "
+            "what else runs on it, or build the engine for a smaller batch or image size."
+        )
     if error in (runtime.cudaError_t.cudaErrorNoDevice, runtime.cudaError_t.cudaErrorInsufficientDriver):
-        raise LiteDetrError(f"no GPU here (CUDA: {text}). Run this on a machine with an NVIDIA GPU, and a driver as "
-                            "new as the installed CUDA bindings.")
-    raise LiteDetrError(f"CUDA fails in {function.__name__}: {text} ({error.name}). Run the program again; if it "
-                        "stays, look at the driver's log (dmesg).")
+        raise LiteDetrError(
+            f"no GPU here (CUDA: {text}). Run this on a machine with an NVIDIA GPU, and a driver as "
+            "new as the installed CUDA bindings."
+        )
+    raise LiteDetrError(
+        f"CUDA fails in {function.__name__}: {text} ({error.name}). Run the program again; if it "
+        "stays, look at the driver's log (dmesg)."
+    )

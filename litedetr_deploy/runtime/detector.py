@@ -43,18 +43,22 @@ class Detector:
         inputs, outputs = set(self.session.inputs), set(self.session.outputs)
         self.raw = {"pred_logits", "pred_boxes"} <= outputs
         wanted = {"images"} if self.raw else {"images", "orig_target_sizes"}
-        if (not (self.raw or {"labels", "boxes", "scores"} <= outputs)
-                or not wanted <= inputs <= wanted | {"pixel_mask"}):
-            raise LiteDetrError(f"{artifact} is no detector that can be run: its inputs are {sorted(inputs)} and its "
-                                f"outputs {sorted(outputs)}. Wanted: images and orig_target_sizes -> labels, boxes, "
-                                "scores, or images -> pred_logits, pred_boxes. `litedetr export` makes such a model.")
+        if not (self.raw or {"labels", "boxes", "scores"} <= outputs) or not wanted <= inputs <= wanted | {
+            "pixel_mask"
+        }:
+            raise LiteDetrError(
+                f"{artifact} is no detector that can be run: its inputs are {sorted(inputs)} and its "
+                f"outputs {sorted(outputs)}. Wanted: images and orig_target_sizes -> labels, boxes, "
+                "scores, or images -> pred_logits, pred_boxes. `litedetr export` makes such a model."
+            )
         self.takes_mask = "pixel_mask" in inputs
         height, width = self.session.inputs["images"][2:]
         # (height, width) of the input, None when dynamic
         self.image_size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
-    def predict(self, images, threshold: float = 0.0, batch_size: int = 1,
-                resize: str | None = None) -> list[Detections]:
+    def predict(
+        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None
+    ) -> list[Detections]:
         """Return a list with the `Detections` of each image.
 
         images: one image or an iterable of them, each as `load_image` takes it.
@@ -68,8 +72,9 @@ class Detector:
         """
         return list(self.stream(images, threshold, batch_size, resize))
 
-    def stream(self, images, threshold: float = 0.0, batch_size: int = 1,
-               resize: str | None = None) -> Iterator[Detections]:
+    def stream(
+        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None
+    ) -> Iterator[Detections]:
         """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end."""
         if batch_size < 1:
             raise LiteDetrError(f"batch_size is {batch_size}; it must be 1 or more.")
@@ -95,15 +100,21 @@ class Detector:
         if resize not in RESIZE_MODES:
             raise LiteDetrError(f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.")
         if resize == "shortest_edge" and self.image_size is not None:
-            raise LiteDetrError("resize 'shortest_edge' gives every aspect ratio its own size, and the model's is "
-                                f"fixed at {self.image_size[0]}x{self.image_size[1]} (height x width). Use 'stretch' or "
-                                "'letterbox', or export with `--image-size dynamic`.")
+            raise LiteDetrError(
+                "resize 'shortest_edge' gives every aspect ratio its own size, and the model's is "
+                f"fixed at {self.image_size[0]}x{self.image_size[1]} (height x width). Use 'stretch' or "
+                "'letterbox', or export with `--image-size dynamic`."
+            )
         if resize != "shortest_edge" and self.image_size is None:
-            raise LiteDetrError(f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. Use "
-                                "'shortest_edge', or export with `--image-size HEIGHTxWIDTH`.")
+            raise LiteDetrError(
+                f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. Use "
+                "'shortest_edge', or export with `--image-size HEIGHTxWIDTH`."
+            )
         if resize == "letterbox" and not self.takes_mask:
-            raise LiteDetrError("resize 'letterbox' pads the image, and the model takes no mask that says where. Use "
-                                "'stretch', or export with `--pixel-mask`.")
+            raise LiteDetrError(
+                "resize 'letterbox' pads the image, and the model takes no mask that says where. Use "
+                "'stretch', or export with `--pixel-mask`."
+            )
         return resize
 
     def _run(self, batch, threshold):

@@ -22,20 +22,47 @@ OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing o
 PACKAGES = (
     ("numpy", ("numpy",), True, "pip install numpy"),
     ("pillow", ("pillow",), True, "pip install pillow"),
-    ("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), True,
-     "runs the models: pip install litedetr-deploy[onnxruntime]"),
+    (
+        "onnxruntime",
+        ("onnxruntime", "onnxruntime-gpu"),
+        True,
+        "runs the models: pip install litedetr-deploy[onnxruntime]",
+    ),
     ("torch", ("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
     ("onnx", ("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
     ("pycocotools", ("pycocotools",), False, "evaluate needs it: pip install litedetr-deploy[evaluate]"),
     ("openvino", ("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
-    ("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-lean-cu13"), False,
-     "engines for NVIDIA GPUs: pip install litedetr-deploy[tensorrt]"),
-    ("tensorrt-rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), False,
-     "engines for RTX GPUs, built with or without one: pip install litedetr-deploy[tensorrt-rtx]"),
+    (
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-lean-cu13"),
+        False,
+        "engines for NVIDIA GPUs: pip install litedetr-deploy[tensorrt]",
+    ),
+    (
+        "tensorrt-rtx",
+        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+        False,
+        "engines for RTX GPUs, built with or without one: pip install litedetr-deploy[tensorrt-rtx]",
+    ),
     ("cuda-bindings", ("cuda-bindings",), False, "runs engines: pip install litedetr-deploy[gpu]"),
 )
-CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
-                "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16")
+CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimdhp",
+    "asimddp",
+    "sve",
+    "i8mm",
+    "bf16",
+)
 
 
 @dataclass
@@ -112,8 +139,13 @@ def _onnxruntime():
         _run_one_op(model)
         yield Finding("ONNX Runtime", "op", OK, f"{schema.KEY_AWARE} runs and is right")
     except Exception as error:  # ONNX Runtime's classes share no base
-        yield Finding("ONNX Runtime", "op", BROKEN, "does not run", f"{error}. Build the op library again: "
-                                                                    "pip install --force-reinstall .")
+        yield Finding(
+            "ONNX Runtime",
+            "op",
+            BROKEN,
+            "does not run",
+            f"{error}. Build the op library again: pip install --force-reinstall .",
+        )
 
 
 def _one_op_model():
@@ -122,10 +154,20 @@ def _one_op_model():
 
     types = {"I": TensorProto.INT64}
     inputs = [name for name, _, optional in schema.INPUTS[schema.KEY_AWARE] if not optional]
-    node = helper.make_node(schema.KEY_AWARE, inputs, [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
-                            **schema.PLUGIN_ATTRIBUTES)
-    values = [helper.make_tensor_value_info(name, types.get(letter, TensorProto.FLOAT), None)
-              for name, letter, optional in schema.INPUTS[schema.KEY_AWARE] if not optional]
+    node = helper.make_node(
+        schema.KEY_AWARE,
+        inputs,
+        [schema.OUTPUT],
+        domain=schema.DOMAIN,
+        num_heads=1,
+        num_points=1,
+        **schema.PLUGIN_ATTRIBUTES,
+    )
+    values = [
+        helper.make_tensor_value_info(name, types.get(letter, TensorProto.FLOAT), None)
+        for name, letter, optional in schema.INPUTS[schema.KEY_AWARE]
+        if not optional
+    ]
     output = helper.make_tensor_value_info(schema.OUTPUT, TensorProto.FLOAT, None)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
     graph = helper.make_graph([node], "one_op", values, [output])
@@ -135,11 +177,16 @@ def _one_op_model():
 def _run_one_op(model):
     """Run `_one_op_model` on a 1x1 map sampled at its centre, which must give back the value there."""
     value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
-    [output] = create_session(model).run(None, {
-        "query": np.ones((1, 1, 4), np.float32), "value": value,
-        "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
-        "sampling_offsets": np.zeros((1, 1, 2), np.float32), "spatial_shapes": np.ones((1, 2), np.int64),
-    })
+    [output] = create_session(model).run(
+        None,
+        {
+            "query": np.ones((1, 1, 4), np.float32),
+            "value": value,
+            "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
+            "sampling_offsets": np.zeros((1, 1, 2), np.float32),
+            "spatial_shapes": np.ones((1, 2), np.int64),
+        },
+    )
     if not np.allclose(output, value):
         raise ValueError(f"it gives {output.tolist()} where {value.tolist()} is right")
 

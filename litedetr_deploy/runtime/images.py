@@ -31,8 +31,10 @@ def find_images(paths) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
-                raise LiteDetrError(f"The directory {path} holds no picture ({', '.join(sorted(SUFFIXES))}). Give "
-                                    "one that does, or name the files.")
+                raise LiteDetrError(
+                    f"The directory {path} holds no picture ({', '.join(sorted(SUFFIXES))}). Give "
+                    "one that does, or name the files."
+                )
             found += inside
         elif path.is_file():
             found.append(path)
@@ -64,11 +66,14 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
     except (LiteDetrError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise LiteDetrError(f"{path} is not an image that can be read. Give a JPEG, PNG, WebP, BMP or TIFF "
-                            "file.") from error
+        raise LiteDetrError(
+            f"{path} is not an image that can be read. Give a JPEG, PNG, WebP, BMP or TIFF file."
+        ) from error
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        raise LiteDetrError(f"The image {path} cannot be read: {error}. It may be damaged or incomplete: save it "
-                            "again, or leave it out.") from error
+        raise LiteDetrError(
+            f"The image {path} cannot be read: {error}. It may be damaged or incomplete: save it "
+            "again, or leave it out."
+        ) from error
 
 
 def _to_rgb(image, name):
@@ -86,14 +91,18 @@ def _to_rgb(image, name):
 def _from_array(array):
     shape, dtype = array.shape, array.dtype
     if not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))) or array.size == 0:
-        raise LiteDetrError(f"An image array has the shape {list(shape)}; it must be [height, width], "
-                            "[height, width, 3] (RGB) or [height, width, 4] (RGBA) and not be empty. Move the "
-                            "channels to the end, and give the images of a batch one by one.")
+        raise LiteDetrError(
+            f"An image array has the shape {list(shape)}; it must be [height, width], "
+            "[height, width, 3] (RGB) or [height, width, 4] (RGBA) and not be empty. Move the "
+            "channels to the end, and give the images of a batch one by one."
+        )
     if dtype == np.uint16:
         array = np.rint(array / 257).astype(np.uint8)
     elif dtype != np.uint8:
-        raise LiteDetrError(f"An image array has the type {dtype}; it must be uint8 (0..255) or uint16 (0..65535). "
-                            "For floats in 0..1, give `(array * 255).round().astype('uint8')`.")
+        raise LiteDetrError(
+            f"An image array has the type {dtype}; it must be uint8 (0..255) or uint16 (0..65535). "
+            "For floats in 0..1, give `(array * 255).round().astype('uint8')`."
+        )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")

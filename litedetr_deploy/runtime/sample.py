@@ -38,7 +38,7 @@ def _street(rng, width, height):
 
     image = image.resize((width, height), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(0.5))
     pixels = np.asarray(image, np.float32)
-    y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     pixels = pixels * (1 - 0.14 * (x * x + y * y))[..., None]  # a lens is darker towards its corners
     pixels += rng.normal(0, 3, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -74,16 +74,21 @@ def _houses(rng, image, horizon):
         while x < image.width:
             house_width = rng.uniform(11, 24) * unit
             top = horizon - rng.uniform(0.45, 1) * tallest * unit
-            wall = np.array(((178, 92, 72), (202, 178, 140), (150, 152, 160), (120, 108, 104), (214, 196, 168),
-                             (136, 90, 74))[rng.integers(6)]) * rng.uniform(0.85, 1.1)
+            wall = np.array(
+                ((178, 92, 72), (202, 178, 140), (150, 152, 160), (120, 108, 104), (214, 196, 168), (136, 90, 74))[
+                    rng.integers(6)
+                ]
+            ) * rng.uniform(0.85, 1.1)
             wall = wall + (210 - wall) * haze
             canvas.rectangle((x, top, x + house_width, horizon + unit), fill=_colour(wall))
             # One side in shade makes it a block.
             canvas.rectangle((x + house_width * 0.9, top, x + house_width, horizon + unit), fill=_colour(wall * 0.8))
             if rng.random() < 0.45:
                 roof = np.array((112, 58, 48)) * (1 - haze) + 200 * haze
-                canvas.polygon([(x - unit, top), (x + house_width / 2, top - 6 * unit), (x + house_width + unit, top)],
-                               fill=_colour(roof))
+                canvas.polygon(
+                    [(x - unit, top), (x + house_width / 2, top - 6 * unit), (x + house_width + unit, top)],
+                    fill=_colour(roof),
+                )
             else:
                 canvas.rectangle((x - unit / 2, top - unit, x + house_width + unit / 2, top), fill=_colour(wall * 0.65))
             columns = max(2, int(house_width / (4.2 * unit)))
@@ -93,11 +98,16 @@ def _houses(rng, image, horizon):
                     left, upper = x + (column + 0.22) * step, top + (row * 5.5 + 1.5) * unit
                     lit = rng.random() < 0.14
                     glass = np.array((248, 216, 140) if lit else (64, 82, 104)) * rng.uniform(0.8, 1.1)
-                    frame = (left - unit * 0.25, upper - unit * 0.25, left + step * 0.56 + unit * 0.25,
-                             upper + 3.4 * unit)
+                    frame = (
+                        left - unit * 0.25,
+                        upper - unit * 0.25,
+                        left + step * 0.56 + unit * 0.25,
+                        upper + 3.4 * unit,
+                    )
                     canvas.rectangle(frame, fill=_colour(wall * 1.18))
-                    canvas.rectangle((left, upper, left + step * 0.56, upper + 3 * unit),
-                                     fill=_colour(glass + (200 - glass) * haze))
+                    canvas.rectangle(
+                        (left, upper, left + step * 0.56, upper + 3 * unit), fill=_colour(glass + (200 - glass) * haze)
+                    )
             x += house_width + (rng.uniform(1, 5) * unit if rng.random() < 0.3 else 0)
 
 
@@ -137,14 +147,16 @@ def _shadow(image, box, strength=110, blur=0.08):
 def _car(rng, image, x, ground, scale):
     """Draw a car seen from behind or in front, `ground` being where its wheels stand."""
     w, h = scale * 0.62, scale * 0.46
-    paint = np.array(((188, 36, 40), (30, 76, 158), (226, 228, 230), (44, 48, 54), (236, 178, 44), (66, 128, 96))
-                     [rng.integers(6)]) * rng.uniform(0.9, 1.05)
+    paint = np.array(
+        ((188, 36, 40), (30, 76, 158), (226, 228, 230), (44, 48, 54), (236, 178, 44), (66, 128, 96))[rng.integers(6)]
+    ) * rng.uniform(0.9, 1.05)
     facing = rng.random() < 0.5
 
     def rectangle(left, top, right, bottom, colour, radius=0.0):
         """In units of the car: -0.5..0.5 across, 0..1 from the ground up."""
-        canvas.rounded_rectangle((x + left * w, ground - top * h, x + right * w, ground - bottom * h),
-                                 radius * h, fill=_colour(colour))
+        canvas.rounded_rectangle(
+            (x + left * w, ground - top * h, x + right * w, ground - bottom * h), radius * h, fill=_colour(colour)
+        )
 
     _shadow(image, (x - 0.6 * w, ground - 0.12 * h, x + 0.6 * w, ground + 0.1 * h), 190)
     canvas = ImageDraw.Draw(image)
@@ -200,8 +212,9 @@ def _person(rng, image, x, ground, scale):
     canvas.pieslice((x - 0.065 * h, ground - 1.01 * h, x + 0.065 * h, ground - 0.87 * h), 170, 370, fill=_colour(hair))
     if rng.random() < 0.5:
         bag = rng.uniform(40, 200, 3)
-        canvas.rounded_rectangle((x - 0.14 * h, ground - 0.76 * h, x - 0.06 * h, ground - 0.56 * h), 0.03 * h,
-                                 fill=_colour(bag))
+        canvas.rounded_rectangle(
+            (x - 0.14 * h, ground - 0.76 * h, x - 0.06 * h, ground - 0.56 * h), 0.03 * h, fill=_colour(bag)
+        )
 
 
 def _tree(rng, image, x, ground, scale):
@@ -210,10 +223,19 @@ def _tree(rng, image, x, ground, scale):
     _shadow(image, (x - 0.7 * crown, ground - 0.1 * crown, x + 0.7 * crown, ground + 0.1 * crown), 120, 0.15)
     canvas = ImageDraw.Draw(image)
     thin = trunk * 0.045
-    canvas.polygon([(x - thin * 1.5, ground), (x - thin, ground - trunk), (x + thin, ground - trunk),
-                    (x + thin * 1.5, ground)], fill=(84, 62, 46))
-    canvas.polygon([(x + thin * 0.4, ground), (x + thin * 0.3, ground - trunk), (x + thin, ground - trunk),
-                    (x + thin * 1.5, ground)], fill=(60, 44, 34))
+    canvas.polygon(
+        [(x - thin * 1.5, ground), (x - thin, ground - trunk), (x + thin, ground - trunk), (x + thin * 1.5, ground)],
+        fill=(84, 62, 46),
+    )
+    canvas.polygon(
+        [
+            (x + thin * 0.4, ground),
+            (x + thin * 0.3, ground - trunk),
+            (x + thin, ground - trunk),
+            (x + thin * 1.5, ground),
+        ],
+        fill=(60, 44, 34),
+    )
     green = np.array(((66, 112, 52), (88, 124, 48), (52, 98, 62), (150, 118, 48))[rng.integers(4)], float)
     centre = np.array((x, ground - trunk - crown * 0.35))
     for _ in range(420):
@@ -229,14 +251,16 @@ def _traffic_light(rng, image, x, ground, scale):
     h = scale * 1.15
     canvas = ImageDraw.Draw(image)
     canvas.rectangle((x - 0.012 * h, ground - 0.8 * h, x + 0.012 * h, ground), fill=(70, 74, 78))
-    canvas.rounded_rectangle((x - 0.06 * h, ground - 1.05 * h, x + 0.06 * h, ground - 0.72 * h), 0.02 * h,
-                             fill=(34, 38, 40))
+    canvas.rounded_rectangle(
+        (x - 0.06 * h, ground - 1.05 * h, x + 0.06 * h, ground - 0.72 * h), 0.02 * h, fill=(34, 38, 40)
+    )
     on = rng.integers(3)
     for lamp, colour in enumerate(((236, 48, 40), (250, 190, 40), (60, 214, 110))):
         y = ground - (0.99 - 0.1 * lamp) * h
         bright = 1.0 if lamp == on else 0.28
-        canvas.ellipse((x - 0.038 * h, y - 0.038 * h, x + 0.038 * h, y + 0.038 * h),
-                       fill=_colour(np.array(colour) * bright))
+        canvas.ellipse(
+            (x - 0.038 * h, y - 0.038 * h, x + 0.038 * h, y + 0.038 * h), fill=_colour(np.array(colour) * bright)
+        )
 
 
 def _colour(values):

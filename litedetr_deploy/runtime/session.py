@@ -45,7 +45,9 @@ def create_session(
         no_library = error
     try:
         session = ort.InferenceSession(
-            onnx if isinstance(onnx, bytes) else name, options, providers=providers,
+            onnx if isinstance(onnx, bytes) else name,
+            options,
+            providers=providers,
             disabled_optimizers=_CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else (),
         )
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
@@ -80,8 +82,9 @@ def import_onnxruntime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise LiteDetrError(f"ONNX Runtime cannot be imported ({error}). Install it with "
-                            "`pip install litedetr-deploy[onnxruntime]`.") from error
+        raise LiteDetrError(
+            f"ONNX Runtime cannot be imported ({error}). Install it with `pip install litedetr-deploy[onnxruntime]`."
+        ) from error
     return onnxruntime
 
 
@@ -94,8 +97,10 @@ def register_ops(options):
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
-        raise LiteDetrError(f"ONNX Runtime {import_onnxruntime().__version__} cannot use the op library {library}: "
-                            f"{error}. Build it again on this machine, or install a newer onnxruntime.") from error
+        raise LiteDetrError(
+            f"ONNX Runtime {import_onnxruntime().__version__} cannot use the op library {library}: "
+            f"{error}. Build it again on this machine, or install a newer onnxruntime."
+        ) from error
 
 
 def read_metadata(session) -> dict:
@@ -106,8 +111,10 @@ def read_metadata(session) -> dict:
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
-        raise LiteDetrError(f"The model's metadata entry {METADATA_KEY!r} is not a JSON object: {text[:80]!r}. "
-                            "Something rewrote it after the export: export the model again.")
+        raise LiteDetrError(
+            f"The model's metadata entry {METADATA_KEY!r} is not a JSON object: {text[:80]!r}. "
+            "Something rewrote it after the export: export the model again."
+        )
     return metadata
 
 
@@ -137,9 +144,11 @@ def _check_providers(ort, providers):
         provider_name = provider if isinstance(provider, str) else provider[0]
         # ONNX Runtime itself only warns and then runs on the CPU.
         if provider_name not in available:
-            raise LiteDetrError(f"ONNX Runtime has no execution provider {provider_name!r} here; it has "
-                                f"{', '.join(available)}. Choose one of these, or install the onnxruntime package "
-                                "that brings the one you want.")
+            raise LiteDetrError(
+                f"ONNX Runtime has no execution provider {provider_name!r} here; it has "
+                f"{', '.join(available)}. Choose one of these, or install the onnxruntime package "
+                "that brings the one you want."
+            )
     return providers
 
 
@@ -148,22 +157,32 @@ def _explain(name, error, no_library):
     message = str(error)
     if f"{schema.DOMAIN}:" in message and "is not a registered function/op" in message:
         if no_library is not None:
-            return LiteDetrError(f"{name} holds the fused attention ops, and their library is not usable. {no_library} "
-                                 "A model exported with `--attention gather` runs without it.")
-        return LiteDetrError(f"{name} holds an op that the installed op library does not have ({message}). This "
-                             f"package has version {schema.VERSION} of the ops: export the model again, or install "
-                             "the litedetr-deploy that made it.")
+            return LiteDetrError(
+                f"{name} holds the fused attention ops, and their library is not usable. {no_library} "
+                "A model exported with `--attention gather` runs without it."
+            )
+        return LiteDetrError(
+            f"{name} holds an op that the installed op library does not have ({message}). This "
+            f"package has version {schema.VERSION} of the ops: export the model again, or install "
+            "the litedetr-deploy that made it."
+        )
     if "INVALID_PROTOBUF" in message or "No graph was found" in message:
-        return LiteDetrError(f"{name} is not an ONNX model, or a damaged one: ONNX Runtime cannot parse it. Check that "
-                             "it was copied completely, or export it again.")
-    return LiteDetrError(f"ONNX Runtime cannot load {name}: {message}. Export the model again with `litedetr export`, "
-                         "or load it with the version of onnxruntime that it was made for.")
+        return LiteDetrError(
+            f"{name} is not an ONNX model, or a damaged one: ONNX Runtime cannot parse it. Check that "
+            "it was copied completely, or export it again."
+        )
+    return LiteDetrError(
+        f"ONNX Runtime cannot load {name}: {message}. Export the model again with `litedetr export`, "
+        "or load it with the version of onnxruntime that it was made for."
+    )
 
 
 def check_op_version(name, metadata):
     """Raise LiteDetrError where the attention ops in `name` are of another version than this package's."""
     version = metadata.get("op_version", schema.VERSION)
     if metadata.get("attention") == "op" and version != schema.VERSION:
-        raise LiteDetrError(f"{name} was exported with version {version} of the attention ops; this package has "
-                            f"version {schema.VERSION}. Export the model again, or install litedetr-deploy "
-                            f"{metadata.get('tool_version', 'of that time')}.")
+        raise LiteDetrError(
+            f"{name} was exported with version {version} of the attention ops; this package has "
+            f"version {schema.VERSION}. Export the model again, or install litedetr-deploy "
+            f"{metadata.get('tool_version', 'of that time')}."
+        )

@@ -48,8 +48,10 @@ def import_tensorrt(backend: str):
             raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
         return found
     except ImportError as error:
-        raise LiteDetrError(f"{module} cannot be imported ({error}). Install it with "
-                            f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack.") from error
+        raise LiteDetrError(
+            f"{module} cannot be imported ({error}). Install it with "
+            f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack."
+        ) from error
 
 
 def message_logger(trt):
@@ -80,8 +82,10 @@ def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
         raise LiteDetrError(str(error)) from error
     if registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is None:
         if registry.load_library(str(library)) is None:
-            raise LiteDetrError(f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
-                                "`pip install --force-reinstall .` in the source folder.")
+            raise LiteDetrError(
+                f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
+                "`pip install --force-reinstall .` in the source folder."
+            )
     return library
 
 
@@ -102,13 +106,17 @@ def read_record(engine: str | os.PathLike) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LiteDetrError(f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
-                            "it again, build the engine again, or remove it if trtexec built the engine.") from error
+        raise LiteDetrError(
+            f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
+            "it again, build the engine again, or remove it if trtexec built the engine."
+        ) from error
     found = sha256(engine)
     if found != recorded:
-        raise LiteDetrError(f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., "
-                            f"and {recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, "
-                            "or build the engine again.")
+        raise LiteDetrError(
+            f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., "
+            f"and {recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, "
+            "or build the engine again."
+        )
     return record
 
 
@@ -141,25 +149,37 @@ def _explain(trt, path, record, gpu, errors):
     kind = next((kind for kind, pattern in _FAILURES if re.search(pattern, text, re.IGNORECASE)), None)
     built_with, built_on = record.get("version"), record.get("compute_capabilities")
     if kind == "memory":
-        return LiteDetrError(f"{path} does not fit into the memory of {gpu.name} that is free. {said}. End what else "
-                             "runs on it, or build the engine for a smaller batch or image size.")
+        return LiteDetrError(
+            f"{path} does not fit into the memory of {gpu.name} that is free. {said}. End what else "
+            "runs on it, or build the engine for a smaller batch or image size."
+        )
     if kind == "op version":
-        return LiteDetrError(f"{path} holds attention plugins of another version than this package's. {said}. Build "
-                             "the engine again, or install the litedetr-deploy that built it.")
+        return LiteDetrError(
+            f"{path} holds attention plugins of another version than this package's. {said}. Build "
+            "the engine again, or install the litedetr-deploy that built it."
+        )
     if kind == "plugin":
-        return LiteDetrError(f"{path} needs a plugin that TensorRT does not have: {schema.KEY_AWARE} and "
-                             f"{schema.PLAIN} are in this package's library {native.LIBRARIES['tensorrt']}, which is "
-                             f"not there or is of another version. {said}. Run `pip install .` in the source folder.")
+        return LiteDetrError(
+            f"{path} needs a plugin that TensorRT does not have: {schema.KEY_AWARE} and "
+            f"{schema.PLAIN} are in this package's library {native.LIBRARIES['tensorrt']}, which is "
+            f"not there or is of another version. {said}. Run `pip install .` in the source folder."
+        )
     if kind == "version" or (built_with not in (None, trt.__version__) and kind != "device"):
-        return LiteDetrError(f"{path} was built by {trt.__name__} {built_with or 'of another version'}, and "
-                             f"{trt.__version__} is installed: an engine runs in the version that built it. {said}. "
-                             "Build it again here, or once for all newer versions with --version-compatible.")
+        return LiteDetrError(
+            f"{path} was built by {trt.__name__} {built_with or 'of another version'}, and "
+            f"{trt.__version__} is installed: an engine runs in the version that built it. {said}. "
+            "Build it again here, or once for all newer versions with --version-compatible."
+        )
     if kind == "device" or (built_on and gpu.compute_capability not in built_on and kind is None):
         built_on = " and ".join(built_on) if built_on else "another one"
-        return LiteDetrError(f"{path} was built for compute capability {built_on}, and {gpu.name} has "
-                             f"{gpu.compute_capability}. {said}. Build it again on this GPU.")
-    return LiteDetrError(f"{path} is not an engine of {trt.__name__}, or a damaged one. {said}. Copy it again, or "
-                         "build it again with `litedetr build`.")
+        return LiteDetrError(
+            f"{path} was built for compute capability {built_on}, and {gpu.name} has "
+            f"{gpu.compute_capability}. {said}. Build it again on this GPU."
+        )
+    return LiteDetrError(
+        f"{path} is not an engine of {trt.__name__}, or a damaged one. {said}. Copy it again, or "
+        "build it again with `litedetr build`."
+    )
 
 
 class DeviceArray:
@@ -169,8 +189,13 @@ class DeviceArray:
     def __init__(self, session, address: int, shape: tuple[int, ...], dtype):
         self._session = session  # owns the memory
         self.shape, self.dtype = shape, np.dtype(dtype)
-        self.__cuda_array_interface__ = {"shape": shape, "typestr": self.dtype.str, "data": (address, False),
-                                         "strides": None, "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": self.dtype.str,
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 class TensorRTSession:
@@ -217,8 +242,10 @@ class TensorRTSession:
             if is_input[name]:
                 smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
                 self._limits[name] = _plain(smallest), _plain(largest)
-        self.inputs = {name: tuple(low if low == high else None for low, high in zip(*limits))
-                       for name, limits in self._limits.items()}
+        self.inputs = {
+            name: tuple(low if low == high else None for low, high in zip(*limits))
+            for name, limits in self._limits.items()
+        }
         self._contexts: OrderedDict[tuple, _Context] = OrderedDict()  # by the inputs' shapes
         self._trt = trt
         try:
@@ -226,8 +253,10 @@ class TensorRTSession:
             context = self._make_context()
             for name, (_, shape) in self._limits.items():
                 context.set_input_shape(name, shape)
-            sizes = {name: int(np.prod(_plain(context.get_tensor_shape(name)))) * self._types[name].itemsize
-                     for name in names}
+            sizes = {
+                name: int(np.prod(_plain(context.get_tensor_shape(name)))) * self._types[name].itemsize
+                for name in names
+            }
             self._addresses = {name: device.allocate(size) for name, size in sizes.items()}
             self._host = {name: device.allocate_host(size) for name, size in sizes.items()}
         except cuda.OutOfMemory as error:
@@ -266,8 +295,10 @@ class TensorRTSession:
         """As `run`, but return a dict of name -> `DeviceArray`, which the next run overwrites."""
         context = self._enqueue(feed)
         self._device.synchronize()
-        return {name: DeviceArray(self, self._addresses[name], context.shapes[name], self._types[name])
-                for name in self.outputs}
+        return {
+            name: DeviceArray(self, self._addresses[name], context.shapes[name], self._types[name])
+            for name in self.outputs
+        }
 
     def close(self) -> None:
         """Give the GPU's memory back.  The session cannot run any more."""
@@ -304,27 +335,35 @@ class TensorRTSession:
         arrays = {}
         for name, (smallest, largest) in self._limits.items():
             if name not in feed:
-                raise LiteDetrError(f"the input {name!r} of {self.path} is missing; given: "
-                                    f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}.")
+                raise LiteDetrError(
+                    f"the input {name!r} of {self.path} is missing; given: "
+                    f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}."
+                )
             array = np.asarray(feed[name])
             if array.dtype != self._types[name]:
-                raise LiteDetrError(f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. "
-                                    "Convert it before the run.")
+                raise LiteDetrError(
+                    f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. "
+                    "Convert it before the run."
+                )
             fits = array.ndim == len(smallest) and all(
                 low <= size <= high for low, size, high in zip(smallest, array.shape, largest)
             )
             if not fits:
-                raise LiteDetrError(f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for "
-                                    f"{list(smallest)} to {list(largest)}. Run smaller batches or other sizes, or "
-                                    "build the engine with other --batch and --image-size.")
+                raise LiteDetrError(
+                    f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for "
+                    f"{list(smallest)} to {list(largest)}. Run smaller batches or other sizes, or "
+                    "build the engine with other --batch and --image-size."
+                )
             arrays[name] = array
         return arrays
 
     def _failed(self, what):
         errors, self._logger.errors = self._logger.errors, []
         said = f": {errors[0].strip()[:300]}" if errors else ""
-        return LiteDetrError(f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else "
-                             "build the engine again with the TensorRT that is installed here.")
+        return LiteDetrError(
+            f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else "
+            "build the engine again with the TensorRT that is installed here."
+        )
 
 
 class _Context:

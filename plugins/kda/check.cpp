@@ -6,7 +6,7 @@
 namespace kda {
 namespace {
 
-const char *dtype_name(int32_t dtype) {
+const char* dtype_name(int32_t dtype) {
   switch (dtype) {
     case KDA_FLOAT32: return "float32";
     case KDA_FLOAT16: return "float16";
@@ -17,7 +17,7 @@ const char *dtype_name(int32_t dtype) {
 
 }  // namespace
 
-void print(char *message, size_t size, const char *format, ...) {
+void print(char* message, size_t size, const char* format, ...) {
   if (!message || size == 0) return;
   va_list values;
   va_start(values, format);
@@ -25,7 +25,7 @@ void print(char *message, size_t size, const char *format, ...) {
   va_end(values);
 }
 
-kda_status check_sizes(const kda_arguments *a, const char *kernels, int32_t dim_multiple, char *message,
+kda_status check_sizes(const kda_arguments* a, const char* kernels, int32_t dim_multiple, char* message,
                        size_t message_size) {
 #define KDA_EXPECT(condition, status, ...)     \
   if (!(condition)) {                          \

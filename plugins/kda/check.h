@@ -11,11 +11,11 @@ constexpr int64_t kMaxSide = int64_t{1} << 22;
 constexpr int64_t kMaxTokens = int64_t{1} << 30;
 
 /* printf into `message`, of `size` bytes with the final zero; nothing where it is NULL. */
-void print(char *message, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void print(char* message, size_t size, const char* format, ...) __attribute__((format(printf, 3, 4)));
 
 /* Sizes, types and null pointers.  The kernels, `kernels` in the message ("CUDA"), take head_dim in multiples of
  * `dim_multiple`. */
-kda_status check_sizes(const kda_arguments *arguments, const char *kernels, int32_t dim_multiple, char *message,
+kda_status check_sizes(const kda_arguments* arguments, const char* kernels, int32_t dim_multiple, char* message,
                        size_t message_size);
 
 }  // namespace kda

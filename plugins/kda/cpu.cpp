@@ -13,7 +13,7 @@ namespace {
  * one's imbalance stay small. */
 constexpr int64_t kQueryChunk = 128;
 
-const Kernel *best_kernel() {
+const Kernel* best_kernel() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -27,10 +27,10 @@ const Kernel *best_kernel() {
   return &kGenericKernel;
 }
 
-std::atomic<const Kernel *> selected{nullptr};
+std::atomic<const Kernel*> selected{nullptr};
 
-const Kernel *kernel() {
-  const Kernel *chosen = selected.load(std::memory_order_relaxed);
+const Kernel* kernel() {
+  const Kernel* chosen = selected.load(std::memory_order_relaxed);
   if (!chosen) {
     chosen = best_kernel();
     selected.store(chosen, std::memory_order_relaxed);
@@ -38,23 +38,23 @@ const Kernel *kernel() {
   return chosen;
 }
 
-bool has_own_key(const kda_arguments *a) { return a->key_aware && a->key; }
+bool has_own_key(const kda_arguments* a) { return a->key_aware && a->key; }
 
 /* Whether the samples of a few queries cost less where the value lies than its repacking would. */
-bool fits_in_place(const kda_arguments *a) {
+bool fits_in_place(const kda_arguments* a) {
   const bool built = a->dtype == KDA_FLOAT32 && !has_own_key(a) && a->num_levels == 4 && a->num_points == 4 &&
                      (a->head_dim == 16 || a->head_dim == 32 || a->head_dim == 64);
   return built && a->num_queries * 16 < a->num_tokens && a->num_tokens * a->num_heads * a->head_dim <= INT32_MAX;
 }
 
-Plan make_plan(const kda_arguments *a) {
+Plan make_plan(const kda_arguments* a) {
   Plan plan = {};
   plan.arguments = a;
   const int lanes = kernel()->lanes;
   plan.stride = (a->head_dim + lanes - 1) / lanes * lanes;
   int64_t token = 0;
   for (int l = 0; l < a->num_levels; ++l) {
-    Level &level = plan.levels[l];
+    Level& level = plan.levels[l];
     level.height = static_cast<int32_t>(a->spatial_shapes[2 * l]);
     level.width = static_cast<int32_t>(a->spatial_shapes[2 * l + 1]);
     level.pitch = level.width + 1;
@@ -74,7 +74,7 @@ Plan make_plan(const kda_arguments *a) {
 }
 
 /* Floats of the workspace that the value takes, or a key of its own. */
-int64_t map_floats(const Plan &plan) { return plan.arguments->num_heads * plan.tokens * plan.stride; }
+int64_t map_floats(const Plan& plan) { return plan.arguments->num_heads * plan.tokens * plan.stride; }
 
 /* Queries are taken tile by tile of the finest level, about 8 x 8 pixels each: then those that follow one another, from
  * whichever level they are, find what they sample in a near cache. */
@@ -91,13 +91,13 @@ int64_t find_tile(float x, int64_t tiles) {
 }
 
 /* Fills plan->order by a counting sort. */
-void order_queries(const Plan *plan) {
-  const kda_arguments *a = plan->arguments;
+void order_queries(const Plan* plan) {
+  const kda_arguments* a = plan->arguments;
   const int64_t rows = count_tiles(plan->levels[0].height), columns = count_tiles(plan->levels[0].width);
   const int64_t width = int64_t{a->num_levels} * a->reference_width;
-  const float *const references = a->reference_points + plan->item * a->num_queries * width;
+  const float* const references = a->reference_points + plan->item * a->num_queries * width;
   const auto tile_of = [&](int64_t query) {
-    const float *centre = references + query * width;
+    const float* centre = references + query * width;
     return find_tile(centre[1], rows) * columns + find_tile(centre[0], columns);
   };
   int64_t first[kMaxTiles * kMaxTiles + 1] = {};
@@ -106,15 +106,15 @@ void order_queries(const Plan *plan) {
   for (int64_t query = 0; query < a->num_queries; ++query) plan->order[first[tile_of(query)]++] = query;
 }
 
-void repack_task(int64_t begin, int64_t end, void *state) {
-  kernel()->repack(static_cast<const Plan *>(state), begin, end);
+void repack_task(int64_t begin, int64_t end, void* state) {
+  kernel()->repack(static_cast<const Plan*>(state), begin, end);
 }
 
-void attend_task(int64_t begin, int64_t end, void *state) {
-  kernel()->attend(static_cast<const Plan *>(state), begin, end);
+void attend_task(int64_t begin, int64_t end, void* state) {
+  kernel()->attend(static_cast<const Plan*>(state), begin, end);
 }
 
-void run(const kda_executor *executor, int64_t count, kda_task task, Plan *plan) {
+void run(const kda_executor* executor, int64_t count, kda_task task, Plan* plan) {
   if (executor) {
     executor->run(executor->self, count, task, plan);
   } else {
@@ -124,14 +124,14 @@ void run(const kda_executor *executor, int64_t count, kda_task task, Plan *plan)
 
 }  // namespace
 
-bool select_isa(const char *isa) {
+bool select_isa(const char* isa) {
 #if defined(__x86_64__)
-  const Kernel *const kernels[] = {&kGenericKernel, &kAvx2Kernel, &kAvx512Kernel};
+  const Kernel* const kernels[] = {&kGenericKernel, &kAvx2Kernel, &kAvx512Kernel};
 #else
-  const Kernel *const kernels[] = {&kGenericKernel};
+  const Kernel* const kernels[] = {&kGenericKernel};
 #endif
-  const Kernel *best = best_kernel();
-  for (const Kernel *candidate : kernels) {
+  const Kernel* best = best_kernel();
+  for (const Kernel* candidate : kernels) {
     if (strcmp(candidate->isa, isa) == 0) {
       selected.store(candidate, std::memory_order_relaxed);
       return true;
@@ -149,16 +149,16 @@ extern "C" {
 
 int32_t kda_abi_version(void) { return KDA_ABI_VERSION; }
 
-const char *kda_cpu_isa(void) { return kernel()->isa; }
+const char* kda_cpu_isa(void) { return kernel()->isa; }
 
-void kda_run_parallel_for(void *self, int64_t count, kda_task task, void *state) {
+void kda_run_parallel_for(void* self, int64_t count, kda_task task, void* state) {
   kda_parallel_for parallel_for;
   static_assert(sizeof parallel_for == sizeof self, "a function's address fits a pointer");
   memcpy(&parallel_for, &self, sizeof self);
   parallel_for(0, count, 1, task, state);
 }
 
-kda_status kda_cpu_check(const kda_arguments *a, char *message, size_t message_size) {
+kda_status kda_cpu_check(const kda_arguments* a, char* message, size_t message_size) {
   const kda_status status = check_sizes(a, "CPU", 4, message, message_size);
   if (status != KDA_OK) return status;
   int64_t tokens = 0, padded = 1;
@@ -192,7 +192,7 @@ kda_status kda_cpu_check(const kda_arguments *a, char *message, size_t message_s
   return KDA_OK;
 }
 
-size_t kda_cpu_workspace_size(const kda_arguments *a) {
+size_t kda_cpu_workspace_size(const kda_arguments* a) {
   kda_arguments shapes = *a;
   shapes.batch = 0; /* an empty batch needs no pointers */
   if (kda_cpu_check(&shapes, NULL, 0) != KDA_OK) return 0;
@@ -202,7 +202,7 @@ size_t kda_cpu_workspace_size(const kda_arguments *a) {
          static_cast<size_t>(a->num_queries) * sizeof(int64_t);
 }
 
-kda_status kda_cpu_forward(const kda_arguments *a, void *workspace, const kda_executor *executor, char *message,
+kda_status kda_cpu_forward(const kda_arguments* a, void* workspace, const kda_executor* executor, char* message,
                            size_t message_size) {
   const kda_status status = kda_cpu_check(a, message, message_size);
   if (status != KDA_OK) return status;
@@ -212,9 +212,9 @@ kda_status kda_cpu_forward(const kda_arguments *a, void *workspace, const kda_ex
     print(message, message_size, "workspace is NULL; it must have %zu bytes", kda_cpu_workspace_size(a));
     return KDA_INVALID_ARGUMENT;
   }
-  plan.value = static_cast<float *>(workspace);
+  plan.value = static_cast<float*>(workspace);
   plan.key = has_own_key(a) ? plan.value + map_floats(plan) : plan.value;
-  plan.order = reinterpret_cast<int64_t *>(plan.key + map_floats(plan));
+  plan.order = reinterpret_cast<int64_t*>(plan.key + map_floats(plan));
   for (plan.item = 0; plan.item < a->batch; ++plan.item) {
     if (plan.in_place) {
       run(executor, plan.num_chunks, attend_task, &plan);

@@ -15,7 +15,7 @@ namespace backward {
 namespace {
 
 /* The instruction set of the forward pass. */
-const Kernel *kernel() {
+const Kernel* kernel() {
 #if defined(__x86_64__)
   if (strcmp(kda_cpu_isa(), kAvx512Kernel.isa) == 0) return &kAvx512Kernel;
   if (strcmp(kda_cpu_isa(), kAvx2Kernel.isa) == 0) return &kAvx2Kernel;
@@ -25,18 +25,18 @@ const Kernel *kernel() {
 
 struct Work {
   Plan plan;
-  const Kernel *kernel;
+  const Kernel* kernel;
   std::atomic<bool> out_of_memory;
 };
 
-void make_plan(const kda_arguments *a, const kda_gradients *gradients, const Kernel *kernel, Plan *plan) {
+void make_plan(const kda_arguments* a, const kda_gradients* gradients, const Kernel* kernel, Plan* plan) {
   plan->arguments = a;
   plan->gradients = gradients;
   plan->stride = (a->head_dim + kernel->lanes - 1) / kernel->lanes * kernel->lanes;
   plan->tokens = 0;
   int64_t token = 0;
   for (int l = 0; l < a->num_levels; ++l) {
-    Level &level = plan->levels[l];
+    Level& level = plan->levels[l];
     level.height = static_cast<int32_t>(a->spatial_shapes[2 * l]);
     level.width = static_cast<int32_t>(a->spatial_shapes[2 * l + 1]);
     level.pitch = level.width + 1;
@@ -49,8 +49,8 @@ void make_plan(const kda_arguments *a, const kda_gradients *gradients, const Ker
 }
 
 /* Lays the scratch memory out from `memory` on; returns its size in floats. */
-int64_t lay_out(const Plan *plan, float *memory, Scratch *scratch) {
-  const kda_arguments *a = plan->arguments;
+int64_t lay_out(const Plan* plan, float* memory, Scratch* scratch) {
+  const kda_arguments* a = plan->arguments;
   const int64_t map = (plan->tokens * plan->stride + 15) / 16 * 16;
   const int64_t samples = (a->num_levels * a->num_points * 3 * plan->stride + 15) / 16 * 16;
   const int64_t token = (plan->stride + 15) / 16 * 16;
@@ -72,12 +72,12 @@ int64_t lay_out(const Plan *plan, float *memory, Scratch *scratch) {
   return size;
 }
 
-void differentiate_task(int64_t begin, int64_t end, void *state) {
-  Work *work = static_cast<Work *>(state);
-  const Plan *plan = &work->plan;
+void differentiate_task(int64_t begin, int64_t end, void* state) {
+  Work* work = static_cast<Work*>(state);
+  const Plan* plan = &work->plan;
   Scratch scratch;
   const size_t bytes = static_cast<size_t>(lay_out(plan, nullptr, &scratch)) * sizeof(float);
-  float *memory = static_cast<float *>(aligned_alloc(64, bytes));
+  float* memory = static_cast<float*>(aligned_alloc(64, bytes));
   if (!memory) {
     work->out_of_memory = true;
     return;
@@ -94,11 +94,11 @@ void differentiate_task(int64_t begin, int64_t end, void *state) {
  * offsets and of the reference points; rows are queries of the whole batch.
  *
  *   width 2: pixel = x W + offset - 0.5          width 4: pixel = x W + offset w W / (2 P) - 0.5 */
-void refer_task(int64_t begin, int64_t end, void *state) {
-  const Plan *plan = &static_cast<Work *>(state)->plan;
-  const kda_arguments *a = plan->arguments;
+void refer_task(int64_t begin, int64_t end, void* state) {
+  const Plan* plan = &static_cast<Work*>(state)->plan;
+  const kda_arguments* a = plan->arguments;
   const int num_samples = a->num_levels * a->num_points, width = a->reference_width;
-  const float *offsets = static_cast<const float *>(a->sampling_offsets);
+  const float* offsets = static_cast<const float*>(a->sampling_offsets);
   for (int64_t row = begin; row < end; ++row) {
     for (int l = 0; l < a->num_levels; ++l) {
       const float sides[2] = {static_cast<float>(plan->levels[l].width), static_cast<float>(plan->levels[l].height)};
@@ -110,7 +110,7 @@ void refer_task(int64_t begin, int64_t end, void *state) {
         for (int64_t head = 0; head < a->num_heads; ++head) {
           const int64_t first = ((row * a->num_heads + head) * num_samples + l * a->num_points) * 2 + axis;
           for (int64_t i = first; i < first + 2 * a->num_points; i += 2) {
-            float *gradient = plan->gradients->sampling_offsets + i;
+            float* gradient = plan->gradients->sampling_offsets + i;
             centre_sum += *gradient;
             if (width == 2) continue;
             extent_sum += *gradient * offsets[i];
@@ -125,7 +125,7 @@ void refer_task(int64_t begin, int64_t end, void *state) {
   }
 }
 
-void run(const kda_executor *executor, int64_t count, kda_task task, Work *work) {
+void run(const kda_executor* executor, int64_t count, kda_task task, Work* work) {
   if (executor) {
     executor->run(executor->self, count, task, work);
   } else {
@@ -139,10 +139,10 @@ void run(const kda_executor *executor, int64_t count, kda_task task, Work *work)
 
 using namespace kda::backward;
 
-extern "C" kda_status kda_cpu_backward(const kda_arguments *arguments, const kda_gradients *gradients,
-                                       const kda_executor *executor, char *message, size_t message_size) {
+extern "C" kda_status kda_cpu_backward(const kda_arguments* arguments, const kda_gradients* gradients,
+                                       const kda_executor* executor, char* message, size_t message_size) {
   kda_arguments a = *arguments;
-  a.output = const_cast<float *>(gradients->output); /* what the check wants of an output, this pass has here */
+  a.output = const_cast<float*>(gradients->output); /* what the check wants of an output, this pass has here */
   const kda_status status = kda_cpu_check(&a, message, message_size);
   if (status != KDA_OK) return status;
   if (a.dtype != KDA_FLOAT32) {

@@ -22,8 +22,8 @@ struct Level {
 };
 
 struct Plan {
-  const kda_arguments *arguments;
-  const kda_gradients *gradients;
+  const kda_arguments* arguments;
+  const kda_gradients* gradients;
   Level levels[KDA_MAX_LEVELS];
   int64_t tokens; /* in a head's map */
   int64_t stride; /* floats a token takes in a map: D rounded up to whole vectors */
@@ -33,17 +33,17 @@ struct Plan {
 struct Scratch {
   float *value, *value_gradient; /* maps, [tokens, stride] */
   float *key, *key_gradient;     /* the same two where there is no own key */
-  float *value_samples;          /* [L*P, 3, stride]: the sample and its slopes along x and along y */
-  float *key_samples;
+  float* value_samples;          /* [L*P, 3, stride]: the sample and its slopes along x and along y */
+  float* key_samples;
   float *query, *output_gradient, *query_gradient; /* [stride] */
 };
 
 struct Kernel {
-  const char *isa;
+  const char* isa;
   int lanes; /* floats in a vector */
   /* Every gradient of one head of a batch item, except that sampling_offsets receives the gradient of the pixel
    * coordinates and reference_points is left alone. */
-  void (*differentiate)(const Plan *plan, int64_t item, int64_t head, const Scratch *scratch);
+  void (*differentiate)(const Plan* plan, int64_t item, int64_t head, const Scratch* scratch);
 };
 
 extern const Kernel kGenericKernel;

@@ -38,12 +38,12 @@ struct Samples {
   alignas(64) float lower[kMaxSamples];    /* from the upper corners' row */
 };
 
-void fill_lanes(const Plan *plan, Lanes *lanes) {
-  const kda_arguments *a = plan->arguments;
+void fill_lanes(const Plan* plan, Lanes* lanes) {
+  const kda_arguments* a = plan->arguments;
   for (int p = 0; p < kMaxSamples; ++p) {
     /* Lanes beyond the last point repeat the last level, so that they compute something harmless. */
     const int l = p / a->num_points < a->num_levels ? p / a->num_points : a->num_levels - 1;
-    const Level *level = &plan->levels[l];
+    const Level* level = &plan->levels[l];
     lanes->width[p] = static_cast<float>(level->width);
     lanes->height[p] = static_cast<float>(level->height);
     lanes->pitch[p] = level->pitch * static_cast<int32_t>(plan->stride);
@@ -52,36 +52,36 @@ void fill_lanes(const Plan *plan, Lanes *lanes) {
   }
 }
 
-KDA_INLINE void copy(float *target, const float *source, int64_t count) {
+KDA_INLINE void copy(float* target, const float* source, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(target + i, load(source + i));
   for (; i < count; ++i) target[i] = source[i];
 }
 
 /* [N, S, M*D] -> the map of one head, border and padding zero. */
-void pack(const Plan *plan, const void *source, int64_t item, int64_t head, float *map) {
-  const kda_arguments *a = plan->arguments;
+void pack(const Plan* plan, const void* source, int64_t item, int64_t head, float* map) {
+  const kda_arguments* a = plan->arguments;
   const int64_t dim = a->head_dim, width = dim * a->num_heads;
-  const float *from = static_cast<const float *>(source) + item * a->num_tokens * width + head * dim;
+  const float* from = static_cast<const float*>(source) + item * a->num_tokens * width + head * dim;
   __builtin_memset(map, 0, plan->tokens * plan->stride * sizeof(float));
   for (int l = 0; l < a->num_levels; ++l) {
-    const Level *level = &plan->levels[l];
+    const Level* level = &plan->levels[l];
     for (int64_t y = 0; y < level->height; ++y) {
-      float *row = map + (level->origin + y * level->pitch) * plan->stride;
+      float* row = map + (level->origin + y * level->pitch) * plan->stride;
       for (int64_t x = 0; x < level->width; ++x, from += width) copy(row + x * plan->stride, from, dim);
     }
   }
 }
 
 /* The way back. */
-void unpack(const Plan *plan, const float *map, int64_t item, int64_t head, float *target) {
-  const kda_arguments *a = plan->arguments;
+void unpack(const Plan* plan, const float* map, int64_t item, int64_t head, float* target) {
+  const kda_arguments* a = plan->arguments;
   const int64_t dim = a->head_dim, width = dim * a->num_heads;
-  float *to = target + item * a->num_tokens * width + head * dim;
+  float* to = target + item * a->num_tokens * width + head * dim;
   for (int l = 0; l < a->num_levels; ++l) {
-    const Level *level = &plan->levels[l];
+    const Level* level = &plan->levels[l];
     for (int64_t y = 0; y < level->height; ++y) {
-      const float *row = map + (level->origin + y * level->pitch) * plan->stride;
+      const float* row = map + (level->origin + y * level->pitch) * plan->stride;
       for (int64_t x = 0; x < level->width; ++x, to += width) copy(to, row + x * plan->stride, dim);
     }
   }
@@ -89,8 +89,8 @@ void unpack(const Plan *plan, const float *map, int64_t item, int64_t head, floa
 
 /* `offset` may be read up to the next whole pair of vectors. */
 template <int kSamples>
-KDA_INLINE void locate(const kda_arguments *a, int32_t token, const Lanes *lanes, const float *reference,
-                       const float *offset, Samples *samples) {
+KDA_INLINE void locate(const kda_arguments* a, int32_t token, const Lanes* lanes, const float* reference,
+                       const float* offset, Samples* samples) {
   const int num_samples = kSamples ? kSamples : a->num_levels * a->num_points, width = a->reference_width;
   const float unit = 0.5f / static_cast<float>(a->num_points);
   for (int p = 0; p < num_samples; p += kLanes) {
@@ -100,14 +100,14 @@ KDA_INLINE void locate(const kda_arguments *a, int32_t token, const Lanes *lanes
     const Floats level_width = load(lanes->width + p), level_height = load(lanes->height + p);
     Floats centre_x = {}, centre_y = {};
     for (int i = 0; i < kLanes; ++i) {
-      const float *box = reference + lanes->level[p + i] * width;
+      const float* box = reference + lanes->level[p + i] * width;
       centre_x[i] = box[0];
       centre_y[i] = box[1];
     }
     if (width == 4) {
       Floats box_width = {}, box_height = {};
       for (int i = 0; i < kLanes; ++i) {
-        const float *box = reference + lanes->level[p + i] * width;
+        const float* box = reference + lanes->level[p + i] * width;
         box_width[i] = box[2];
         box_height[i] = box[3];
       }
@@ -129,8 +129,8 @@ KDA_INLINE void locate(const kda_arguments *a, int32_t token, const Lanes *lanes
 
 /* Every sample with its slopes, [samples, 3, vectors]. */
 template <int kVectors>
-KDA_INLINE void interpolate(const float *map, const Lanes *lanes, const Samples *samples, int num_samples,
-                            int64_t vectors, float *kept) {
+KDA_INLINE void interpolate(const float* map, const Lanes* lanes, const Samples* samples, int num_samples,
+                            int64_t vectors, float* kept) {
   if (kVectors) vectors = kVectors;
   for (int p = 0; p < num_samples; ++p, kept += 3 * vectors * kLanes) {
     const float *upper = map + samples->corner[p], *lower = upper + lanes->pitch[p];
@@ -151,7 +151,7 @@ KDA_INLINE void interpolate(const float *map, const Lanes *lanes, const Samples 
 
 /* products[p] = <vector, sample p>; lanes behind the last sample become 0. */
 template <int kVectors, int kSamples>
-KDA_INLINE void multiply(const float *vector, const float *kept, int num_samples, int64_t vectors, float *products) {
+KDA_INLINE void multiply(const float* vector, const float* kept, int num_samples, int64_t vectors, float* products) {
   if (kVectors) vectors = kVectors;
   if (kSamples) num_samples = kSamples;
   for (int first = 0; first < num_samples; first += kLanes) {
@@ -159,7 +159,7 @@ KDA_INLINE void multiply(const float *vector, const float *kept, int num_samples
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       if (first + i >= num_samples) break;
-      const float *sample = kept + (first + i) * 3 * vectors * kLanes;
+      const float* sample = kept + (first + i) * 3 * vectors * kLanes;
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats product = load(vector + v * kLanes) * load(sample + v * kLanes);
@@ -177,7 +177,7 @@ struct Corners {
 };
 
 /* Adds a sample's gradient to its corners.  They are four different tokens: all may be loaded before one is stored. */
-KDA_INLINE void scatter(float *map, const Corners *corners, int64_t token, int64_t d, Floats gradient) {
+KDA_INLINE void scatter(float* map, const Corners* corners, int64_t token, int64_t d, Floats gradient) {
   float *upper = map + corners->upper + d, *lower = map + corners->lower + d;
   const Floats upper_left = load(upper) + corners->weight[0] * gradient;
   const Floats upper_right = load(upper + token) + corners->weight[1] * gradient;
@@ -193,15 +193,15 @@ enum class Key { kNone, kShared, kOwn };
 
 /* kVectors: vectors in a token, or 0 to ask the plan; kSamples: levels x points, or 0. */
 template <int kVectors, int kSamples, Key kKey>
-void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scratch *scratch) {
-  const kda_arguments *a = plan->arguments;
-  const kda_gradients *gradients = plan->gradients;
+void differentiate_head(const Plan* plan, int64_t item, int64_t head, const Scratch* scratch) {
+  const kda_arguments* a = plan->arguments;
+  const kda_gradients* gradients = plan->gradients;
   const int num_samples = kSamples ? kSamples : a->num_levels * a->num_points;
   const int64_t dim = a->head_dim;
   const int64_t vectors = kVectors ? kVectors : plan->stride / kLanes, stride = vectors * kLanes;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
-  const float *offsets = static_cast<const float *>(a->sampling_offsets);
-  const float *queries = static_cast<const float *>(a->query);
+  const float* offsets = static_cast<const float*>(a->sampling_offsets);
+  const float* queries = static_cast<const float*>(a->query);
   Lanes lanes;
   fill_lanes(plan, &lanes);
   Samples samples;
@@ -213,10 +213,10 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
   Floats along_x[kLanes], along_y[kLanes];
 
   /* A row of [N, Q, M*D] in whole vectors. */
-  const auto padded = [&](const float *row, float *buffer) {
+  const auto padded = [&](const float* row, float* buffer) {
     if (dim == stride) return row;
     copy(buffer, row, dim);
-    return static_cast<const float *>(buffer);
+    return static_cast<const float*>(buffer);
   };
   for (int64_t d = dim; d < stride; ++d) scratch->query[d] = scratch->output_gradient[d] = 0;
   pack(plan, a->value, item, head, scratch->value);
@@ -240,16 +240,16 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
       __builtin_prefetch(gradients->sampling_offsets + ahead * 2 * num_samples + d, 1, 3);
     }
 
-    const float *offset = offsets + cell * num_samples * 2;
+    const float* offset = offsets + cell * num_samples * 2;
     if (num_samples % kLanes != 0) {
       copy(offset_buffer, offset, 2 * num_samples);
       offset = offset_buffer;
     }
-    const float *reference = a->reference_points + row * a->num_levels * a->reference_width;
+    const float* reference = a->reference_points + row * a->num_levels * a->reference_width;
     locate<kSamples>(a, static_cast<int32_t>(stride), &lanes, reference, offset, &samples);
 
-    const float *g = padded(gradients->output + cell * dim, scratch->output_gradient);
-    const float *query = g; /* of no use where there is no key */
+    const float* g = padded(gradients->output + cell * dim, scratch->output_gradient);
+    const float* query = g; /* of no use where there is no key */
     interpolate<kVectors>(scratch->value, &lanes, &samples, num_samples, vectors, scratch->value_samples);
     if (kKey == Key::kNone) {
       copy(attention, queries + cell * num_samples, num_samples);
@@ -276,9 +276,9 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
     if (kKey == Key::kNone) copy(gradients->query + cell * num_samples, logits, num_samples);
 
     Floats query_array[kVectors ? kVectors : 1] = {};
-    Floats *query_gradient = query_array;
+    Floats* query_gradient = query_array;
     if (!kVectors) {
-      query_gradient = reinterpret_cast<Floats *>(scratch->query_gradient);
+      query_gradient = reinterpret_cast<Floats*>(scratch->query_gradient);
       for (int64_t v = 0; v < vectors; ++v) query_gradient[v] = Floats{};
     }
     for (int first = 0; first < num_samples; first += kLanes) {
@@ -321,7 +321,7 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
     }
     copy(gradients->sampling_offsets + cell * num_samples * 2, offset_buffer, 2 * num_samples);
     if (kKey != Key::kNone) {
-      float *target = gradients->query + cell * dim;
+      float* target = gradients->query + cell * dim;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
         if (rest == kLanes) {
@@ -337,14 +337,14 @@ void differentiate_head(const Plan *plan, int64_t item, int64_t head, const Scra
 }
 
 template <Key kKey>
-void choose(const Plan *plan, int64_t item, int64_t head, const Scratch *scratch) {
+void choose(const Plan* plan, int64_t item, int64_t head, const Scratch* scratch) {
   const bool common = plan->stride == 32 && plan->arguments->num_levels * plan->arguments->num_points == 16;
   const auto differentiate = common ? differentiate_head<32 / kLanes, 16, kKey> : differentiate_head<0, 0, kKey>;
   differentiate(plan, item, head, scratch);
 }
 
-void differentiate(const Plan *plan, int64_t item, int64_t head, const Scratch *scratch) {
-  const kda_arguments *a = plan->arguments;
+void differentiate(const Plan* plan, int64_t item, int64_t head, const Scratch* scratch) {
+  const kda_arguments* a = plan->arguments;
   const auto chosen = !a->key_aware ? choose<Key::kNone> : a->key ? choose<Key::kOwn> : choose<Key::kShared>;
   chosen(plan, item, head, scratch);
 }

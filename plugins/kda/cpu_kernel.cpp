@@ -11,9 +11,9 @@
 
 namespace {
 
+using kda::kMaxSamples;
 using kda::Level;
 using kda::Plan;
-using kda::kMaxSamples;
 
 /* Queries between the prefetch of a row and its use: rows of one head lie M*D apart, out of the hardware's sight. */
 constexpr int64_t kAhead = 6;
@@ -21,33 +21,34 @@ constexpr int64_t kAhead = 6;
 /* ---- storage types ---------------------------------------------------------------------------------- */
 
 #if defined(__AVX512F__)
-KDA_INLINE Floats half_to_float(const uint16_t *source) {
-  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(source)));
+KDA_INLINE Floats half_to_float(const uint16_t* source) {
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 }
-KDA_INLINE void float_to_half(uint16_t *target, Floats x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(target), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+KDA_INLINE void float_to_half(uint16_t* target, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
-KDA_INLINE Floats half_to_float(const uint16_t *source) {
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source)));
+KDA_INLINE Floats half_to_float(const uint16_t* source) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 }
-KDA_INLINE void float_to_half(uint16_t *target, Floats x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i *>(target), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+KDA_INLINE void float_to_half(uint16_t* target, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__aarch64__)
-KDA_INLINE Floats half_to_float(const uint16_t *source) {
+KDA_INLINE Floats half_to_float(const uint16_t* source) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(source)));
 }
-KDA_INLINE void float_to_half(uint16_t *target, Floats x) {
+KDA_INLINE void float_to_half(uint16_t* target, Floats x) {
   vst1_u16(target, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 }
 #else
-KDA_INLINE Ints widen(const uint16_t *source) {
+KDA_INLINE Ints widen(const uint16_t* source) {
   Ints bits;
   for (int i = 0; i < kLanes; ++i) bits[i] = source[i];
   return bits;
 }
-KDA_INLINE Floats half_to_float(const uint16_t *source) {
+KDA_INLINE Floats half_to_float(const uint16_t* source) {
   Ints half = widen(source);
   Ints magnitude = (half & 0x7fff) << 13;
   /* Multiplying by 2^112 rebiases the exponent, subnormals included; infinities and NaN keep an exponent of ones. */
@@ -56,7 +57,7 @@ KDA_INLINE Floats half_to_float(const uint16_t *source) {
   Ints bits = magnitude >= (0x7c00 << 13) ? special : as_ints(finite);
   return as_floats(bits | (half & 0x8000) << 16);
 }
-KDA_INLINE void float_to_half(uint16_t *target, Floats x) {
+KDA_INLINE void float_to_half(uint16_t* target, Floats x) {
   Ints bits = as_ints(x) & 0x7fffffff;
   Ints sign = (as_ints(x) >> 16) & 0x8000;
   /* Below 2^-14 the addition of 0.5 lets the float adder round to a multiple of 2^-24, the half subnormals' unit. */
@@ -70,20 +71,20 @@ KDA_INLINE void float_to_half(uint16_t *target, Floats x) {
 }
 #endif
 
-KDA_INLINE Floats bfloat_to_float(const uint16_t *source) {
+KDA_INLINE Floats bfloat_to_float(const uint16_t* source) {
   Ints bits;
   for (int i = 0; i < kLanes; ++i) bits[i] = source[i];
   return as_floats(bits << 16);
 }
-KDA_INLINE void float_to_bfloat(uint16_t *target, Floats x) {
+KDA_INLINE void float_to_bfloat(uint16_t* target, Floats x) {
   Ints bits = as_ints(x);
   Ints rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
   rounded = (bits & 0x7fffffff) > 0x7f800000 ? splat(0x7fc0) : rounded;
   for (int i = 0; i < kLanes; ++i) target[i] = static_cast<uint16_t>(rounded[i]);
 }
 
-template <Floats (*convert)(const uint16_t *)>
-KDA_INLINE void to_floats(const uint16_t *source, int64_t count, float *target) {
+template <Floats (*convert)(const uint16_t*)>
+KDA_INLINE void to_floats(const uint16_t* source, int64_t count, float* target) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(target + i, convert(source + i));
   if (i < count) {
@@ -95,22 +96,22 @@ KDA_INLINE void to_floats(const uint16_t *source, int64_t count, float *target) 
 }
 
 /* `count` elements of `dtype`, from the `offset`-th on. */
-KDA_INLINE void read(const void *source, int32_t dtype, int64_t offset, int64_t count, float *target) {
+KDA_INLINE void read(const void* source, int32_t dtype, int64_t offset, int64_t count, float* target) {
   if (dtype == KDA_FLOAT32) {
-    const float *floats = static_cast<const float *>(source) + offset;
+    const float* floats = static_cast<const float*>(source) + offset;
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(target + i, load(floats + i));
     for (; i < count; ++i) target[i] = floats[i];
   } else if (dtype == KDA_FLOAT16) {
-    to_floats<half_to_float>(static_cast<const uint16_t *>(source) + offset, count, target);
+    to_floats<half_to_float>(static_cast<const uint16_t*>(source) + offset, count, target);
   } else {
-    to_floats<bfloat_to_float>(static_cast<const uint16_t *>(source) + offset, count, target);
+    to_floats<bfloat_to_float>(static_cast<const uint16_t*>(source) + offset, count, target);
   }
 }
 
 /* The same elements in place where they are floats, else in `buffer`. */
-KDA_INLINE const float *view(const void *source, int32_t dtype, int64_t offset, int64_t count, float *buffer) {
-  if (dtype == KDA_FLOAT32) return static_cast<const float *>(source) + offset;
+KDA_INLINE const float* view(const void* source, int32_t dtype, int64_t offset, int64_t count, float* buffer) {
+  if (dtype == KDA_FLOAT32) return static_cast<const float*>(source) + offset;
   read(source, dtype, offset, count, buffer);
   return buffer;
 }
@@ -118,12 +119,12 @@ KDA_INLINE const float *view(const void *source, int32_t dtype, int64_t offset, 
 KDA_INLINE int64_t bytes_of(int32_t dtype) { return dtype == KDA_FLOAT32 ? 4 : 2; }
 
 /* The first `count` (at most kLanes) lanes of `x`. */
-KDA_INLINE void write(void *target, int32_t dtype, int64_t offset, int64_t count, Floats x) {
+KDA_INLINE void write(void* target, int32_t dtype, int64_t offset, int64_t count, Floats x) {
   if (dtype == KDA_FLOAT32) {
     if (count == kLanes) {
-      store(static_cast<float *>(target) + offset, x);
+      store(static_cast<float*>(target) + offset, x);
     } else {
-      __builtin_memcpy(static_cast<float *>(target) + offset, &x, count * sizeof(float));
+      __builtin_memcpy(static_cast<float*>(target) + offset, &x, count * sizeof(float));
     }
   } else {
     uint16_t packed[kLanes];
@@ -132,19 +133,19 @@ KDA_INLINE void write(void *target, int32_t dtype, int64_t offset, int64_t count
     } else {
       float_to_bfloat(packed, x);
     }
-    __builtin_memcpy(static_cast<uint16_t *>(target) + offset, packed, count * sizeof(uint16_t));
+    __builtin_memcpy(static_cast<uint16_t*>(target) + offset, packed, count * sizeof(uint16_t));
   }
 }
 
 /* ---- repack ----------------------------------------------------------------------------------------- */
 
-void repack_tensor(const Plan *plan, const void *source, float *target, int64_t begin, int64_t end) {
-  const kda_arguments *a = plan->arguments;
+void repack_tensor(const Plan* plan, const void* source, float* target, int64_t begin, int64_t end) {
+  const kda_arguments* a = plan->arguments;
   const int64_t dim = a->head_dim, width = dim * a->num_heads, stride = plan->stride;
   int l = 0;
   for (int64_t row = begin; row < end; ++row) {
     while (l + 1 < a->num_levels && row >= plan->levels[l + 1].first_row) ++l;
-    const Level *level = &plan->levels[l];
+    const Level* level = &plan->levels[l];
     const int64_t y = row - level->first_row - 2;
     const int64_t first = level->origin - 1 + y * level->pitch; /* workspace index of column -1 */
     const bool inside = y >= 0 && y < level->height;
@@ -156,10 +157,10 @@ void repack_tensor(const Plan *plan, const void *source, float *target, int64_t 
     if (!inside) continue;
     const int64_t token = plan->item * a->num_tokens + level->first_token + y * level->width;
     if (a->dtype == KDA_FLOAT32 && dim == stride) {
-      const float *from = static_cast<const float *>(source) + token * width;
+      const float* from = static_cast<const float*>(source) + token * width;
       for (int64_t x = 0; x < level->width; ++x) {
         for (int64_t head = 0; head < a->num_heads; ++head, from += dim) {
-          float *cell = target + (head * plan->tokens + first + 1 + x) * stride;
+          float* cell = target + (head * plan->tokens + first + 1 + x) * stride;
           for (int64_t i = 0; i < dim; i += kLanes) store(cell + i, load(from + i));
         }
       }
@@ -167,7 +168,7 @@ void repack_tensor(const Plan *plan, const void *source, float *target, int64_t 
     }
     for (int64_t x = 0; x < level->width; ++x) {
       for (int64_t head = 0; head < a->num_heads; ++head) {
-        float *cell = target + (head * plan->tokens + first + 1 + x) * stride;
+        float* cell = target + (head * plan->tokens + first + 1 + x) * stride;
         read(source, a->dtype, (token + x) * width + head * dim, dim, cell);
         for (int64_t d = dim; d < stride; ++d) cell[d] = 0;
       }
@@ -175,8 +176,8 @@ void repack_tensor(const Plan *plan, const void *source, float *target, int64_t 
   }
 }
 
-void repack(const Plan *plan, int64_t begin, int64_t end) {
-  const kda_arguments *a = plan->arguments;
+void repack(const Plan* plan, int64_t begin, int64_t end) {
+  const kda_arguments* a = plan->arguments;
   repack_tensor(plan, a->value, plan->value, begin, end);
   if (a->key_aware && a->key) repack_tensor(plan, a->key, plan->key, begin, end);
 }
@@ -197,17 +198,17 @@ struct Lanes {
 template <bool kFour>
 constexpr int kMost = kFour ? 16 : kMaxSamples;
 
-/* Where the samples of one (query, head) read: floats from the map's start to the corners upper left, upper right, lower
- * left, lower right, and the corners' weights.  In the workspace the first is enough; in the value as it came, a corner
- * outside the map has -1. */
+/* Where the samples of one (query, head) read: floats from the map's start to the corners upper left, upper right,
+ * lower left, lower right, and the corners' weights.  In the workspace the first is enough; in the value as it came, a
+ * corner outside the map has -1. */
 template <bool kFour>
 struct Samples {
   alignas(64) int32_t corner[4][kMost<kFour>];
   alignas(64) float weight[4][kMost<kFour>];
 };
 
-KDA_INLINE void fill_lanes(const Plan *plan, Lanes *lanes) {
-  const kda_arguments *a = plan->arguments;
+KDA_INLINE void fill_lanes(const Plan* plan, Lanes* lanes) {
+  const kda_arguments* a = plan->arguments;
   const int num_points = a->num_points;
   lanes->token = static_cast<int32_t>(plan->in_place ? a->num_heads * a->head_dim : plan->stride);
   for (int p = 0; p < kMaxSamples; ++p) {
@@ -215,7 +216,7 @@ KDA_INLINE void fill_lanes(const Plan *plan, Lanes *lanes) {
     const int l = p / num_points < a->num_levels ? p / num_points : a->num_levels - 1;
     lanes->width[p] = static_cast<float>(plan->levels[l].width);
     lanes->height[p] = static_cast<float>(plan->levels[l].height);
-    const Level *level = &plan->levels[l];
+    const Level* level = &plan->levels[l];
     lanes->pitch[p] = (plan->in_place ? level->width : level->pitch) * lanes->token;
     lanes->origin[p] = (plan->in_place ? static_cast<int32_t>(level->first_token) : level->origin) * lanes->token;
   }
@@ -223,7 +224,7 @@ KDA_INLINE void fill_lanes(const Plan *plan, Lanes *lanes) {
 
 /* A vector's worth of samples, from lane `p` on; x and y in pixels of their levels. */
 template <bool kFour, bool kInPlace>
-KDA_INLINE void locate(const Lanes *lanes, int32_t token, int p, Floats x, Floats y, Samples<kFour> *samples) {
+KDA_INLINE void locate(const Lanes* lanes, int32_t token, int p, Floats x, Floats y, Samples<kFour>* samples) {
   const Floats width = load(lanes->width + p), height = load(lanes->height + p);
   /* NaN fails the comparison and lies outside, like an infinity; what is left fits an integer. */
   const Ints inside = (x >= -1.0f) & (x < width) & (y >= -1.0f) & (y < height);
@@ -251,8 +252,8 @@ KDA_INLINE void locate(const Lanes *lanes, int32_t token, int p, Floats x, Float
 }
 
 template <bool kFour, bool kInPlace>
-KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, int32_t token, const float *reference,
-                               const float *offset, Samples<kFour> *samples) {
+KDA_INLINE void locate_samples(const kda_arguments* a, const Lanes* lanes, int32_t token, const float* reference,
+                               const float* offset, Samples<kFour>* samples) {
   const int num_samples = kFour ? 16 : a->num_levels * a->num_points, width = a->reference_width;
   const Ints even = lane_numbers() * 2;
   const float box_scale = 0.5f / static_cast<float>(a->num_points);
@@ -279,7 +280,7 @@ KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, int32
     } else {
       centre_x = centre_y = Floats{};
       for (int i = 0; i < kLanes && p + i < num_samples; ++i) {
-        const float *box = reference + (p + i) / a->num_points * width;
+        const float* box = reference + (p + i) / a->num_points * width;
         centre_x[i] = box[0];
         centre_y[i] = box[1];
         box_width[i] = width == 4 ? box[2] : 0;
@@ -301,7 +302,7 @@ KDA_INLINE void locate_samples(const kda_arguments *a, const Lanes *lanes, int32
 
 /* A vector of a sample: the four corners by their weights. */
 template <bool kFour>
-KDA_INLINE Floats interpolate(const float *const *corners, int64_t offset, const Samples<kFour> *samples, int p) {
+KDA_INLINE Floats interpolate(const float* const* corners, int64_t offset, const Samples<kFour>* samples, int p) {
   return load(corners[0] + offset) * samples->weight[0][p] + load(corners[1] + offset) * samples->weight[1][p] +
          load(corners[2] + offset) * samples->weight[2][p] + load(corners[3] + offset) * samples->weight[3][p];
 }
@@ -311,8 +312,8 @@ alignas(64) constexpr float kZeros[64] = {};
 
 /* Where sample `p` of a map reads; `token`, `pitch`: floats from a token and from a row to the next one. */
 template <bool kFour, bool kInPlace>
-KDA_INLINE void find_corners(const float *map, int32_t token, int64_t pitch, const Samples<kFour> *samples, int p,
-                             const float **corners) {
+KDA_INLINE void find_corners(const float* map, int32_t token, int64_t pitch, const Samples<kFour>* samples, int p,
+                             const float** corners) {
   if (kInPlace) {
     for (int c = 0; c < 4; ++c) corners[c] = samples->corner[c][p] < 0 ? kZeros : map + samples->corner[c][p];
   } else {
@@ -326,19 +327,19 @@ KDA_INLINE void find_corners(const float *map, int32_t token, int64_t pitch, con
 
 /* The first and the last cache line of a row that a later query will want. */
 template <int kWrite>
-KDA_INLINE void prefetch(const void *tensor, int64_t offset, int64_t bytes) {
+KDA_INLINE void prefetch(const void* tensor, int64_t offset, int64_t bytes) {
   const uintptr_t row = reinterpret_cast<uintptr_t>(tensor) + offset;
-  __builtin_prefetch(reinterpret_cast<const void *>(row), kWrite, 3);
-  __builtin_prefetch(reinterpret_cast<const void *>(row + bytes - 1), kWrite, 3);
+  __builtin_prefetch(reinterpret_cast<const void*>(row), kWrite, 3);
+  __builtin_prefetch(reinterpret_cast<const void*>(row + bytes - 1), kWrite, 3);
 }
 
 /* A chunk of queries, of one head in the workspace, of all heads in place.  kVectors: vectors in a token, or 0 to ask
- * the plan; kFour: four levels of four points; kShared: the key is the value and the samples are kept from the logits to
- * the output. */
+ * the plan; kFour: four levels of four points; kShared: the key is the value and the samples are kept from the logits
+ * to the output. */
 template <int kVectors, bool kFour, bool kShared, bool kInPlace>
-void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t begin, int64_t end) {
+void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t begin, int64_t end) {
   static_assert(kVectors > 0 || !kShared, "samples are kept in an array of fixed size");
-  const kda_arguments *a = plan->arguments;
+  const kda_arguments* a = plan->arguments;
   const int num_samples = kFour ? 16 : a->num_levels * a->num_points;
   const int64_t dim = a->head_dim;
   const int64_t vectors = kVectors ? kVectors : plan->stride / kLanes, stride = vectors * kLanes;
@@ -346,8 +347,8 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   /* Floats from a token of a map to the next, and from a head's map to the next head's. */
   const int32_t token = static_cast<int32_t>(kInPlace ? num_heads * dim : stride);
   const int64_t map = kInPlace ? plan->item * a->num_tokens * token : head * plan->tokens * stride;
-  const float *const values = (kInPlace ? static_cast<const float *>(a->value) : plan->value) + map;
-  const float *const keys = kInPlace ? values : plan->key + map;
+  const float* const values = (kInPlace ? static_cast<const float*>(a->value) : plan->value) + map;
+  const float* const keys = kInPlace ? values : plan->key + map;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
   const int64_t query_bytes = (a->key_aware ? dim : num_samples) * bytes_of(a->dtype);
   const int64_t output_bytes = dim * bytes_of(a->dtype);
@@ -357,11 +358,11 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   const auto pitch_of = [&](int p) { return kFour ? pitches[p / 4] : lanes->pitch[p]; };
   const auto key_of = [&](int64_t head) { return kInPlace ? values + head * dim : keys; };
 
-  const auto locate_query = [&](int64_t row, int64_t head, Samples<kFour> *samples) {
+  const auto locate_query = [&](int64_t row, int64_t head, Samples<kFour>* samples) {
     const int64_t first = (row * num_heads + head) * num_samples * 2;
-    const float *reference = a->reference_points + row * a->num_levels * a->reference_width;
+    const float* reference = a->reference_points + row * a->num_levels * a->reference_width;
     alignas(64) float buffer[2 * kMaxSamples + 2 * kLanes];
-    const float *offset = buffer;
+    const float* offset = buffer;
     if (kFour) {
       offset = view(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
     } else {
@@ -370,26 +371,27 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
       read(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
     }
     locate_samples<kFour, kInPlace>(a, lanes, token, reference, offset, samples);
-    /* In place they come from anywhere in the value; of the workspace, the first level is too large for a near cache. */
+    /* In place they come from anywhere in the value; of the workspace, the first level is too large for a near cache.
+     */
     const int num_far = kInPlace ? num_samples : kFour ? 4 : a->num_points;
     for (int p = 0; p < num_far; ++p) {
-      const float *corners[4];
+      const float* corners[4];
       find_corners<kFour, kInPlace>(key_of(head), token, pitch_of(p), samples, p, corners);
-      for (const float *corner : corners) {
+      for (const float* corner : corners) {
         for (int64_t d = 0; d < stride; d += 16) __builtin_prefetch(corner + d, 0, 3);
       }
     }
   };
   /* Sampled keys against the query: logits into `weight`, and shared samples into `kept`. */
-  const auto score = [&](int64_t row, int64_t head, const Samples<kFour> *samples, float *weight, float *kept) {
+  const auto score = [&](int64_t row, int64_t head, const Samples<kFour>* samples, float* weight, float* kept) {
     const int64_t cell = row * num_heads + head;
     if (!a->key_aware) {
       read(a->query, a->dtype, cell * num_samples, num_samples, weight);
       return;
     }
-    const float *key = key_of(head);
+    const float* key = key_of(head);
     alignas(64) float query_buffer[kVectors ? kVectors * kLanes : kLanes];
-    const float *query = query_buffer;
+    const float* query = query_buffer;
     if (kVectors && dim == stride) {
       query = view(a->query, a->dtype, cell * dim, dim, query_buffer);
     } else if (kVectors) {
@@ -405,7 +407,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
         for (int i = 0; i < kLanes; ++i) {
           const int p = first + i;
           if (!kFour && p >= num_samples) break;
-          const float *corners[4];
+          const float* corners[4];
           find_corners<kFour, kInPlace>(key, token, pitch_of(p), samples, p, corners);
 #pragma GCC unroll 16
           for (int64_t v = 0; v < vectors; ++v) {
@@ -421,7 +423,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
           read(a->query, a->dtype, cell * dim + v * kLanes, rest, query_buffer);
           for (int i = 0; i < kLanes && first + i < num_samples; ++i) {
             const int p = first + i;
-            const float *corners[4];
+            const float* corners[4];
             find_corners<kFour, kInPlace>(key, token, pitch_of(p), samples, p, corners);
             products[i] += load(query_buffer) * interpolate<kFour>(corners, v * kLanes, samples, p);
           }
@@ -432,10 +434,10 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   };
 
   /* Sum of the values by `weight`, times `factor`. */
-  const auto finish = [&](int64_t row, int64_t head, const Samples<kFour> *samples, const float *weight,
-                          const float *kept, float factor) {
+  const auto finish = [&](int64_t row, int64_t head, const Samples<kFour>* samples, const float* weight,
+                          const float* kept, float factor) {
     const int64_t cell = row * num_heads + head;
-    const float *value = kInPlace ? values + head * dim : values;
+    const float* value = kInPlace ? values + head * dim : values;
     /* Every weight is spread once for all the vectors; eight sums at a time hide the multiply-adds' latency. */
     constexpr int kTogether = kVectors == 0 ? 1 : kVectors < 8 ? kVectors : 8, kSums = 8 / kTogether;
     for (int64_t first = 0; first < vectors; first += kTogether) {
@@ -446,7 +448,7 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
         for (int i = 0; i < kSums; ++i) {
           const int p = q + i;
           if (!kFour && p >= num_samples) break;
-          const float *corners[4];
+          const float* corners[4];
           if (!kShared) find_corners<kFour, kInPlace>(value, token, pitch_of(p), samples, p, corners);
 #pragma GCC unroll 8
           for (int v = 0; v < kTogether; ++v) {
@@ -476,14 +478,14 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
   alignas(64) float weight_array[kBlock][kMost<kFour>] = {};
   alignas(64) float kept_array[kBlock][kKept];
   float factors[kBlock];
-  float(*weight)[kMost<kFour>] = weight_array, (*kept)[kKept] = kept_array;
-  /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load from
-   * memory spreads it for nothing. */
+  float (*weight)[kMost<kFour>] = weight_array, (*kept)[kKept] = kept_array;
+  /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load
+   * from memory spreads it for nothing. */
   __asm__("" : "+r"(weight), "+r"(kept));
 
   const int64_t first_row = plan->item * a->num_queries;
   int64_t query = begin;
-  const auto locate_block = [&](Block *block) {
+  const auto locate_block = [&](Block* block) {
     for (block->count = 0; block->count < kBlock && query < end; ++block->count) {
       const int64_t row = first_row + (kInPlace ? query : plan->order[query]);
       if (!kInPlace) {
@@ -509,17 +511,17 @@ void attend_chunk(const Plan *plan, const Lanes *lanes, int64_t head, int64_t be
     for (int i = 0; i < now->count; ++i) {
       finish(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i], factors[i]);
     }
-    Block *const done = now;
+    Block* const done = now;
     now = next;
     next = done;
   } while (now->count);
 }
 
-typedef void (*AttendChunk)(const Plan *plan, const Lanes *lanes, int64_t head, int64_t begin, int64_t end);
+typedef void (*AttendChunk)(const Plan* plan, const Lanes* lanes, int64_t head, int64_t begin, int64_t end);
 
 template <int kVectors>
-AttendChunk choose(const Plan *plan) {
-  const kda_arguments *a = plan->arguments;
+AttendChunk choose(const Plan* plan) {
+  const kda_arguments* a = plan->arguments;
   const bool four = a->num_levels == 4 && a->num_points == 4;
   if constexpr (kVectors > 0) {
     if (plan->in_place) {
@@ -532,8 +534,8 @@ AttendChunk choose(const Plan *plan) {
   return four ? attend_chunk<kVectors, true, false, false> : attend_chunk<kVectors, false, false, false>;
 }
 
-void attend(const Plan *plan, int64_t begin, int64_t end) {
-  const kda_arguments *a = plan->arguments;
+void attend(const Plan* plan, int64_t begin, int64_t end) {
+  const kda_arguments* a = plan->arguments;
   Lanes lanes;
   fill_lanes(plan, &lanes);
   const AttendChunk attend_chunk = plan->stride == 16   ? choose<16 / kLanes>(plan)
@@ -542,7 +544,8 @@ void attend(const Plan *plan, int64_t begin, int64_t end) {
                                                         : choose<0>(plan);
   const int64_t heads_apart = plan->in_place ? 1 : a->num_heads; /* tasks that a chunk of queries makes */
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task % heads_apart, first = task / heads_apart * plan->query_chunk, last = first + plan->query_chunk;
+    const int64_t head = task % heads_apart, first = task / heads_apart * plan->query_chunk,
+                  last = first + plan->query_chunk;
     if (first < a->num_queries) attend_chunk(plan, &lanes, head, first, last < a->num_queries ? last : a->num_queries);
   }
 }

@@ -15,14 +15,14 @@ typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4)));
 
 #define KDA_INLINE inline __attribute__((always_inline))
 
-KDA_INLINE Floats load(const float *source) { return *reinterpret_cast<const LooseFloats *>(source); }
-KDA_INLINE void store(float *target, Floats x) { *reinterpret_cast<LooseFloats *>(target) = x; }
+KDA_INLINE Floats load(const float* source) { return *reinterpret_cast<const LooseFloats*>(source); }
+KDA_INLINE void store(float* target, Floats x) { *reinterpret_cast<LooseFloats*>(target) = x; }
 KDA_INLINE Floats splat(float x) { return x - Floats{}; }
 KDA_INLINE Ints splat(int32_t x) { return x - Ints{}; }
 KDA_INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
 KDA_INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
-KDA_INLINE Ints load(const int32_t *source) { return as_ints(load(reinterpret_cast<const float *>(source))); }
-KDA_INLINE void store(int32_t *target, Ints x) { store(reinterpret_cast<float *>(target), as_floats(x)); }
+KDA_INLINE Ints load(const int32_t* source) { return as_ints(load(reinterpret_cast<const float*>(source))); }
+KDA_INLINE void store(int32_t* target, Ints x) { store(reinterpret_cast<float*>(target), as_floats(x)); }
 
 /* 0, 1, 2, ... */
 KDA_INLINE Ints lane_numbers() {
@@ -46,11 +46,11 @@ struct Maximum {
 
 /* Reduces kRows vectors, each to one number: lane i of the result is that of rows[i % kRows].  `rows` is overwritten.
  *
- * Two rows at a time become one, of lanes from a and from b in turns of kStep, each reduced with the lane kStep from it;
- * what is left of every row in the last one is reduced in place.  However many rows there are, and whichever of them a
- * row is, its numbers are reduced in the same order. */
+ * Two rows at a time become one, of lanes from a and from b in turns of kStep, each reduced with the lane kStep from
+ * it; what is left of every row in the last one is reduced in place.  However many rows there are, and whichever of
+ * them a row is, its numbers are reduced in the same order. */
 template <int kRows, typename Reduce, int kStep = 1>
-KDA_INLINE Floats reduce_rows(Floats *rows, Reduce reduce) {
+KDA_INLINE Floats reduce_rows(Floats* rows, Reduce reduce) {
   if constexpr (kStep == kLanes) {
     return rows[0];
   } else {
@@ -69,8 +69,8 @@ KDA_INLINE Floats reduce_rows(Floats *rows, Reduce reduce) {
 }
 
 /* e^x for x <= 0, within 2^-23; NaN stays NaN, and what would be subnormal is 0.  x = n ln 2 + r with |r| <= ln 2 / 2,
- * and a polynomial in r.  That ln 2 is rounded costs e^x a relative error of 2^-26 n, which where n is not small is one of
- * a small number. */
+ * and a polynomial in r.  That ln 2 is rounded costs e^x a relative error of 2^-26 n, which where n is not small is one
+ * of a small number. */
 KDA_INLINE Floats exp_negative(Floats x) {
   const float kRound = 0x1.8p23f; /* adding it rounds to an integer, left in the low bits of the mantissa */
   const Floats shifted = x * 1.44269504f + kRound;
@@ -90,9 +90,9 @@ KDA_INLINE Floats exp_negative(Floats x) {
 /* Softmax over the first `count` numbers of each of kRows arrays, in place but for the factor of each; the lanes behind
  * them become 0.  The rows' maxima and sums are found together. */
 template <int kRows, int kLength>
-KDA_INLINE void softmax(float (*logits)[kLength], int count, float *factors) {
+KDA_INLINE void softmax(float (*logits)[kLength], int count, float* factors) {
   static_assert(kRows <= 4, "four sums are divided together");
-  const auto lane_or = [&](const float *row, int p, Floats otherwise) {
+  const auto lane_or = [&](const float* row, int p, Floats otherwise) {
     return count % kLanes == 0 ? load(row + p) : lane_numbers() + p < count ? load(row + p) : otherwise;
   };
   const Floats low = splat(-__builtin_inff());
@@ -114,7 +114,8 @@ KDA_INLINE void softmax(float (*logits)[kLength], int count, float *factors) {
   typedef float Four __attribute__((vector_size(16), aligned(4)));
   alignas(64) float sums[kLanes];
   store(sums, reduce_rows<kRows>(rows, Sum()));
-  const Four inverse = 1.0f / *reinterpret_cast<const Four *>(sums); /* dividing a whole vector takes four times as long */
+  const Four inverse =
+      1.0f / *reinterpret_cast<const Four*>(sums); /* dividing a whole vector takes four times as long */
   for (int i = 0; i < kRows; ++i) factors[i] = inverse[i];
 }
 

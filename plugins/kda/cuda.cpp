@@ -8,23 +8,23 @@
 namespace kda {
 namespace {
 
-constexpr int kMinThreads = 64;            /* in a block; shared memory can ask for 32 */
-constexpr size_t kSharedBytes = 48 << 10;  /* that a block has without asking for more */
-constexpr int32_t kMaxHeadDim = 128;       /* a warp of 16-byte pieces of FP32 */
+constexpr int kMinThreads = 64;           /* in a block; shared memory can ask for 32 */
+constexpr size_t kSharedBytes = 48 << 10; /* that a block has without asking for more */
+constexpr int32_t kMaxHeadDim = 128;      /* a warp of 16-byte pieces of FP32 */
 constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
 
 int32_t element_bytes(int32_t dtype) { return dtype == KDA_FLOAT32 ? 4 : 2; }
 
-size_t shared_bytes(const kda_arguments *a, int cells) {
+size_t shared_bytes(const kda_arguments* a, int cells) {
   const int samples = a->num_levels * a->num_points;
   const size_t of_cell = records_of(samples) * sizeof(uint4) + (a->key_aware ? 0 : samples * sizeof(float));
   return KDA_MAX_LEVELS * sizeof(int4) + cells * of_cell;
 }
 
-int64_t chunks(const kda_arguments *a, int cells) { return (a->num_queries + cells - 1) / cells; }
+int64_t chunks(const kda_arguments* a, int cells) { return (a->num_queries + cells - 1) / cells; }
 
 /* Large blocks, whose queries share what they read in the L1 cache, but at least two for every multiprocessor. */
-Launch shape_launch(const kda_arguments *a, int lanes, int multiprocessors) {
+Launch shape_launch(const kda_arguments* a, int lanes, int multiprocessors) {
   Launch launch = {};
   launch.threads = kMaxThreads;
   const int64_t heads = a->batch * a->num_heads;
@@ -37,10 +37,10 @@ Launch shape_launch(const kda_arguments *a, int lanes, int multiprocessors) {
   return launch;
 }
 
-kda_status check_alignment(const kda_arguments *a, char *message, size_t message_size) {
+kda_status check_alignment(const kda_arguments* a, char* message, size_t message_size) {
   const struct {
-    const char *name;
-    const void *data;
+    const char* name;
+    const void* data;
     uintptr_t bytes; /* that a thread reads at once */
   } tensors[] = {
       {a->key_aware ? "query" : "attention_logits", a->query,
@@ -52,7 +52,7 @@ kda_status check_alignment(const kda_arguments *a, char *message, size_t message
       {"spatial_shapes", a->spatial_shapes, sizeof(int64_t)},
       {"output", a->output, kPieceBytes},
   };
-  for (const auto &tensor : tensors) {
+  for (const auto& tensor : tensors) {
     if (reinterpret_cast<uintptr_t>(tensor.data) % tensor.bytes != 0) {
       print(message, message_size, "%s starts at address %p; it must be a multiple of %d: pass a copy", tensor.name,
             tensor.data, static_cast<int>(tensor.bytes));
@@ -69,7 +69,7 @@ using namespace kda;
 
 extern "C" {
 
-kda_status kda_cuda_check(const kda_arguments *a, char *message, size_t message_size) {
+kda_status kda_cuda_check(const kda_arguments* a, char* message, size_t message_size) {
   const kda_status status = check_sizes(a, "CUDA", 8, message, message_size);
   if (status != KDA_OK) return status;
   if (a->head_dim > kMaxHeadDim) {
@@ -92,7 +92,7 @@ kda_status kda_cuda_check(const kda_arguments *a, char *message, size_t message_
   return check_alignment(a, message, message_size);
 }
 
-kda_status kda_cuda_forward(const kda_arguments *a, void *stream, char *message, size_t message_size) {
+kda_status kda_cuda_forward(const kda_arguments* a, void* stream, char* message, size_t message_size) {
   const kda_status status = kda_cuda_check(a, message, message_size);
   if (status != KDA_OK) return status;
   if (a->batch == 0 || a->num_queries == 0) return KDA_OK;

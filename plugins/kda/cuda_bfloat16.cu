@@ -15,7 +15,7 @@ struct BFloat16 {
 
 }  // namespace
 
-cudaError_t attend_bfloat16(const Launch &launch, const Attention &a) {
+cudaError_t attend_bfloat16(const Launch& launch, const Attention& a) {
   return launch_kernel<TwoBytes<BFloat16>>(launch, a);
 }
 

@@ -15,7 +15,7 @@ struct Float16 {
 
 }  // namespace
 
-cudaError_t attend_float16(const Launch &launch, const Attention &a) {
+cudaError_t attend_float16(const Launch& launch, const Attention& a) {
   return launch_kernel<TwoBytes<Float16>>(launch, a);
 }
 

@@ -29,7 +29,7 @@ typedef uint4 Record;
 
 /* Height, width and first token of level `level`.  A level that does not fit into the tokens counts as empty, so that
  * wrong shapes, which the host cannot see, read nothing that is not there. */
-__device__ inline int4 read_level(const Attention &a, int level) {
+__device__ inline int4 read_level(const Attention& a, int level) {
   int64_t first = 0;
   for (int l = 0;; ++l) {
     const int64_t height = a.spatial_shapes[2 * l], width = a.spatial_shapes[2 * l + 1];
@@ -44,13 +44,13 @@ __device__ inline int4 read_level(const Attention &a, int level) {
 }
 
 template <class Storage>
-__device__ inline float2 read_offset(const Attention &a, int64_t pair) {
-  return a.float_offsets ? __ldcs(static_cast<const float2 *>(a.sampling_offsets) + pair)
+__device__ inline float2 read_offset(const Attention& a, int64_t pair) {
+  return a.float_offsets ? __ldcs(static_cast<const float2*>(a.sampling_offsets) + pair)
                          : Storage::load_pair(a.sampling_offsets, pair);
 }
 
 /* `box` points to the reference of the sample's query and level. */
-__device__ inline Record locate(const Attention &a, int4 map, const float *box, float2 offset, int points) {
+__device__ inline Record locate(const Attention& a, int4 map, const float* box, float2 offset, int points) {
   const float height = static_cast<float>(map.x), width = static_cast<float>(map.y);
   float x, y; /* in pixels */
   if (a.box_references) {
@@ -82,22 +82,22 @@ struct Corners {
 
 /* `map` is this lane's piece of token 0 and `pitch` the bytes from one token to the next.  A corner outside gives zeros
  * and is not read: not its neighbour times 0, which could be NaN. */
-__device__ __forceinline__ Corners gather(const char *map, int pitch, Record sample, bool has_channels) {
+__device__ __forceinline__ Corners gather(const char* map, int pitch, Record sample, bool has_channels) {
   const unsigned inside = has_channels ? sample.y : 0;
   const int64_t upper = int64_t{static_cast<int>(sample.x)} * pitch;
   const int64_t lower = upper + int64_t{static_cast<int>(sample.y >> 4)} * pitch;
   const uint4 zeros = make_uint4(0, 0, 0, 0);
   Corners corners;
-  corners.piece[0] = inside & 1 ? __ldg(reinterpret_cast<const uint4 *>(map + upper)) : zeros;
-  corners.piece[1] = inside & 2 ? __ldg(reinterpret_cast<const uint4 *>(map + (upper + pitch))) : zeros;
-  corners.piece[2] = inside & 4 ? __ldg(reinterpret_cast<const uint4 *>(map + lower)) : zeros;
-  corners.piece[3] = inside & 8 ? __ldg(reinterpret_cast<const uint4 *>(map + (lower + pitch))) : zeros;
+  corners.piece[0] = inside & 1 ? __ldg(reinterpret_cast<const uint4*>(map + upper)) : zeros;
+  corners.piece[1] = inside & 2 ? __ldg(reinterpret_cast<const uint4*>(map + (upper + pitch))) : zeros;
+  corners.piece[2] = inside & 4 ? __ldg(reinterpret_cast<const uint4*>(map + lower)) : zeros;
+  corners.piece[3] = inside & 8 ? __ldg(reinterpret_cast<const uint4*>(map + (lower + pitch))) : zeros;
   return corners;
 }
 
 /* sum += weight * the sample between the corners */
 template <class Storage>
-__device__ __forceinline__ void interpolate(const Corners &corners, Record sample, float weight, float *sum) {
+__device__ __forceinline__ void interpolate(const Corners& corners, Record sample, float weight, float* sum) {
   const float x = __uint_as_float(sample.z), y = __uint_as_float(sample.w);
   const float upper = weight - weight * y, lower = weight * y;
   const float of_corner[4] = {upper - upper * x, upper * x, lower - lower * x, lower * x};
@@ -137,12 +137,12 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
 
   /* In shared memory: the levels, the cells' records, and the cells' logits where they are given. */
   extern __shared__ uint4 shared[];
-  int4 *const maps = reinterpret_cast<int4 *>(shared);
+  int4* const maps = reinterpret_cast<int4*>(shared);
   const int thread = static_cast<int>(threadIdx.x), cells = static_cast<int>(blockDim.x) / lanes;
   const int cell_in_block = thread / lanes, lane = thread % lanes;
-  Record *const first_record = shared + KDA_MAX_LEVELS;
-  Record *const records = first_record + cell_in_block * records_of(samples);
-  float *const logits = reinterpret_cast<float *>(first_record + cells * records_of(samples)) + cell_in_block * samples;
+  Record* const first_record = shared + KDA_MAX_LEVELS;
+  Record* const records = first_record + cell_in_block * records_of(samples);
+  float* const logits = reinterpret_cast<float*>(first_record + cells * records_of(samples)) + cell_in_block * samples;
   if (thread < levels) maps[thread] = read_level(a, thread);
 
   /* A block has one head and neighbouring queries, which mostly look at the same tokens. */
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
     for (int i = 0; i < kChannels; ++i) query[i] *= a.scale;
   }
 
-  const float *const references = a.reference_points + row * levels * (a.box_references ? 4 : 2);
+  const float* const references = a.reference_points + row * levels * (a.box_references ? 4 : 2);
   float highest = kLowestLogit;
   const auto locate_sample = [&](int i, float2 offset) {
     const int level = i / points;
@@ -202,9 +202,9 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
 
   const int pitch = a.num_heads * dim * static_cast<int>(kPieceBytes / kChannels);
   const int64_t first_element = (item * a.num_tokens * a.num_heads + head) * dim + lane * kChannels;
-  const char *const value = reinterpret_cast<const char *>(Storage::piece(a.value, first_element));
-  const char *const key =
-      kLogit == Logit::kFromKey ? reinterpret_cast<const char *>(Storage::piece(a.key, first_element)) : value;
+  const char* const value = reinterpret_cast<const char*>(Storage::piece(a.value, first_element));
+  const char* const key =
+      kLogit == Logit::kFromKey ? reinterpret_cast<const char*>(Storage::piece(a.key, first_element)) : value;
 
   float output[kChannels] = {}, sum = 0;
 #pragma unroll 1
@@ -266,14 +266,14 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
     const float scale = 1.0f / sum;
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) output[i] *= scale;
-    *const_cast<uint4 *>(Storage::piece(a.output, element)) = Storage::pack(output);
+    *const_cast<uint4*>(Storage::piece(a.output, element)) = Storage::pack(output);
   }
 }
 
 /* ---- the host's side ---------------------------------------------------------------------------------- */
 
 template <class Storage, int kLanes, int kLevels, int kPoints>
-cudaError_t launch_kernel(const Launch &launch, const Attention &a) {
+cudaError_t launch_kernel(const Launch& launch, const Attention& a) {
   void (*const kernel)(Attention) = !a.key_aware ? attend<Storage, Logit::kGiven, kLanes, kLevels, kPoints>
                                     : a.key      ? attend<Storage, Logit::kFromKey, kLanes, kLevels, kPoints>
                                                  : attend<Storage, Logit::kFromValue, kLanes, kLevels, kPoints>;
@@ -287,7 +287,7 @@ cudaError_t launch_kernel(const Launch &launch, const Attention &a) {
 
 /* The usual shapes, heads of 32 or 64 channels and four levels of four points, have kernels of their own. */
 template <class Storage>
-cudaError_t launch_kernel(const Launch &launch, const Attention &a) {
+cudaError_t launch_kernel(const Launch& launch, const Attention& a) {
   constexpr int kLanes32 = 32 / Storage::kChannels, kLanes64 = 64 / Storage::kChannels;
   const bool four = a.num_levels == 4 && a.num_points == 4;
   if (a.head_dim == 32) {

@@ -14,13 +14,13 @@ constexpr int kPieceBytes = 16;  /* what a thread loads at once */
 
 /* The parameter of the kernels. */
 struct Attention {
-  const void *query; /* or attention logits */
-  const void *key;   /* NULL: the key is the value */
-  const void *value;
-  const float *reference_points;
-  const void *sampling_offsets;
-  const int64_t *spatial_shapes;
-  void *output;
+  const void* query; /* or attention logits */
+  const void* key;   /* NULL: the key is the value */
+  const void* value;
+  const float* reference_points;
+  const void* sampling_offsets;
+  const int64_t* spatial_shapes;
+  void* output;
   int64_t num_queries, num_tokens;
   int num_heads, head_dim, num_levels, num_points;
   int lanes;  /* threads that own a (query, head): a power of two, with a 16-byte piece of its channels each */
@@ -40,9 +40,9 @@ struct Launch {
  * records puts the same record of 8 neighbours into different banks. */
 inline __host__ __device__ int records_of(int samples) { return ((samples + 1) & ~1) + 1; }
 
-cudaError_t attend_float32(const Launch &launch, const Attention &attention);
-cudaError_t attend_float16(const Launch &launch, const Attention &attention);
-cudaError_t attend_bfloat16(const Launch &launch, const Attention &attention);
+cudaError_t attend_float32(const Launch& launch, const Attention& attention);
+cudaError_t attend_float16(const Launch& launch, const Attention& attention);
+cudaError_t attend_bfloat16(const Launch& launch, const Attention& attention);
 
 }  // namespace kda
 

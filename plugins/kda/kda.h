@@ -60,75 +60,74 @@ typedef struct kda_arguments {
   int32_t dtype;           /* kda_dtype of query, key, value and output */
   int32_t offset_dtype;    /* kda_dtype of sampling_offsets: `dtype` or KDA_FLOAT32 */
 
-  const void *query;             /* [N, Q, M*D], or attention logits [N, Q, M*L*P] */
-  const void *key;               /* [N, S, M*D]; NULL: the key is the value, and each sample is gathered once */
-  const void *value;             /* [N, S, M*D] */
-  const float *reference_points; /* [N, Q, L, reference_width] */
-  const void *sampling_offsets;  /* [N, Q, M*L*P*2], in pixels (x, y) or in fractions of the reference box */
-  const int64_t *spatial_shapes; /* [L, 2], (height, width), fine to coarse */
-  void *output;                  /* [N, Q, M*D] */
+  const void* query;             /* [N, Q, M*D], or attention logits [N, Q, M*L*P] */
+  const void* key;               /* [N, S, M*D]; NULL: the key is the value, and each sample is gathered once */
+  const void* value;             /* [N, S, M*D] */
+  const float* reference_points; /* [N, Q, L, reference_width] */
+  const void* sampling_offsets;  /* [N, Q, M*L*P*2], in pixels (x, y) or in fractions of the reference box */
+  const int64_t* spatial_shapes; /* [L, 2], (height, width), fine to coarse */
+  void* output;                  /* [N, Q, M*D] */
 } kda_arguments;
 
 /* ---- CPU ---------------------------------------------------------------------------------------------- */
 
 /* Work on the half-open range [begin, end) of task indices. */
-typedef void (*kda_task)(int64_t begin, int64_t end, void *state);
+typedef void (*kda_task)(int64_t begin, int64_t end, void* state);
 
 /* The caller's threads.  `run` covers [0, count) exactly once, in any order, and returns when all is done. */
 typedef struct kda_executor {
-  void (*run)(void *self, int64_t count, kda_task task, void *state);
-  void *self;
+  void (*run)(void* self, int64_t count, kda_task task, void* state);
+  void* self;
 } kda_executor;
 
 /* A `run` for callers whose threads are reached by a function of this signature (PyTorch's stable C ABI has
  * one): set `self` to the function's address. */
-typedef int32_t (*kda_parallel_for)(int64_t begin, int64_t end, int64_t grain, kda_task task, void *state);
-KDA_API void kda_run_parallel_for(void *self, int64_t count, kda_task task, void *state);
+typedef int32_t (*kda_parallel_for)(int64_t begin, int64_t end, int64_t grain, kda_task task, void* state);
+KDA_API void kda_run_parallel_for(void* self, int64_t count, kda_task task, void* state);
 
 /* Bytes of scratch memory that `kda_cpu_forward` wants for these shapes; 64-byte alignment.  The values of
  * the pointers are not read, except spatial_shapes. */
-KDA_API size_t kda_cpu_workspace_size(const kda_arguments *arguments);
+KDA_API size_t kda_cpu_workspace_size(const kda_arguments* arguments);
 
 /* Checks everything that can be checked from the host: sizes, types, null pointers, and that spatial_shapes
  * adds up to num_tokens.  On failure `message` (if not NULL) receives one sentence: the tensor, what it has
  * and what it should have. */
-KDA_API kda_status kda_cpu_check(const kda_arguments *arguments, char *message, size_t message_size);
+KDA_API kda_status kda_cpu_check(const kda_arguments* arguments, char* message, size_t message_size);
 
 /* Computes the attention.  `executor` NULL: on the calling thread.  `workspace` as sized above.  Checks as
  * `kda_cpu_check` does. */
-KDA_API kda_status kda_cpu_forward(const kda_arguments *arguments, void *workspace, const kda_executor *executor,
-                                   char *message, size_t message_size);
+KDA_API kda_status kda_cpu_forward(const kda_arguments* arguments, void* workspace, const kda_executor* executor,
+                                   char* message, size_t message_size);
 
 /* The gradient that `kda_cpu_backward` is given, and where it writes the others, as floats and in the shapes of the
  * tensors they belong to; what was there is overwritten. */
 typedef struct kda_gradients {
-  const float *output;     /* [N, Q, M*D], given */
-  float *query;            /* or of the attention logits */
-  float *key;              /* NULL where kda_arguments has no key of its own: its part is in `value` */
-  float *value;
-  float *reference_points; /* NULL: not wanted */
-  float *sampling_offsets;
+  const float* output; /* [N, Q, M*D], given */
+  float* query;        /* or of the attention logits */
+  float* key;          /* NULL where kda_arguments has no key of its own: its part is in `value` */
+  float* value;
+  float* reference_points; /* NULL: not wanted */
+  float* sampling_offsets;
 } kda_gradients;
 
 /* Computes the gradients of a forward pass with these arguments, whose output is not read.  FP32 storage only, others
  * answer KDA_UNSUPPORTED.  `executor` and the checks as in `kda_cpu_forward`; scratch memory, two maps of a head (four
  * with a key of its own) for every thread, is allocated.  The same bits on any number of threads. */
-KDA_API kda_status kda_cpu_backward(const kda_arguments *arguments, const kda_gradients *gradients,
-                                    const kda_executor *executor, char *message, size_t message_size);
+KDA_API kda_status kda_cpu_backward(const kda_arguments* arguments, const kda_gradients* gradients,
+                                    const kda_executor* executor, char* message, size_t message_size);
 
 /* The instruction set that `kda_cpu_forward` uses on this machine: "avx512", "avx2", "neon" or "generic". */
-KDA_API const char *kda_cpu_isa(void);
+KDA_API const char* kda_cpu_isa(void);
 
 /* ---- CUDA --------------------------------------------------------------------------------------------- */
 
 /* Checks what can be checked from the host without reading device memory; `message` as in `kda_cpu_check`. */
-KDA_API kda_status kda_cuda_check(const kda_arguments *arguments, char *message, size_t message_size);
+KDA_API kda_status kda_cuda_check(const kda_arguments* arguments, char* message, size_t message_size);
 
 /* Computes the attention on `stream` (a cudaStream_t) of the current device.  Every pointer of `arguments` is device
  * memory, spatial_shapes included; nothing is copied to the host and nothing waits, so that the call can be captured
  * in a CUDA graph.  A library that was built without nvcc answers KDA_UNSUPPORTED. */
-KDA_API kda_status kda_cuda_forward(const kda_arguments *arguments, void *stream, char *message,
-                                    size_t message_size);
+KDA_API kda_status kda_cuda_forward(const kda_arguments* arguments, void* stream, char* message, size_t message_size);
 
 /* KDA_ABI_VERSION of the library. */
 KDA_API int32_t kda_abi_version(void);

@@ -18,11 +18,11 @@ constexpr int kOpVersion = 1;
 /* Inputs, in order; MSDeformAttn has attention_logits in place of query, and no key. */
 enum Input { kQuery, kValue, kReferencePoints, kSamplingOffsets, kSpatialShapes, kKey, kNumInputs };
 
-inline const char *op_name(bool key_aware) { return key_aware ? "KeyAwareDeformAttn" : "MSDeformAttn"; }
+inline const char* op_name(bool key_aware) { return key_aware ? "KeyAwareDeformAttn" : "MSDeformAttn"; }
 
-inline const char *input_name(bool key_aware, size_t input) {
-  constexpr const char *kNames[kNumInputs] = {"query",           "value",         "reference_points",
-                                              "sampling_offsets", "spatial_shapes", "key"};
+inline const char* input_name(bool key_aware, size_t input) {
+  constexpr const char* kNames[kNumInputs] = {"query",          "value", "reference_points", "sampling_offsets",
+                                              "spatial_shapes", "key"};
   return input == kQuery && !key_aware ? "attention_logits" : kNames[input];
 }
 
@@ -45,7 +45,7 @@ struct Shape {
     snprintf(text.characters + length, sizeof text.characters - length, "]");
     return text;
   }
-  bool fits(const Shape &other) const {
+  bool fits(const Shape& other) const {
     bool result = rank == other.rank;
     for (size_t i = 0; result && i < rank; ++i) {
       result = sizes[i] == other.sizes[i] || sizes[i] == kUnknown || other.sizes[i] == kUnknown;
@@ -58,7 +58,7 @@ struct Shape {
 struct Message {
   char characters[512] = "";
 
-  __attribute__((format(printf, 2, 3))) void print(const char *format, ...) {
+  __attribute__((format(printf, 2, 3))) void print(const char* format, ...) {
     va_list values;
     va_start(values, format);
     vsnprintf(characters, sizeof characters, format, values);
@@ -69,8 +69,8 @@ struct Message {
 /* Checks that the shapes of the inputs fit together and sets the sizes in `arguments`, which has key_aware, num_heads
  * and num_points already.  shapes[kKey] counts if own_key.  On failure `message` names the input, the shape that it has
  * and the shape that it should have. */
-inline kda_status check_shapes(const Shape (&shapes)[kNumInputs], bool own_key, kda_arguments *arguments,
-                               Message *message) {
+inline kda_status check_shapes(const Shape (&shapes)[kNumInputs], bool own_key, kda_arguments* arguments,
+                               Message* message) {
   const bool key_aware = arguments->key_aware;
   const auto name = [&](size_t input) { return input_name(key_aware, input); };
 

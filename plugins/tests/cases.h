@@ -5,16 +5,16 @@
 #include "checks.h"
 
 struct Device {
-  const char *name; /* in messages */
+  const char* name; /* in messages */
   int dim_step, largest_dim;
-  kda_status (*run)(Problem *);
+  kda_status (*run)(Problem*);
 };
 
-inline void run(const Device &device, Problem *problem) {
+inline void run(const Device& device, Problem* problem) {
   CHECK(device.run(problem) == KDA_OK, "%s: %s", device.name, describe(problem->shape).c_str());
 }
 
-inline void check_against_definition(const Device &device, Problem *problem) {
+inline void check_against_definition(const Device& device, Problem* problem) {
   run(device, problem);
   const std::vector<double> expected = problem->expected();
   const double allowed = tolerance(*problem);
@@ -28,7 +28,7 @@ inline void check_against_definition(const Device &device, Problem *problem) {
 }
 
 /* A third of the rounds are of four levels of four points and heads of 32 or 64, which have kernels of their own. */
-inline void test_sweep(const Device &device, int rounds) {
+inline void test_sweep(const Device& device, int rounds) {
   const int32_t dtypes[] = {KDA_FLOAT32, KDA_FLOAT16, KDA_BFLOAT16};
   std::mt19937 random(1);
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
@@ -56,7 +56,7 @@ inline void test_sweep(const Device &device, int rounds) {
 }
 
 /* Several chunks of queries for each head, and maps as wide as those of real images. */
-inline void test_wide_maps(const Device &device) {
+inline void test_wide_maps(const Device& device) {
   Shape s;
   s.queries = 150;
   s.heads = 2;
@@ -71,7 +71,7 @@ inline void test_wide_maps(const Device &device) {
   }
 }
 
-inline void test_most_samples(const Device &device) {
+inline void test_most_samples(const Device& device) {
   for (int dim : {device.dim_step, device.largest_dim}) {
     for (bool key_aware : {false, true}) {
       Shape s;
@@ -88,7 +88,7 @@ inline void test_most_samples(const Device &device) {
   }
 }
 
-inline void test_empty(const Device &device) {
+inline void test_empty(const Device& device) {
   for (bool no_batch : {false, true}) {
     Shape s;
     s.dim = 8;
@@ -116,7 +116,7 @@ inline Problem single_point(float pixel_x, float pixel_y, int64_t height, int64_
   return problem;
 }
 
-inline void test_borders(const Device &device) {
+inline void test_borders(const Device& device) {
   for (int dim : {device.dim_step, 32}) {
     for (int64_t width : {1, 8}) {
       for (int64_t height : {1, 4}) {
@@ -132,7 +132,7 @@ inline void test_borders(const Device &device) {
 }
 
 /* A token of NaN or Inf reaches exactly the samples that it is a corner of inside the map, zero weight included. */
-inline void test_non_finite_values(const Device &device) {
+inline void test_non_finite_values(const Device& device) {
   const int64_t height = 4, width = 8;
   for (int32_t dtype : {KDA_FLOAT32, KDA_FLOAT16}) {
     for (int64_t token : {int64_t{0}, width - 1, width + 3, (height - 1) * width, height * width - 1}) {
@@ -164,7 +164,7 @@ inline void test_non_finite_values(const Device &device) {
 }
 
 /* Locations far away, infinite or NaN lie outside: zero, and nothing is read out of bounds. */
-inline void test_wild_locations(const Device &device) {
+inline void test_wild_locations(const Device& device) {
   for (float wild : {1e6f, 3e9f, 1e19f, 1e30f, 3e38f, INFINITY, NAN}) {
     for (float sign : {-1.0f, 1.0f}) {
       for (int where = 0; where < 4; ++where) {
@@ -198,7 +198,7 @@ inline void test_wild_locations(const Device &device) {
 }
 
 /* A logit of minus infinity takes no part, unless all are; logits far apart do not overflow. */
-inline void test_extreme_logits(const Device &device) {
+inline void test_extreme_logits(const Device& device) {
   Shape s;
   s.dim = 32;
   s.points = 4;
@@ -218,12 +218,12 @@ inline void test_extreme_logits(const Device &device) {
   keyed.randomise(12);
   for (int d = 0; d < 32; ++d) keyed.query.set(d, d == 0);
   for (int64_t token = 0; token < 64; ++token) keyed.key.set(token * 32, -INFINITY);
-  for (float &reference : keyed.references) reference = 0.5f;
+  for (float& reference : keyed.references) reference = 0.5f;
   for (size_t i = 0; i < keyed.offsets.size(); ++i) keyed.offsets.set(i, 0.25f);
   check_against_definition(device, &keyed);
 }
 
-inline void test_cases(const Device &device, int rounds) {
+inline void test_cases(const Device& device, int rounds) {
   test_sweep(device, rounds);
   test_wide_maps(device);
   test_most_samples(device);

@@ -20,7 +20,7 @@ inline int failures = 0;
     }                                                        \
   } while (0)
 
-inline std::string describe(const Shape &s) {
+inline std::string describe(const Shape& s) {
   std::string text = "N " + std::to_string(s.batch) + " Q " + std::to_string(s.queries) + " M " +
                      std::to_string(s.heads) + " D " + std::to_string(s.dim) + " P " + std::to_string(s.points) +
                      " reference " + std::to_string(s.reference_width) + " dtype " + std::to_string(s.dtype) +
@@ -37,7 +37,7 @@ inline double rounding(int32_t dtype) {
   return dtype == KDA_FLOAT32 ? 0x1p-24 : dtype == KDA_FLOAT16 ? 0x1p-11 : 0x1p-8;
 }
 
-inline double largest_value(const Problem &problem) {
+inline double largest_value(const Problem& problem) {
   double largest = 0;
   for (size_t i = 0; i < problem.value.size(); ++i) largest = fmax(largest, fabs(problem.value.get(i)));
   return largest;
@@ -49,7 +49,7 @@ inline double largest_value(const Problem &problem) {
  *   logits        the dot product sums D products, and its error, times the spread of the values, reaches the output;
  *   softmax, sum  two more sums over the samples.
  * On top, the output rounds once to its own dtype. */
-inline double tolerance(const Problem &problem) {
+inline double tolerance(const Problem& problem) {
   int64_t side = 1;
   for (int64_t size : problem.shape.levels) side = std::max(side, size);
   const double samples = double(problem.levels) * problem.shape.points;

@@ -10,12 +10,12 @@
 
 namespace {
 
-kda_status run_on_cpu(Problem *problem) { return problem->run(); }
+kda_status run_on_cpu(Problem* problem) { return problem->run(); }
 
-/* Few queries of many tokens read the value where it lies: the same as from the workspace, which an equal key of its own
- * makes them use; NaN, Inf and wild locations included. */
-void test_in_place(const Device &device) {
-  const char *isa = device.name;
+/* Few queries of many tokens read the value where it lies: the same as from the workspace, which an equal key of its
+ * own makes them use; NaN, Inf and wild locations included. */
+void test_in_place(const Device& device) {
+  const char* isa = device.name;
   const float wild[] = {1e30f, -INFINITY, INFINITY, NAN, -3e9f};
   for (int dim : {16, 32, 64}) {
     for (int width : {2, 4}) {
@@ -34,7 +34,8 @@ void test_in_place(const Device &device) {
         in_place.randomise(round);
         repacked.randomise(round);
         if (round % 3 == 0) check_against_definition(device, &in_place);
-        for (size_t i = round % 3; i < in_place.offsets.size() && round % 3; i += 37) in_place.offsets.set(i, wild[i % 5]);
+        for (size_t i = round % 3; i < in_place.offsets.size() && round % 3; i += 37)
+          in_place.offsets.set(i, wild[i % 5]);
         for (size_t i = round; i < in_place.value.size() && round % 3 == 2; i += 7 * dim + 1) {
           in_place.value.set(i, wild[1 + i % 3]);
         }
@@ -55,8 +56,8 @@ void test_in_place(const Device &device) {
 struct Threads {
   int64_t grain;
   int count;
-  static void run(void *self, int64_t count, kda_task task, void *state) {
-    const Threads *threads = static_cast<Threads *>(self);
+  static void run(void* self, int64_t count, kda_task task, void* state) {
+    const Threads* threads = static_cast<Threads*>(self);
     std::atomic<int64_t> next{0};
     std::vector<std::thread> pool;
     for (int t = 0; t < threads->count; ++t) {
@@ -68,17 +69,17 @@ struct Threads {
         }
       });
     }
-    for (std::thread &thread : pool) thread.join();
+    for (std::thread& thread : pool) thread.join();
   }
 };
 
-int32_t serial_for(int64_t begin, int64_t end, int64_t grain, kda_task task, void *state) {
+int32_t serial_for(int64_t begin, int64_t end, int64_t grain, kda_task task, void* state) {
   for (int64_t i = begin; i < end; i += grain) task(i, std::min(i + grain, end), state);
   return 0;
 }
 
 /* The same rows in other batch items and other chunks give the same bits. */
-void test_executors(const char *isa) {
+void test_executors(const char* isa) {
   Shape s;
   s.batch = 2;
   s.queries = 333;
@@ -90,20 +91,18 @@ void test_executors(const char *isa) {
     s.own_key = own_key;
     Problem alone(s);
     alone.randomise(13);
-    for (Tensor *tensor : {&alone.query, &alone.key, &alone.value, &alone.offsets}) {
+    for (Tensor* tensor : {&alone.query, &alone.key, &alone.value, &alone.offsets}) {
       std::copy_n(tensor->floats.begin(), tensor->size() / 2, tensor->floats.begin() + tensor->size() / 2);
     }
     std::copy_n(alone.references.begin(), alone.references.size() / 2,
                 alone.references.begin() + alone.references.size() / 2);
     /* ... and the last query repeats the first, in another chunk. */
-    const auto repeat = [&](float *data, size_t size) {
-      std::copy_n(data, size, data + (s.queries - 1) * size);
-    };
+    const auto repeat = [&](float* data, size_t size) { std::copy_n(data, size, data + (s.queries - 1) * size); };
     repeat(alone.query.floats.data(), s.heads * s.dim);
     repeat(alone.offsets.floats.data(), s.heads * 16 * 2);
     repeat(alone.references.data(), 8);
     alone.run();
-    const auto &output = alone.output.floats;
+    const auto& output = alone.output.floats;
     const size_t half = output.size() / 2, row = s.heads * s.dim;
     CHECK(memcmp(&output[0], &output[(s.queries - 1) * row], row * 4) == 0, "%s: chunks differ", isa);
     CHECK(std::equal(&output[row], &output[(s.queries - 1) * row], &output[half + row]), "%s: items differ", isa);
@@ -127,7 +126,7 @@ void test_executors(const char *isa) {
 
 /* Every 16-bit number, subnormals, infinities and NaN included, survives the way through the kernel: plain attention of
  * one point on a pixel copies the token. */
-void test_half_round_trip(const char *isa) {
+void test_half_round_trip(const char* isa) {
   Shape s;
   s.queries = 64;
   s.dim = 1024;
@@ -156,7 +155,7 @@ void test_messages() {
   Shape s;
   s.levels = {4, 8};
   Problem problem(s);
-  const auto expect = [&](const char *what, kda_status status, void (*change)(kda_arguments *)) {
+  const auto expect = [&](const char* what, kda_status status, void (*change)(kda_arguments*)) {
     kda_arguments a = problem.arguments();
     change(&a);
     char message[256] = "";
@@ -171,29 +170,28 @@ void test_messages() {
     CHECK(kda_cpu_check(&a, nullptr, 0) == status, "%s", what);
   };
   expect("value has 31 tokens; it must have 32, the sum of height * width over spatial_shapes", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->num_tokens = 31; });
+         [](kda_arguments* a) { a->num_tokens = 31; });
   expect("head_dim is 6; the CPU kernels take multiples of 4", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->head_dim = 6; });
-  expect("num_points is 9; the kernels take at most 8", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->num_points = 9; });
+         [](kda_arguments* a) { a->head_dim = 6; });
+  expect("num_points is 9; the kernels take at most 8", KDA_UNSUPPORTED, [](kda_arguments* a) { a->num_points = 9; });
   expect("spatial_shapes has 9 levels; the kernels take at most 8", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->num_levels = 9; });
+         [](kda_arguments* a) { a->num_levels = 9; });
   expect("reference_points has a last dimension of 3; it must be 2 (x, y) or 4 (x, y, w, h)", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->reference_width = 3; });
+         [](kda_arguments* a) { a->reference_width = 3; });
   expect("sampling_offsets has dtype 1 (float16); it must be float32 or the dtype of value, float32",
-         KDA_INVALID_ARGUMENT, [](kda_arguments *a) { a->offset_dtype = KDA_FLOAT16; });
+         KDA_INVALID_ARGUMENT, [](kda_arguments* a) { a->offset_dtype = KDA_FLOAT16; });
   expect("value has dtype 7; it must be 0 (float32), 1 (float16) or 2 (bfloat16)", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->dtype = 7; });
+         [](kda_arguments* a) { a->dtype = 7; });
   expect("query has -1 queries; it must have at least 0", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->num_queries = -1; });
+         [](kda_arguments* a) { a->num_queries = -1; });
   expect("query is NULL; it must point to the tensor's data", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->query = nullptr; });
+         [](kda_arguments* a) { a->query = nullptr; });
   expect("attention_logits is NULL; it must point to the tensor's data", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->key_aware = 0, a->query = nullptr; });
+         [](kda_arguments* a) { a->key_aware = 0, a->query = nullptr; });
   expect("spatial_shapes is NULL; it must point to [1, 2] int64", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->spatial_shapes = nullptr; });
+         [](kda_arguments* a) { a->spatial_shapes = nullptr; });
   problem.shape.levels[0] = 0;
-  expect("spatial_shapes has (0, 8) at level 0; both must be at least 1", KDA_INVALID_ARGUMENT, [](kda_arguments *) {});
+  expect("spatial_shapes has (0, 8) at level 0; both must be at least 1", KDA_INVALID_ARGUMENT, [](kda_arguments*) {});
   problem.shape.levels[0] = 4;
   const kda_arguments a = problem.arguments();
   char message[256] = "";
@@ -201,9 +199,9 @@ void test_messages() {
   CHECK(strncmp(message, "workspace is NULL; it must have ", 32) == 0, "%s", message);
 }
 
-/* The backward pass against central differences of the definition.  Every sample lies a quarter of a pixel from the next
- * pixel's border, where the output has a kink. */
-void check_backward(const char *isa, Shape s) {
+/* The backward pass against central differences of the definition.  Every sample lies a quarter of a pixel from the
+ * next pixel's border, where the output has a kink. */
+void check_backward(const char* isa, Shape s) {
   constexpr float kStep = 0x1p-10f;
   Problem problem(s);
   problem.randomise(9);
@@ -213,13 +211,13 @@ void check_backward(const char *isa, Shape s) {
     const bool box = i % s.reference_width >= 2;
     problem.references[i] = box ? 2 * s.points / side : (random() % int(side) + 0.5f) / side;
   }
-  for (float &offset : problem.offsets.floats) offset = std::round(2 * offset) / 2 + 0.25f;
+  for (float& offset : problem.offsets.floats) offset = std::round(2 * offset) / 2 + 0.25f;
   Tensor output(KDA_FLOAT32, problem.output.size());
   Problem::fill(&output, 1, &random);
   std::vector<float> query(problem.query.size()), key(problem.key.size()), value(problem.value.size()),
       references(problem.references.size()), offsets(problem.offsets.size());
-  const kda_gradients gradients = {output.floats.data(), query.data(), key.data(), value.data(), references.data(),
-                                   offsets.data()};
+  const kda_gradients gradients = {output.floats.data(), query.data(),      key.data(),
+                                   value.data(),         references.data(), offsets.data()};
   const kda_arguments a = problem.arguments();
   CHECK(kda_cpu_backward(&a, &gradients, nullptr, nullptr, 0) == KDA_OK, "%s", describe(s).c_str());
 
@@ -229,7 +227,7 @@ void check_backward(const char *isa, Shape s) {
     for (size_t i = 0; i < expected.size(); ++i) sum += expected[i] * output.get(i);
     return sum;
   };
-  const auto check = [&](const char *name, std::vector<float> *input, const std::vector<float> &gradient) {
+  const auto check = [&](const char* name, std::vector<float>* input, const std::vector<float>& gradient) {
     double largest = 0, worst = 0;
     for (size_t i = random() % 3; i < input->size(); i += 1 + input->size() / 40) {
       const float centre = (*input)[i], step = kStep;
@@ -241,8 +239,7 @@ void check_backward(const char *isa, Shape s) {
       largest = fmax(largest, fabs(slope));
       worst = fmax(worst, fabs(slope - gradient[i]));
     }
-    CHECK(worst <= 1e-4 * largest + 1e-5, "%s: %s: error %g of %g: %s", isa, name, worst, largest,
-          describe(s).c_str());
+    CHECK(worst <= 1e-4 * largest + 1e-5, "%s: %s: error %g of %g: %s", isa, name, worst, largest, describe(s).c_str());
   };
   check("query", &problem.query.floats, query);
   check("key", &problem.key.floats, key);
@@ -251,7 +248,7 @@ void check_backward(const char *isa, Shape s) {
   check("sampling_offsets", &problem.offsets.floats, offsets);
 }
 
-void test_backward(const char *isa) {
+void test_backward(const char* isa) {
   for (int dim : {4, 12, 32}) {
     for (int key = 0; key < 3; ++key) {
       for (int width = 2; width <= 4; width += 2) {
@@ -283,7 +280,7 @@ void test_backward(const char *isa) {
 int main() {
   CHECK(kda_abi_version() == KDA_ABI_VERSION, "%d", kda_abi_version());
   test_messages();
-  for (const char *isa : {"generic", "neon", "avx2", "avx512"}) {
+  for (const char* isa : {"generic", "neon", "avx2", "avx512"}) {
     if (!kda::select_isa(isa)) continue;
     CHECK(strcmp(kda_cpu_isa(), isa) == 0, "%s", kda_cpu_isa());
     const Device device = {isa, 4, 96, run_on_cpu};

@@ -15,20 +15,20 @@ constexpr int32_t kDtypes[] = {KDA_FLOAT32, KDA_FLOAT16, KDA_BFLOAT16};
 /* Device memory of exactly the size of a tensor, so that AddressSanitizer and compute-sanitizer see a wrong address. */
 class DeviceMemory {
  public:
-  DeviceMemory(const void *source, size_t bytes) {
+  DeviceMemory(const void* source, size_t bytes) {
     if (bytes == 0) return;
     CHECK(cudaMalloc(&data, bytes) == cudaSuccess, "%zu bytes", bytes);
     if (source) CHECK(cudaMemcpy(data, source, bytes, cudaMemcpyDefault) == cudaSuccess, "%zu bytes", bytes);
     if (!source) CHECK(cudaMemset(data, 0xff, bytes) == cudaSuccess, "%zu bytes", bytes); /* NaN */
   }
-  DeviceMemory(const DeviceMemory &) = delete;
+  DeviceMemory(const DeviceMemory&) = delete;
   ~DeviceMemory() { cudaFree(data); }
-  void *data = nullptr;
+  void* data = nullptr;
 };
 
-size_t bytes_of(const Tensor &tensor) { return tensor.size() * (tensor.dtype == KDA_FLOAT32 ? 4 : 2); }
+size_t bytes_of(const Tensor& tensor) { return tensor.size() * (tensor.dtype == KDA_FLOAT32 ? 4 : 2); }
 
-kda_status run_on_cuda(Problem *problem) {
+kda_status run_on_cuda(Problem* problem) {
   const DeviceMemory query(problem->query.data(), bytes_of(problem->query));
   const DeviceMemory key(problem->key.data(), bytes_of(problem->key));
   const DeviceMemory value(problem->value.data(), bytes_of(problem->value));
@@ -40,9 +40,9 @@ kda_status run_on_cuda(Problem *problem) {
   a.query = query.data;
   a.key = key.data;
   a.value = value.data;
-  a.reference_points = static_cast<float *>(references.data);
+  a.reference_points = static_cast<float*>(references.data);
   a.sampling_offsets = offsets.data;
-  a.spatial_shapes = static_cast<int64_t *>(shapes.data);
+  a.spatial_shapes = static_cast<int64_t*>(shapes.data);
   a.output = output.data;
   char message[256] = "";
   const kda_status status = kda_cuda_forward(&a, nullptr, message, sizeof message);
@@ -56,7 +56,7 @@ kda_status run_on_cuda(Problem *problem) {
 }
 
 /* The host does not see the shapes: wrong ones give wrong numbers, but nothing is read that is not there. */
-void test_wrong_spatial_shapes(const Device &device) {
+void test_wrong_spatial_shapes(const Device& device) {
   for (int64_t wrong : {int64_t{-3}, int64_t{0}, int64_t{9}, (int64_t{1} << 32) + 100, INT64_MAX}) {
     for (int where = 0; where < 4; ++where) {
       Shape s;
@@ -73,7 +73,7 @@ void test_wrong_spatial_shapes(const Device &device) {
 }
 
 /* The same rows in other batch items and other blocks give the same bits, and so does a second run. */
-void test_identical_rows(const Device &device) {
+void test_identical_rows(const Device& device) {
   for (int32_t dtype : kDtypes) {
     Shape s;
     s.batch = 2;
@@ -85,7 +85,7 @@ void test_identical_rows(const Device &device) {
     s.dtype = s.offset_dtype = dtype;
     Problem problem(s);
     problem.randomise(13);
-    const auto repeat = [](Tensor *tensor, size_t target, size_t count) {
+    const auto repeat = [](Tensor* tensor, size_t target, size_t count) {
       for (size_t i = 0; i < count; ++i) tensor->set(target + i, tensor->get(i));
     };
     /* The last query of an item repeats the first ... */
@@ -94,7 +94,7 @@ void test_identical_rows(const Device &device) {
     repeat(&problem.offsets, (s.queries - 1) * offsets, offsets);
     std::copy_n(problem.references.begin(), references, problem.references.begin() + (s.queries - 1) * references);
     /* ... and the second item the first item. */
-    for (Tensor *tensor : {&problem.query, &problem.value, &problem.offsets}) {
+    for (Tensor* tensor : {&problem.query, &problem.value, &problem.offsets}) {
       repeat(tensor, tensor->size() / 2, tensor->size() / 2);
     }
     const size_t half = problem.references.size() / 2;
@@ -102,7 +102,7 @@ void test_identical_rows(const Device &device) {
     check_against_definition(device, &problem);
     Problem again = problem;
     run(device, &again);
-    const Tensor &output = problem.output;
+    const Tensor& output = problem.output;
     for (size_t i = 0; i < output.size(); ++i) {
       CHECK(output.get(i) == again.output.get(i), "output %zu: a second run differs", i);
       CHECK(output.get(i) == output.get(i % (output.size() / 2)), "output %zu: items differ", i);
@@ -116,10 +116,10 @@ void test_messages() {
   s.dim = 8;
   s.levels = {4, 8};
   Problem problem(s);
-  const auto expect = [&](const char *what, kda_status status, void (*change)(kda_arguments *)) {
+  const auto expect = [&](const char* what, kda_status status, void (*change)(kda_arguments*)) {
     kda_arguments a = problem.arguments();
     /* Never followed: the checks come first. */
-    a.query = a.value = a.sampling_offsets = a.output = reinterpret_cast<void *>(0x1000);
+    a.query = a.value = a.sampling_offsets = a.output = reinterpret_cast<void*>(0x1000);
     change(&a);
     char message[256] = "", forward_message[256] = "";
     CHECK(kda_cuda_check(&a, message, sizeof message) == status, "%s", message);
@@ -129,29 +129,29 @@ void test_messages() {
     CHECK(kda_cuda_check(&a, nullptr, 0) == status, "%s", what);
   };
   expect("head_dim is 12; the CUDA kernels take multiples of 8", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->head_dim = 12; });
+         [](kda_arguments* a) { a->head_dim = 12; });
   expect("head_dim is 136; the CUDA kernels take at most 128", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->head_dim = 136; });
-  expect("num_points is 9; the kernels take at most 8", KDA_UNSUPPORTED, [](kda_arguments *a) { a->num_points = 9; });
+         [](kda_arguments* a) { a->head_dim = 136; });
+  expect("num_points is 9; the kernels take at most 8", KDA_UNSUPPORTED, [](kda_arguments* a) { a->num_points = 9; });
   expect("spatial_shapes has 9 levels; the kernels take at most 8", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->num_levels = 9; });
+         [](kda_arguments* a) { a->num_levels = 9; });
   expect("reference_points has a last dimension of 3; it must be 2 (x, y) or 4 (x, y, w, h)", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->reference_width = 3; });
+         [](kda_arguments* a) { a->reference_width = 3; });
   expect("sampling_offsets has dtype 1 (float16); it must be float32 or the dtype of value, float32",
-         KDA_INVALID_ARGUMENT, [](kda_arguments *a) { a->offset_dtype = KDA_FLOAT16; });
+         KDA_INVALID_ARGUMENT, [](kda_arguments* a) { a->offset_dtype = KDA_FLOAT16; });
   expect("query is NULL; it must point to the tensor's data", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->query = nullptr; });
+         [](kda_arguments* a) { a->query = nullptr; });
   expect("value starts at address 0x1008; it must be a multiple of 16: pass a copy", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->value = reinterpret_cast<void *>(0x1008); });
+         [](kda_arguments* a) { a->value = reinterpret_cast<void*>(0x1008); });
   expect("sampling_offsets starts at address 0x1004; it must be a multiple of 8: pass a copy", KDA_INVALID_ARGUMENT,
-         [](kda_arguments *a) { a->sampling_offsets = reinterpret_cast<void *>(0x1004); });
+         [](kda_arguments* a) { a->sampling_offsets = reinterpret_cast<void*>(0x1004); });
   expect("query has 65536 x 65536 rows of 1 heads; the CUDA kernels take at most 2147483647 heads", KDA_UNSUPPORTED,
-         [](kda_arguments *a) { a->batch = a->num_queries = 65536; });
+         [](kda_arguments* a) { a->batch = a->num_queries = 65536; });
 }
 
 }  // namespace
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   test_messages();
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {

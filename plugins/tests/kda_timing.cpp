@@ -17,9 +17,9 @@
 
 namespace {
 
-/* Queries are the tokens of the levels from `first_query_level` on, at their centres, and each head looks in a direction
- * of its own, further with every point, as Deformable DETR initialises it; or boxes at random. */
-Problem make_problem(const std::vector<int64_t> &levels, int first_query_level, int64_t boxes, int32_t dtype) {
+/* Queries are the tokens of the levels from `first_query_level` on, at their centres, and each head looks in a
+ * direction of its own, further with every point, as Deformable DETR initialises it; or boxes at random. */
+Problem make_problem(const std::vector<int64_t>& levels, int first_query_level, int64_t boxes, int32_t dtype) {
   Shape s;
   s.heads = 8;
   s.dim = 32;
@@ -28,11 +28,12 @@ Problem make_problem(const std::vector<int64_t> &levels, int first_query_level, 
   s.dtype = s.offset_dtype = dtype;
   s.reference_width = boxes ? 4 : 2;
   s.queries = boxes;
-  for (size_t l = first_query_level; l < levels.size() / 2 && !boxes; ++l) s.queries += levels[2 * l] * levels[2 * l + 1];
+  for (size_t l = first_query_level; l < levels.size() / 2 && !boxes; ++l)
+    s.queries += levels[2 * l] * levels[2 * l + 1];
   Problem problem(s);
   problem.randomise(1);
   std::mt19937 random(2);
-  float *reference = problem.references.data();
+  float* reference = problem.references.data();
   if (boxes) {
     std::uniform_real_distribution<float> place(0, 1);
     std::lognormal_distribution<float> side(logf(0.15f), 0.8f);
@@ -74,14 +75,14 @@ class Pool {
       stop_ = true;
     }
     wake_.notify_all();
-    for (std::thread &thread : threads_) thread.join();
+    for (std::thread& thread : threads_) thread.join();
   }
-  static void run(void *self, int64_t count, kda_task task, void *state) {
-    static_cast<Pool *>(self)->run(count, task, state);
+  static void run(void* self, int64_t count, kda_task task, void* state) {
+    static_cast<Pool*>(self)->run(count, task, state);
   }
 
  private:
-  void run(int64_t count, kda_task task, void *state) {
+  void run(int64_t count, kda_task task, void* state) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = task, state_ = state, count_ = count, next_ = 0, busy_ = static_cast<int>(threads_.size());
@@ -114,20 +115,20 @@ class Pool {
   std::atomic<int> busy_{0};
   int64_t generation_ = 0, count_ = 0;
   kda_task task_ = nullptr;
-  void *state_ = nullptr;
+  void* state_ = nullptr;
   bool stop_ = false;
 };
 
 }  // namespace
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   const int threads = argc > 1 ? atoi(argv[1]) : 1;
   const int rounds = argc > 2 ? atoi(argv[2]) : 15;
   const int32_t dtype = argc > 3 ? atoi(argv[3]) : KDA_FLOAT32;
   const std::vector<int64_t> at800 = {100, 167, 50, 84, 25, 42, 13, 21}, at640 = {80, 80, 40, 40, 20, 20, 10, 10};
   struct Case {
-    const char *name;
-    const std::vector<int64_t> &levels;
+    const char* name;
+    const std::vector<int64_t>& levels;
     int first_query_level;
     int64_t boxes;
   };
@@ -135,15 +136,16 @@ int main(int argc, char **argv) {
                         {"full640", at640, 0, 0}, {"high640", at640, 1, 0}, {"dec640", at640, 0, 900}};
   Pool pool(threads);
   const kda_executor executor = {Pool::run, &pool};
-  for (const Case &c : cases) {
+  for (const Case& c : cases) {
     Problem problem = make_problem(c.levels, c.first_query_level, c.boxes, dtype);
     const kda_arguments a = problem.arguments();
-    std::vector<const char *> isas;
-    for (const char *isa : {"generic", "neon", "avx2", "avx512"}) {
+    std::vector<const char*> isas;
+    for (const char* isa : {"generic", "neon", "avx2", "avx512"}) {
       if (kda::select_isa(isa)) isas.push_back(isa);
     }
     std::vector<std::vector<double>> times(isas.size());
-    std::unique_ptr<void, void (*)(void *)> workspace(aligned_alloc(64, (kda_cpu_workspace_size(&a) + 63) / 64 * 64), free);
+    std::unique_ptr<void, void (*)(void*)> workspace(aligned_alloc(64, (kda_cpu_workspace_size(&a) + 63) / 64 * 64),
+                                                     free);
     for (int round = -1; round < rounds; ++round) {
       for (size_t i = 0; i < isas.size(); ++i) {
         kda::select_isa(isas[i]);

@@ -75,7 +75,7 @@ struct Tensor {
       words[i] = dtype == KDA_FLOAT16 ? float_to_half(x) : float_to_bfloat(x);
     }
   }
-  void *data() { return dtype == KDA_FLOAT32 ? static_cast<void *>(floats.data()) : words.data(); }
+  void* data() { return dtype == KDA_FLOAT32 ? static_cast<void*>(floats.data()) : words.data(); }
 };
 
 struct Shape {
@@ -93,7 +93,7 @@ struct Problem {
   Tensor query, key, value, offsets, output;
   std::vector<float> references;
 
-  explicit Problem(const Shape &s) : shape(s), levels(static_cast<int32_t>(s.levels.size() / 2)) {
+  explicit Problem(const Shape& s) : shape(s), levels(static_cast<int32_t>(s.levels.size() / 2)) {
     for (int l = 0; l < levels; ++l) tokens += s.levels[2 * l] * s.levels[2 * l + 1];
     const int64_t width = int64_t{s.heads} * s.dim, samples = int64_t{s.heads} * levels * s.points;
     query = Tensor(s.dtype, s.batch * s.queries * (s.key_aware ? width : samples));
@@ -104,7 +104,7 @@ struct Problem {
     output = Tensor(s.dtype, s.batch * s.queries * width);
   }
 
-  static void fill(Tensor *tensor, float scale, std::mt19937 *random) {
+  static void fill(Tensor* tensor, float scale, std::mt19937* random) {
     std::normal_distribution<float> normal(0, scale);
     for (size_t i = 0; i < tensor->size(); ++i) tensor->set(i, normal(*random));
   }
@@ -145,16 +145,16 @@ struct Problem {
     return a;
   }
 
-  kda_status run(const kda_executor *executor = nullptr) {
+  kda_status run(const kda_executor* executor = nullptr) {
     const kda_arguments a = arguments();
     std::vector<char> workspace(kda_cpu_workspace_size(&a) + 64);
-    char *aligned = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
+    char* aligned = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
     return kda_cpu_forward(&a, aligned, executor, nullptr, 0);
   }
 
   /* The definition in kda.h, word for word. */
   std::vector<double> expected() const {
-    const Shape &s = shape;
+    const Shape& s = shape;
     const int64_t samples = int64_t{levels} * s.points;
     std::vector<double> result(s.batch * s.queries * s.heads * s.dim);
     std::vector<double> keys(samples * s.dim), values(samples * s.dim), weights(samples);
@@ -164,7 +164,7 @@ struct Problem {
         int64_t first_token = row / s.queries * tokens;
         for (int l = 0; l < levels; ++l) {
           const int64_t height = s.levels[2 * l], width = s.levels[2 * l + 1];
-          const float *reference = &references[(row * levels + l) * s.reference_width];
+          const float* reference = &references[(row * levels + l) * s.reference_width];
           for (int p = 0; p < s.points; ++p) {
             const int64_t sample = int64_t{l} * s.points + p;
             const double dx = offsets.get((cell * samples + sample) * 2);
@@ -173,7 +173,7 @@ struct Problem {
             const double x = box ? reference[0] + dx / s.points * reference[2] * 0.5 : reference[0] + dx / width;
             const double y = box ? reference[1] + dy / s.points * reference[3] * 0.5 : reference[1] + dy / height;
             for (int d = 0; d < s.dim; ++d) {
-              const auto at = [&](const Tensor &map) {
+              const auto at = [&](const Tensor& map) {
                 return bilinear(map, first_token, height, width, x * width - 0.5, y * height - 0.5, h * s.dim + d);
               };
               values[sample * s.dim + d] = at(value);
@@ -191,7 +191,7 @@ struct Problem {
           if (!s.key_aware) weights[i] = query.get(cell * samples + i);
           highest = fmax(highest, weights[i]);
         }
-        for (double &weight : weights) sum += weight = exp(weight - highest);
+        for (double& weight : weights) sum += weight = exp(weight - highest);
         for (int64_t i = 0; i < samples; ++i) {
           for (int d = 0; d < s.dim; ++d) result[cell * s.dim + d] += weights[i] / sum * values[i * s.dim + d];
         }
@@ -201,7 +201,7 @@ struct Problem {
   }
 
  private:
-  double bilinear(const Tensor &map, int64_t first_token, int64_t height, int64_t width, double x, double y,
+  double bilinear(const Tensor& map, int64_t first_token, int64_t height, int64_t width, double x, double y,
                   int64_t channel) const {
     double sum = 0;
     if (!(fabs(x) < 1e6 && fabs(y) < 1e6)) return 0; /* far outside, infinite or NaN */

@@ -34,7 +34,7 @@ using PluginPointer = std::unique_ptr<nvinfer1::IPluginV3>;
 
 struct RecordingLogger final : nvinfer1::ILogger {
   std::vector<std::string> messages;
-  void log(Severity severity, const char *message) noexcept override {
+  void log(Severity severity, const char* message) noexcept override {
     CHECK(severity == Severity::kERROR, "%s", message);
     messages.push_back(message);
   }
@@ -48,11 +48,11 @@ struct RecordingLogger final : nvinfer1::ILogger {
 RecordingLogger logger;
 
 struct RecordingFinder final : nvinfer1::ILoggerFinder {
-  nvinfer1::ILogger *findLogger() override { return &logger; }
+  nvinfer1::ILogger* findLogger() override { return &logger; }
 };
 
 struct ThrowingFinder final : nvinfer1::ILoggerFinder {
-  nvinfer1::ILogger *findLogger() override { throw std::runtime_error("no logger"); }
+  nvinfer1::ILogger* findLogger() override { throw std::runtime_error("no logger"); }
 };
 
 /* A size that is a symbol: what counts is which one it is. */
@@ -70,11 +70,11 @@ struct ExpressionBuilder final : nvinfer1::IExprBuilder {
   struct Implementation final : nvinfer1::apiv::VExprBuilder {
     using Expression = nvinfer1::IDimensionExpr;
     int calls = 0;
-    const Expression *constant(int64_t) override { return ++calls, nullptr; }
-    const Expression *operation(nvinfer1::DimensionOperation, const Expression &, const Expression &) override {
+    const Expression* constant(int64_t) override { return ++calls, nullptr; }
+    const Expression* operation(nvinfer1::DimensionOperation, const Expression&, const Expression&) override {
       return ++calls, nullptr;
     }
-    const Expression *declareSizeTensor(int32_t, const Expression &, const Expression &) override {
+    const Expression* declareSizeTensor(int32_t, const Expression&, const Expression&) override {
       return ++calls, nullptr;
     }
   } implementation;
@@ -84,17 +84,17 @@ struct ExpressionBuilder final : nvinfer1::IExprBuilder {
 /* ---- Plugins and their tensors -------------------------------------------------------------------------------- */
 
 struct Node {
-  const char *op;
+  const char* op;
   int32_t num_inputs;
   bool key_aware() const { return strcmp(op, "KeyAwareDeformAttn") == 0; }
 };
 constexpr Node kNodes[] = {{"KeyAwareDeformAttn", 5}, {"KeyAwareDeformAttn", 6}, {"MSDeformAttn", 5}};
 
-nvinfer1::IPluginCreatorV3One *find_creator(nvinfer1::IPluginCreatorInterface *const *creators, int32_t count,
-                                            const char *op) {
+nvinfer1::IPluginCreatorV3One* find_creator(nvinfer1::IPluginCreatorInterface* const* creators, int32_t count,
+                                            const char* op) {
   for (int32_t i = 0; i < count; ++i) {
     CHECK(strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0, "%d", i);
-    auto *creator = static_cast<nvinfer1::IPluginCreatorV3One *>(creators[i]);
+    auto* creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
     if (strcmp(creator->getPluginName(), op) == 0) return creator;
   }
   return nullptr;
@@ -105,9 +105,9 @@ struct Fields {
   std::vector<nvinfer1::PluginField> list;
   nvinfer1::PluginFieldCollection collection;
 
-  const nvinfer1::PluginFieldCollection *get() {
+  const nvinfer1::PluginFieldCollection* get() {
     list.clear();
-    for (const auto &[name, value] : values) {
+    for (const auto& [name, value] : values) {
       list.emplace_back(name.c_str(), &value, nvinfer1::PluginFieldType::kINT32, 1);
     }
     collection.nbFields = static_cast<int32_t>(list.size());
@@ -118,33 +118,33 @@ struct Fields {
 
 constexpr int32_t kHeads = 2, kPoints = 4;
 
-PluginPointer make(nvinfer1::IPluginCreatorV3One *creator, Fields fields, TensorRTPhase phase) {
+PluginPointer make(nvinfer1::IPluginCreatorV3One* creator, Fields fields, TensorRTPhase phase) {
   return PluginPointer(creator->createPlugin("layer", fields.get(), phase));
 }
-PluginPointer make(nvinfer1::IPluginCreatorV3One *creator) {
+PluginPointer make(nvinfer1::IPluginCreatorV3One* creator) {
   return make(creator, {{{"num_heads", kHeads}, {"num_points", kPoints}}, {}, {}}, TensorRTPhase::kBUILD);
 }
 
 /* What an engine keeps of a plugin. */
-Fields serialize(nvinfer1::IPluginV3 *plugin) {
-  auto *runtime = static_cast<nvinfer1::IPluginV3OneRuntime *>(
+Fields serialize(nvinfer1::IPluginV3* plugin) {
+  auto* runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(
       plugin->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
-  const nvinfer1::PluginFieldCollection *collection = runtime->getFieldsToSerialize();
+  const nvinfer1::PluginFieldCollection* collection = runtime->getFieldsToSerialize();
   Fields fields;
   for (int32_t i = 0; i < collection->nbFields; ++i) {
-    const nvinfer1::PluginField &field = collection->fields[i];
+    const nvinfer1::PluginField& field = collection->fields[i];
     CHECK(field.type == nvinfer1::PluginFieldType::kINT32 && field.length == 1, "%s", field.name);
-    fields.values.emplace_back(field.name, *static_cast<const int32_t *>(field.data));
+    fields.values.emplace_back(field.name, *static_cast<const int32_t*>(field.data));
   }
   return fields;
 }
 
-nvinfer1::IPluginV3OneBuild *build_part(const PluginPointer &plugin) {
-  return static_cast<nvinfer1::IPluginV3OneBuild *>(
+nvinfer1::IPluginV3OneBuild* build_part(const PluginPointer& plugin) {
+  return static_cast<nvinfer1::IPluginV3OneBuild*>(
       plugin->getCapabilityInterface(nvinfer1::PluginCapabilityType::kBUILD));
 }
-nvinfer1::IPluginV3OneRuntime *runtime_part(const PluginPointer &plugin) {
-  return static_cast<nvinfer1::IPluginV3OneRuntime *>(
+nvinfer1::IPluginV3OneRuntime* runtime_part(const PluginPointer& plugin) {
+  return static_cast<nvinfer1::IPluginV3OneRuntime*>(
       plugin->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
 }
 
@@ -155,7 +155,7 @@ Dims dims(std::initializer_list<int64_t> sizes) {
 }
 
 /* N 2, Q 5, S 50, two heads of 8, three levels, four points; inputs, then the output. */
-std::vector<Dims> good_shapes(const Node &node) {
+std::vector<Dims> good_shapes(const Node& node) {
   std::vector<Dims> shapes = {dims({2, 5, node.key_aware() ? 16 : 24}), dims({2, 50, 16}), dims({2, 5, 3, 2}),
                               dims({2, 5, 48}), dims({3, 2})};
   if (node.num_inputs == 6) shapes.push_back(dims({2, 50, 16}));
@@ -164,20 +164,20 @@ std::vector<Dims> good_shapes(const Node &node) {
 }
 
 /* The type of each tensor, when T is `storage`. */
-std::vector<DataType> row(const Node &node, DataType storage, DataType offsets) {
+std::vector<DataType> row(const Node& node, DataType storage, DataType offsets) {
   std::vector<DataType> types = {storage, storage, DataType::kFLOAT, offsets, DataType::kINT64, storage};
   if (node.num_inputs == 6) types.push_back(storage);
   return types;
 }
 
 /* Every combination of types that the ops have. */
-std::vector<std::vector<DataType>> legal_rows(const Node &node) {
+std::vector<std::vector<DataType>> legal_rows(const Node& node) {
   return {row(node, DataType::kFLOAT, DataType::kFLOAT), row(node, DataType::kHALF, DataType::kHALF),
           row(node, DataType::kHALF, DataType::kFLOAT), row(node, DataType::kBF16, DataType::kBF16),
           row(node, DataType::kBF16, DataType::kFLOAT)};
 }
 
-nvinfer1::PluginTensorDesc describe(const Dims &shape, DataType type) {
+nvinfer1::PluginTensorDesc describe(const Dims& shape, DataType type) {
   nvinfer1::PluginTensorDesc tensor = {};
   tensor.dims = shape;
   tensor.type = type;
@@ -185,15 +185,14 @@ nvinfer1::PluginTensorDesc describe(const Dims &shape, DataType type) {
   return tensor;
 }
 
-int32_t configure(const PluginPointer &plugin, const std::vector<Dims> &shapes) {
+int32_t configure(const PluginPointer& plugin, const std::vector<Dims>& shapes) {
   std::vector<nvinfer1::DynamicPluginTensorDesc> tensors;
-  for (const Dims &shape : shapes) tensors.push_back({describe(shape, DataType::kFLOAT), shape, shape, shape});
+  for (const Dims& shape : shapes) tensors.push_back({describe(shape, DataType::kFLOAT), shape, shape, shape});
   const int32_t num_inputs = static_cast<int32_t>(shapes.size()) - 1;
   return build_part(plugin)->configurePlugin(tensors.data(), num_inputs, &tensors.back(), 1);
 }
 
-int32_t change_shape(const PluginPointer &plugin, const std::vector<Dims> &shapes,
-                     const std::vector<DataType> &types) {
+int32_t change_shape(const PluginPointer& plugin, const std::vector<Dims>& shapes, const std::vector<DataType>& types) {
   std::vector<nvinfer1::PluginTensorDesc> tensors;
   for (size_t i = 0; i < shapes.size(); ++i) tensors.push_back(describe(shapes[i], types[i]));
   const int32_t num_inputs = static_cast<int32_t>(shapes.size()) - 1;
@@ -202,15 +201,15 @@ int32_t change_shape(const PluginPointer &plugin, const std::vector<Dims> &shape
 
 /* ---- Tests ---------------------------------------------------------------------------------------------------- */
 
-void test_creator(nvinfer1::IPluginCreatorV3One *creator, const std::string &op) {
+void test_creator(nvinfer1::IPluginCreatorV3One* creator, const std::string& op) {
   CHECK(strcmp(creator->getPluginVersion(), "1") == 0, "%s", creator->getPluginVersion());
   CHECK(strcmp(creator->getPluginNamespace(), "") == 0, "%s", creator->getPluginNamespace());
-  const nvinfer1::PluginFieldCollection *announced = creator->getFieldNames();
+  const nvinfer1::PluginFieldCollection* announced = creator->getFieldNames();
   CHECK(announced->nbFields == 2, "%d", announced->nbFields);
   CHECK(strcmp(announced->fields[0].name, "num_heads") == 0, "%s", announced->fields[0].name);
   CHECK(strcmp(announced->fields[1].name, "num_points") == 0, "%s", announced->fields[1].name);
 
-  const auto refuses = [&](Fields fields, TensorRTPhase phase, const char *message) {
+  const auto refuses = [&](Fields fields, TensorRTPhase phase, const char* message) {
     CHECK(!make(creator, std::move(fields), phase), "%s", message);
     const std::string logged = logger.take();
     CHECK(logged == op + ": " + message, "logged '%s', expected '%s'", logged.c_str(), message);
@@ -233,7 +232,7 @@ void test_creator(nvinfer1::IPluginCreatorV3One *creator, const std::string &op)
 
   const int32_t numbers[2] = {4, 4};
   const int64_t wide = 4;
-  const auto refuses_points = [&](nvinfer1::PluginField points, const char *message) {
+  const auto refuses_points = [&](nvinfer1::PluginField points, const char* message) {
     const int32_t heads = 8;
     const nvinfer1::PluginField list[] = {{"num_heads", &heads, nvinfer1::PluginFieldType::kINT32, 1}, points};
     const nvinfer1::PluginFieldCollection fields = {2, list};
@@ -257,20 +256,20 @@ void test_creator(nvinfer1::IPluginCreatorV3One *creator, const std::string &op)
   CHECK(PluginPointer(creator->createPlugin("layer", &fields, kBuild)), "all attributes");
 }
 
-void test_formats(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
+void test_formats(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   const PluginPointer plugin = make(creator);
-  nvinfer1::IPluginV3OneBuild *build = build_part(plugin);
+  nvinfer1::IPluginV3OneBuild* build = build_part(plugin);
   const std::vector<std::vector<DataType>> rows = legal_rows(node);
   const int32_t num_tensors = node.num_inputs + 1;
   int checked = 0;
 
-  for (const std::vector<DataType> &prefix : rows) {
+  for (const std::vector<DataType>& prefix : rows) {
     for (int32_t position = 0; position < num_tensors; ++position) {
       for (int32_t type = 0; type < nvinfer1::EnumMax<DataType>(); ++type) {
         for (int32_t format = 0; format < nvinfer1::EnumMax<TensorFormat>(); ++format) {
           /* Supported: some row goes on from the types before this position with this type. */
           bool expected = false;
-          for (const std::vector<DataType> &candidate : rows) {
+          for (const std::vector<DataType>& candidate : rows) {
             expected |= std::equal(prefix.begin(), prefix.begin() + position, candidate.begin()) &&
                         candidate[position] == static_cast<DataType>(type);
           }
@@ -312,21 +311,22 @@ void test_formats(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
   CHECK(found == rows.size(), "%zu combinations instead of %zu", found, rows.size());
   CHECK(logger.messages.empty(), "%s", logger.take().c_str());
 
-  for (const auto &[num_inputs, num_outputs] : {std::pair(4, 1), std::pair(7, 1), std::pair(node.num_inputs, 2)}) {
+  for (const auto& [num_inputs, num_outputs] : {std::pair(4, 1), std::pair(7, 1), std::pair(node.num_inputs, 2)}) {
     CHECK(!build->supportsFormatCombination(0, tensors.data(), num_inputs, num_outputs), "%d inputs", num_inputs);
-    CHECK(logger.take().find(num_outputs == 2 ? ": the node has 2 outputs; it should have 1"
-                                              : ": the node has ") != std::string::npos, "%d inputs", num_inputs);
+    CHECK(logger.take().find(num_outputs == 2 ? ": the node has 2 outputs; it should have 1" : ": the node has ") !=
+              std::string::npos,
+          "%d inputs", num_inputs);
   }
 }
 
-void test_output(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
+void test_output(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   const PluginPointer plugin = make(creator);
-  nvinfer1::IPluginV3OneBuild *build = build_part(plugin);
+  nvinfer1::IPluginV3OneBuild* build = build_part(plugin);
   CHECK(build->getNbOutputs() == 1, "%d", build->getNbOutputs());
   CHECK(build->getNbTactics() == 0, "%d", build->getNbTactics());
   CHECK(build->getWorkspaceSize(nullptr, node.num_inputs, nullptr, 1) == 0, "no workspace");
 
-  for (const std::vector<DataType> &types : legal_rows(node)) {
+  for (const std::vector<DataType>& types : legal_rows(node)) {
     DataType output = DataType::kBOOL;
     CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) == 0, "%s", node.op);
     CHECK(output == types[1], "type %d", static_cast<int>(output));
@@ -334,8 +334,8 @@ void test_output(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
   std::vector<DataType> types = row(node, DataType::kINT8, DataType::kFLOAT);
   DataType output;
   CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) != 0, "%s", node.op);
-  CHECK(logger.take() == std::string(node.op) +
-                             ": value has the TensorRT type 2; it should be kFLOAT (0), kHALF (1) or kBF16 (7)",
+  CHECK(logger.take() ==
+            std::string(node.op) + ": value has the TensorRT type 2; it should be kFLOAT (0), kHALF (1) or kBF16 (7)",
         "%s", node.op);
 
   Size sizes[6][4];
@@ -360,7 +360,7 @@ void test_output(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
         "%s", logged.c_str());
 }
 
-void test_shapes(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
+void test_shapes(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   const PluginPointer plugin = make(creator);
   const std::vector<DataType> types = row(node, DataType::kHALF, DataType::kFLOAT);
   const std::vector<Dims> good = good_shapes(node);
@@ -368,36 +368,34 @@ void test_shapes(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
 
   /* Sizes of the profile, in place of which TensorRT writes -1: batch, queries, tokens. */
   std::vector<Dims> dynamic = good;
-  for (Dims &shape : dynamic) {
+  for (Dims& shape : dynamic) {
     if (shape.nbDims >= 3) shape.d[0] = shape.d[1] = -1;
   }
   CHECK(configure(plugin, dynamic) == 0, "%s", logger.take().c_str());
   std::vector<Dims> unknown = good;
-  for (Dims &shape : unknown) std::fill_n(shape.d, shape.nbDims, -1);
+  for (Dims& shape : unknown) std::fill_n(shape.d, shape.nbDims, -1);
   CHECK(configure(plugin, unknown) == 0, "%s", logger.take().c_str());
   dynamic[3].d[2] = 40;
   CHECK(configure(plugin, dynamic) != 0, "%s", node.op);
   std::string logged = logger.take();
-  CHECK(logged == std::string(node.op) +
-                      ": sampling_offsets has shape [-1, -1, 40]; it should be [-1, -1, 48]",
-        "%s", logged.c_str());
+  CHECK(logged == std::string(node.op) + ": sampling_offsets has shape [-1, -1, 40]; it should be [-1, -1, 48]", "%s",
+        logged.c_str());
 
   std::vector<Dims> empty = good;
-  for (Dims &shape : empty) {
+  for (Dims& shape : empty) {
     if (shape.nbDims >= 3) shape.d[0] = 0;
   }
   CHECK(configure(plugin, empty) == 0 && change_shape(plugin, empty, types) == 0, "%s", logger.take().c_str());
 
-  const char *query = node.key_aware() ? "query" : "attention_logits";
+  const char* query = node.key_aware() ? "query" : "attention_logits";
   const std::string third = node.key_aware() ? "16" : "24";
-  const auto refuses = [&](size_t input, std::initializer_list<int64_t> sizes, const std::string &message) {
+  const auto refuses = [&](size_t input, std::initializer_list<int64_t> sizes, const std::string& message) {
     std::vector<Dims> shapes = good;
     shapes[input] = dims(sizes);
     for (const bool at_build : {true, false}) {
       CHECK((at_build ? configure(plugin, shapes) : change_shape(plugin, shapes, types)) != 0, "%s", message.c_str());
       const std::string text = logger.take();
-      CHECK(text == std::string(node.op) + ": " + message, "logged '%s', expected '%s'", text.c_str(),
-            message.c_str());
+      CHECK(text == std::string(node.op) + ": " + message, "logged '%s', expected '%s'", text.c_str(), message.c_str());
     }
   };
   refuses(0, {2, 5, 15}, query + (" has shape [2, 5, 15]; it should be [2, 5, " + third + "]"));
@@ -422,7 +420,7 @@ void test_shapes(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
   CHECK(logged.find(": head_dim is 6; ") != std::string::npos, "%s", logged.c_str());
 }
 
-void test_serialization(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
+void test_serialization(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   PluginPointer built = make(creator);
   for (const int32_t num_inputs : {0, node.num_inputs}) { /* before and after TensorRT configures it */
     if (num_inputs != 0) CHECK(configure(built, good_shapes(node)) == 0, "%s", logger.take().c_str());
@@ -437,7 +435,7 @@ void test_serialization(nvinfer1::IPluginCreatorV3One *creator, const Node &node
     PluginPointer attached(runtime_part(cloned)->attachToContext(nullptr));
     cloned.reset();
     CHECK(serialize(attached.get()).values == expected, "%s", node.op);
-    auto *core = static_cast<nvinfer1::IPluginV3OneCore *>(
+    auto* core = static_cast<nvinfer1::IPluginV3OneCore*>(
         attached->getCapabilityInterface(nvinfer1::PluginCapabilityType::kCORE));
     CHECK(strcmp(core->getPluginName(), node.op) == 0, "%s", core->getPluginName());
     CHECK(strcmp(core->getPluginVersion(), "1") == 0, "%s", core->getPluginVersion());
@@ -449,7 +447,7 @@ void test_serialization(nvinfer1::IPluginCreatorV3One *creator, const Node &node
   CHECK(strcmp(build_part(other)->getTimingCacheID(), build_part(built)->getTimingCacheID()) != 0, "%s", node.op);
 }
 
-void test_enqueue_order(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
+void test_enqueue_order(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   const PluginPointer plugin = make(creator);
   CHECK(runtime_part(plugin)->enqueue(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr) != 0, "%s", node.op);
   const std::string logged = logger.take();
@@ -469,7 +467,7 @@ bool emulated = false;
 /* A tensor in the memory of the device, of exactly its size. */
 class DeviceMemory {
  public:
-  DeviceMemory(const void *source, size_t bytes) : bytes_(bytes) {
+  DeviceMemory(const void* source, size_t bytes) : bytes_(bytes) {
     if (emulated) {
       data = malloc(bytes);
       memcpy(data, source, bytes);
@@ -478,11 +476,11 @@ class DeviceMemory {
       CUDA(cudaMemcpy(data, source, bytes, cudaMemcpyHostToDevice));
     }
   }
-  explicit DeviceMemory(Tensor &tensor) : DeviceMemory(tensor.data(), bytes_of(tensor)) {}
-  DeviceMemory(const DeviceMemory &) = delete;
+  explicit DeviceMemory(Tensor& tensor) : DeviceMemory(tensor.data(), bytes_of(tensor)) {}
+  DeviceMemory(const DeviceMemory&) = delete;
   ~DeviceMemory() { emulated ? free(data) : void(cudaFree(data)); }
 
-  void read(Tensor *tensor) const {
+  void read(Tensor* tensor) const {
     if (emulated) {
       memcpy(tensor->data(), data, bytes_);
     } else {
@@ -490,15 +488,15 @@ class DeviceMemory {
     }
   }
 
-  void *data = nullptr;
+  void* data = nullptr;
 
  private:
-  static size_t bytes_of(const Tensor &tensor) { return tensor.size() * (tensor.dtype == KDA_FLOAT32 ? 4 : 2); }
+  static size_t bytes_of(const Tensor& tensor) { return tensor.size() * (tensor.dtype == KDA_FLOAT32 ? 4 : 2); }
   size_t bytes_;
 };
 
 /* On a stream, and captured in a CUDA graph, which is how trtexec runs by default since TensorRT 11. */
-void test_enqueue(nvinfer1::IPluginCreatorV3One *creator, const Node &node, DataType storage, DataType offset_type) {
+void test_enqueue(nvinfer1::IPluginCreatorV3One* creator, const Node& node, DataType storage, DataType offset_type) {
   const auto kda_type = [](DataType type) {
     return type == DataType::kHALF ? KDA_FLOAT16 : type == DataType::kBF16 ? KDA_BFLOAT16 : KDA_FLOAT32;
   };
@@ -515,8 +513,8 @@ void test_enqueue(nvinfer1::IPluginCreatorV3One *creator, const Node &node, Data
   const DeviceMemory references(problem.references.data(), problem.references.size() * sizeof(float));
   const DeviceMemory spatial_shapes(shape.levels.data(), shape.levels.size() * sizeof(int64_t));
   const DeviceMemory output(problem.output);
-  const void *inputs[] = {query.data, value.data, references.data, offsets.data, spatial_shapes.data, key.data};
-  void *outputs[] = {output.data};
+  const void* inputs[] = {query.data, value.data, references.data, offsets.data, spatial_shapes.data, key.data};
+  void* outputs[] = {output.data};
 
   const std::vector<Dims> shapes = good_shapes(node);
   const std::vector<DataType> types = row(node, storage, offset_type);
@@ -531,7 +529,7 @@ void test_enqueue(nvinfer1::IPluginCreatorV3One *creator, const Node &node, Data
         runtime_part(plugin)->enqueue(tensors.data(), &tensors.back(), inputs, outputs, nullptr, stream);
     CHECK(status == 0, "%s", logger.take().c_str());
   };
-  const auto check_output = [&](const char *how) {
+  const auto check_output = [&](const char* how) {
     output.read(&problem.output);
     double worst = 0;
     for (size_t i = 0; i < expected.size(); ++i) {
@@ -568,7 +566,7 @@ void test_enqueue(nvinfer1::IPluginCreatorV3One *creator, const Node &node, Data
 }
 
 /* Without a GPU enqueue still has to come back, with a status and a message. */
-void test_enqueue_fails(nvinfer1::IPluginCreatorV3One *creator, const Node &node) {
+void test_enqueue_fails(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   const PluginPointer plugin = make(creator);
   const std::vector<Dims> shapes = good_shapes(node);
   const std::vector<DataType> types = row(node, DataType::kFLOAT, DataType::kFLOAT);
@@ -576,8 +574,8 @@ void test_enqueue_fails(nvinfer1::IPluginCreatorV3One *creator, const Node &node
   std::vector<nvinfer1::PluginTensorDesc> tensors;
   for (size_t i = 0; i < shapes.size(); ++i) tensors.push_back(describe(shapes[i], types[i]));
   alignas(256) char somewhere[256];
-  const void *inputs[] = {somewhere, somewhere, somewhere, somewhere, somewhere, somewhere};
-  void *outputs[] = {somewhere};
+  const void* inputs[] = {somewhere, somewhere, somewhere, somewhere, somewhere, somewhere};
+  void* outputs[] = {somewhere};
   CHECK(runtime_part(plugin)->enqueue(tensors.data(), &tensors.back(), inputs, outputs, nullptr, nullptr) != 0, "%s",
         node.op);
   const std::string logged = logger.take();
@@ -586,21 +584,21 @@ void test_enqueue_fails(nvinfer1::IPluginCreatorV3One *creator, const Node &node
 
 }  // namespace
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   emulated = argc == 3 && strcmp(argv[2], "--emulated") == 0;
   if (argc != 2 && !emulated) {
     fprintf(stderr, "usage: %s LIBRARY [--emulated]\n", argv[0]);
     return 2;
   }
-  void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
+  void* library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
   if (!library) {
     printf("%s\n", dlerror());
     return 1;
   }
   const auto get_creators =
-      reinterpret_cast<nvinfer1::IPluginCreatorInterface *const *(*)(int32_t &)>(dlsym(library, "getCreators"));
+      reinterpret_cast<nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));
   const auto set_logger_finder =
-      reinterpret_cast<void (*)(nvinfer1::ILoggerFinder *)>(dlsym(library, "setLoggerFinder"));
+      reinterpret_cast<void (*)(nvinfer1::ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
   if (!get_creators || !set_logger_finder) {
     printf("%s has no getCreators or no setLoggerFinder\n", argv[1]);
     return 1;
@@ -608,13 +606,13 @@ int main(int argc, char **argv) {
   printf("built with the headers of TensorRT %d.%d.%d\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH);
 
   int32_t count = 0;
-  nvinfer1::IPluginCreatorInterface *const *creators = get_creators(count);
+  nvinfer1::IPluginCreatorInterface* const* creators = get_creators(count);
   CHECK(count == 2, "%d creators", count);
 
   /* No exception of TensorRT's comes back to it through the plugins; this message goes to stderr. */
   ThrowingFinder throwing;
   set_logger_finder(&throwing);
-  nvinfer1::IPluginCreatorV3One *plain = find_creator(creators, count, "MSDeformAttn");
+  nvinfer1::IPluginCreatorV3One* plain = find_creator(creators, count, "MSDeformAttn");
   CHECK(plain && !plain->createPlugin("layer", nullptr, TensorRTPhase::kBUILD), "thrown");
 
   RecordingFinder finder;
@@ -622,8 +620,8 @@ int main(int argc, char **argv) {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   const bool enqueue_runs = emulated || (error == cudaSuccess && devices > 0);
-  for (const Node &node : kNodes) {
-    nvinfer1::IPluginCreatorV3One *creator = find_creator(creators, count, node.op);
+  for (const Node& node : kNodes) {
+    nvinfer1::IPluginCreatorV3One* creator = find_creator(creators, count, node.op);
     if (!creator) {
       printf("there is no creator of %s\n", node.op);
       return 1;
@@ -635,7 +633,7 @@ int main(int argc, char **argv) {
     test_serialization(creator, node);
     test_enqueue_order(creator, node);
     if (enqueue_runs) {
-      for (const std::vector<DataType> &types : legal_rows(node)) test_enqueue(creator, node, types[0], types[3]);
+      for (const std::vector<DataType>& types : legal_rows(node)) test_enqueue(creator, node, types[0], types[3]);
     } else {
       test_enqueue_fails(creator, node);
     }

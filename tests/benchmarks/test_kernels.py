@@ -263,9 +263,7 @@ def test_reports(command, tmp_path):
     assert report["machine"]["packages"]["torch"] == torch.__version__
     assert {"cpu", "op_kernel", "date", "load_average"} <= set(report["machine"])
     assert report["sizes"]["tiny decoder"]["reference_width"] == 4
-    assert report["sizes"]["tiny"] == {
-        "maps": [list(shape) for shape in MAPS], "queries": 46, "reference_width": 2
-    }
+    assert report["sizes"]["tiny"] == {"maps": [list(shape) for shape in MAPS], "queries": 46, "reference_width": 2}
     names = [(row["size"], row["threads"], row["contender"]) for row in report["results"]]
     assert names == [
         (size, threads, c.name) for size in ("tiny", "tiny decoder") for threads in (1, 2) for c in contenders

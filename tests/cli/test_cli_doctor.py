@@ -35,5 +35,9 @@ def test_the_op_runs_where_its_library_is_built():
     findings = json.loads(result.stdout)["findings"]
     if find(findings, "native libraries", "onnxruntime")["state"] == "ok":
         assert find(findings, "ONNX Runtime", "op") == {
-            "topic": "ONNX Runtime", "name": "op", "state": "ok", "value": "KeyAwareDeformAttn runs and is right",
-            "remedy": ""}
+            "topic": "ONNX Runtime",
+            "name": "op",
+            "state": "ok",
+            "value": "KeyAwareDeformAttn runs and is right",
+            "remedy": "",
+        }

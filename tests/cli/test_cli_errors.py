@@ -26,14 +26,17 @@ def raising(error):
     return CliRunner().invoke(app)
 
 
-@pytest.mark.parametrize("error, status, text", [
-    (LiteDetrError("The value is 3; it must be 4."), 2, "error: The value is 3; it must be 4.\n"),
-    (CheckFailed("They differ."), 1, "error: They differ.\n"),
-    (KeyboardInterrupt(), 130, "interrupted; nothing was written\n"),
-    (KeyboardInterrupt("2 of 3 pictures were written"), 130, "interrupted; 2 of 3 pictures were written\n"),
-    (ZeroDivisionError("division by zero"), 3, "unexpected ZeroDivisionError: division by zero"),
-    (OSError(28, "No space left on device", "/x"), 2, "No space left on device"),
-])
+@pytest.mark.parametrize(
+    "error, status, text",
+    [
+        (LiteDetrError("The value is 3; it must be 4."), 2, "error: The value is 3; it must be 4.\n"),
+        (CheckFailed("They differ."), 1, "error: They differ.\n"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written\n"),
+        (KeyboardInterrupt("2 of 3 pictures were written"), 130, "interrupted; 2 of 3 pictures were written\n"),
+        (ZeroDivisionError("division by zero"), 3, "unexpected ZeroDivisionError: division by zero"),
+        (OSError(28, "No space left on device", "/x"), 2, "No space left on device"),
+    ],
+)
 def test_each_error_has_its_status_and_one_paragraph(error, status, text, monkeypatch):
     monkeypatch.delenv("LITEDETR_DEBUG", raising=False)
     result = raising(error)
@@ -69,20 +72,24 @@ def checkpoint(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--image-size", "0x0"], "at least 64 pixels"),
-    (["--image-size", "abc"], "HEIGHTxWIDTH"),
-    (["--image-size", "63x640"], "at least 64 pixels"),
-    (["--attention", "magic"], "'gridsample'"),
-    (["--outputs", "magic"], "'raw'"),
-    (["--opset", "16"], "17 to 21"),
-    (["--opset", "20", "--attention", "gridsample"], "17 to 19"),
-    (["--images", "gone.jpg"], "gone.jpg does not exist"),
-    (["-o", "gone/model.onnx"], "output directory gone does not exist"),
-    (["-o", "model.txt"], "must end in .onnx"),
-])
-def test_export_checks_its_arguments_before_it_imports_torch(litedetr, checkpoint, tmp_path, monkeypatch, options,
-                                                             message):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--image-size", "0x0"], "at least 64 pixels"),
+        (["--image-size", "abc"], "HEIGHTxWIDTH"),
+        (["--image-size", "63x640"], "at least 64 pixels"),
+        (["--attention", "magic"], "'gridsample'"),
+        (["--outputs", "magic"], "'raw'"),
+        (["--opset", "16"], "17 to 21"),
+        (["--opset", "20", "--attention", "gridsample"], "17 to 19"),
+        (["--images", "gone.jpg"], "gone.jpg does not exist"),
+        (["-o", "gone/model.onnx"], "output directory gone does not exist"),
+        (["-o", "model.txt"], "must end in .onnx"),
+    ],
+)
+def test_export_checks_its_arguments_before_it_imports_torch(
+    litedetr, checkpoint, tmp_path, monkeypatch, options, message
+):
     monkeypatch.setitem(sys.modules, "torch", None)
     done = litedetr("export", checkpoint, *([] if "-o" in options else ["-o", tmp_path / "model.onnx"]), *options)
     assert done.exit_code == 2
@@ -115,13 +122,19 @@ def test_interrupted(tmp_path, sent):
 
     model = save_detector(tmp_path / "model.onnx")
     # Reading the image takes for ever.
-    code = ("import litedetr_deploy.runtime.images as images, time; from litedetr_deploy.cli import main; "
-            "images.find_images = lambda paths: list(paths); "
-            "images.load_image = lambda path: (print('waiting', flush=True), time.sleep(60)); main()")
+    code = (
+        "import litedetr_deploy.runtime.images as images, time; from litedetr_deploy.cli import main; "
+        "images.find_images = lambda paths: list(paths); "
+        "images.load_image = lambda path: (print('waiting', flush=True), time.sleep(60)); main()"
+    )
     # A shell's background jobs, in which the tests may run, ignore SIGINT, and so would this process.
-    process = subprocess.Popen([sys.executable, "-c", code, "predict", model, tmp_path / "a.jpg"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "predict", model, tmp_path / "a.jpg"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(sent)
     _, errors = process.communicate(timeout=20)

@@ -23,10 +23,17 @@ class Report:
         self.rows = rows
 
     def to_dict(self):
-        return {"path": "model.onnx", "size_bytes": 188_400_000, "seconds": 41.2, "attention_nodes": 12,
-                "nodes": {"int8": 30, "half": 20, "float": 10, "casts": 5}, "verification": self.rows,
-                "sensitivity": [], "metadata": {"int8_left_out": ["detector.backbone.conv1/Conv"]},
-                "passed": all(row["passed"] for row in self.rows)}
+        return {
+            "path": "model.onnx",
+            "size_bytes": 188_400_000,
+            "seconds": 41.2,
+            "attention_nodes": 12,
+            "nodes": {"int8": 30, "half": 20, "float": 10, "casts": 5},
+            "verification": self.rows,
+            "sensitivity": [],
+            "metadata": {"int8_left_out": ["detector.backbone.conv1/Conv"]},
+            "passed": all(row["passed"] for row in self.rows),
+        }
 
 
 @pytest.fixture
@@ -54,17 +61,48 @@ def export(monkeypatch, tmp_path):
 
 def test_arguments_reach_the_exporter(export, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    result, calls = export(ROWS[:2], "--variant", "lite-dino-r50-h3l1-2+1x3", "--attention", "gather", "--image-size",
-                           "640x512", "--outputs", "raw", "--pixel-mask", "--opset", "18", "--images", str(tmp_path),
-                           "--precision", "int8", "--calibration", str(tmp_path), "--keep-fp32", "detector.backbone")
+    result, calls = export(
+        ROWS[:2],
+        "--variant",
+        "lite-dino-r50-h3l1-2+1x3",
+        "--attention",
+        "gather",
+        "--image-size",
+        "640x512",
+        "--outputs",
+        "raw",
+        "--pixel-mask",
+        "--opset",
+        "18",
+        "--images",
+        str(tmp_path),
+        "--precision",
+        "int8",
+        "--calibration",
+        str(tmp_path),
+        "--keep-fp32",
+        "detector.backbone",
+    )
     assert result.exit_code == 0, result.stderr
     assert "int8: 30 nodes in INT8, 20 in half, 10 in FP32; 5 casts" in result.stdout
     assert "left out of INT8 for the AP budget: detector.backbone.conv1/Conv" in result.stdout
     assert calls == {
-        "model": (str(tmp_path / "weights.pth"), "lite-dino-r50-h3l1-2+1x3"), "path": tmp_path / "model.onnx",
-        "attention": "gather", "precision": "int8", "image_size": (640, 512), "outputs": "raw", "pixel_mask": True,
-        "opset": 18, "calibration": [tmp_path / "a.png"], "calibration_images": None, "calibration_method": "percentile",
-        "keep_fp32": ["detector.backbone"], "sensitivity": False, "ap_budget": None, "ap_data": None, "verify": True,
+        "model": (str(tmp_path / "weights.pth"), "lite-dino-r50-h3l1-2+1x3"),
+        "path": tmp_path / "model.onnx",
+        "attention": "gather",
+        "precision": "int8",
+        "image_size": (640, 512),
+        "outputs": "raw",
+        "pixel_mask": True,
+        "opset": 18,
+        "calibration": [tmp_path / "a.png"],
+        "calibration_images": None,
+        "calibration_method": "percentile",
+        "keep_fp32": ["detector.backbone"],
+        "sensitivity": False,
+        "ap_budget": None,
+        "ap_data": None,
+        "verify": True,
         "images": [tmp_path / "a.png"],
     }
 

@@ -99,7 +99,8 @@ def tensorrt(monkeypatch, tmp_path):
     builder = api.Builder.__new__(api.Builder)
     builder.backend, builder.version, builder.plugins = "tensorrt", "10.15.0", tmp_path / "plugins.so"
     builder.trt = module(
-        "10.15.0", ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"),
+        "10.15.0",
+        ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"),
         BuilderFlag=types.SimpleNamespace(TF32="tf32", VERSION_COMPATIBLE="version compatible"),
         HardwareCompatibilityLevel=types.SimpleNamespace(__members__={"NONE": 0, "AMPERE_PLUS": 1}),
     )
@@ -138,24 +139,34 @@ def test_progress_counts_steps_within_steps():
 
 
 LAYERS_10 = [
-    {"Name": "conv", "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
-     "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}], "Weights": {"Type": "Half"}},
+    {
+        "Name": "conv",
+        "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
+        "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}],
+        "Weights": {"Type": "Half"},
+    },
     {"Name": "half_named", "Inputs": [{"Name": "half", "Format/Datatype": "Float"}], "Outputs": []},
     {"Name": "quantized", "Inputs": [{"Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}]},
 ]
 LAYERS_11 = [
-    {"Name": "conv", "Inputs": [{"Name": "x", "DataType": "Float", "Format": "N/A"}],
-     "Outputs": [{"Name": "y", "DataType": "Half"}]},
+    {
+        "Name": "conv",
+        "Inputs": [{"Name": "x", "DataType": "Float", "Format": "N/A"}],
+        "Outputs": [{"Name": "y", "DataType": "Half"}],
+    },
     {"Name": "gemm", "Inputs": [{"DataType": "BFloat16"}], "Outputs": [{"DataType": "BF16"}]},
     {"Name": "quantized", "Inputs": [{"DataType": "Int8"}], "Outputs": [{"DataType": "Half"}]},
 ]
 
 
-@pytest.mark.parametrize("layers, counts", [
-    (LAYERS_10, {"fp16": 1, "bf16": 0, "int8": 1}),
-    (LAYERS_11, {"fp16": 2, "bf16": 1, "int8": 1}),
-    (["conv + relu"], {"fp16": 0, "bf16": 0, "int8": 0}),
-])
+@pytest.mark.parametrize(
+    "layers, counts",
+    [
+        (LAYERS_10, {"fp16": 1, "bf16": 0, "int8": 1}),
+        (LAYERS_11, {"fp16": 2, "bf16": 1, "int8": 1}),
+        (["conv + relu"], {"fp16": 0, "bf16": 0, "int8": 0}),
+    ],
+)
 def test_layer_types(layers, counts):
     assert api.count_layer_types(layers) == counts
 
@@ -170,5 +181,7 @@ def test_errors_of_the_work_reach_the_caller():
 
 
 def test_importing_needs_no_torch_onnx_or_tensorrt():
-    run(["torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"],
-        "import litedetr_deploy as ld; ld.build_engine; from litedetr_deploy.runtime import tensorrt")
+    run(
+        ["torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"],
+        "import litedetr_deploy as ld; ld.build_engine; from litedetr_deploy.runtime import tensorrt",
+    )

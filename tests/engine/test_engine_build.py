@@ -32,8 +32,10 @@ def test_weights_become_an_engine_for_two_compute_capabilities(build, tmp_path):
     report = build(model, image_size=[(256, 256)], compute_capabilities=["8.6", "12.0"], verify=False)
     assert report.passed and report.metadata["attention"] == "gather"
     assert report.compute_capabilities == ["8.6", "12.0"]
-    assert report.shapes == {"images": [(n, 3, 256, 256) for n in (1, 1, 4)],
-                             "orig_target_sizes": [(1, 2), (1, 2), (4, 2)]}
+    assert report.shapes == {
+        "images": [(n, 3, 256, 256) for n in (1, 1, 4)],
+        "orig_target_sizes": [(1, 2), (1, 2), (4, 2)],
+    }
     assert report.not_verified == report.not_inspected == "no GPU here"
     assert (tmp_path / "model.plan").stat().st_size == report.size_bytes > 1e6
     assert {file.name for file in tmp_path.iterdir()} == {"model.plan", "model.plan.json"}
@@ -41,8 +43,11 @@ def test_weights_become_an_engine_for_two_compute_capabilities(build, tmp_path):
 
 def test_record(build, tmp_path):
     stages = []
-    report = build(save_detector(tmp_path / "model.onnx"), batch=(1, 2, 3),
-                   progress=lambda stage, done=0, total=None: stages.append((stage, done)))
+    report = build(
+        save_detector(tmp_path / "model.onnx"),
+        batch=(1, 2, 3),
+        progress=lambda stage, done=0, total=None: stages.append((stage, done)),
+    )
     record = read_record(tmp_path / "model.plan")
     assert record == json.loads(json.dumps(report.to_dict()))
     assert record["sha256"] == sha256(tmp_path / "model.plan")
@@ -132,10 +137,9 @@ def test_tensorrt_stops_when_it_is_cancelled(rtx, tmp_path):
     assert "cancel" in builder.logger.errors[-1].lower()
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"no model", "not an ONNX model, or a damaged one"),
-    (None, "does not exist"),
-])
+@pytest.mark.parametrize(
+    "content, message", [(b"no model", "not an ONNX model, or a damaged one"), (None, "does not exist")]
+)
 def test_unreadable_model(build, tmp_path, content, message):
     model = tmp_path / "model.onnx"
     if content is not None:
@@ -154,18 +158,21 @@ def test_model_of_something_else(build, tmp_path):
         build(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"compute_capabilities": ["7.0"]}, "compute capability 7.0 .* these are 7.5, 8.0"),
-    ({"timing_cache": "cache"}, "timing_cache is given.*choose backend 'tensorrt'"),
-    ({"version_compatible": True}, "version_compatible is given"),
-    ({"hardware_compatibility": "ampere+"}, "hardware_compatibility is given"),
-    ({"hardware_compatibility": "all"}, "it must be 'none' or 'ampere\\+'"),
-    ({"optimization_level": 6}, "optimization_level is 6; it must be 0 to 5"),
-    ({"workspace": 0}, "workspace is 0; it must be more than 0 GiB"),
-    ({"batch": (2, 1, 4)}, "the batch is 2,1,4"),
-    ({"image_size": [(32, 96)]}, "no side may be smaller than 64"),
-    ({"image_size": [(64, 64)]}, "fixed at 64x96"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"compute_capabilities": ["7.0"]}, "compute capability 7.0 .* these are 7.5, 8.0"),
+        ({"timing_cache": "cache"}, "timing_cache is given.*choose backend 'tensorrt'"),
+        ({"version_compatible": True}, "version_compatible is given"),
+        ({"hardware_compatibility": "ampere+"}, "hardware_compatibility is given"),
+        ({"hardware_compatibility": "all"}, "it must be 'none' or 'ampere\\+'"),
+        ({"optimization_level": 6}, "optimization_level is 6; it must be 0 to 5"),
+        ({"workspace": 0}, "workspace is 0; it must be more than 0 GiB"),
+        ({"batch": (2, 1, 4)}, "the batch is 2,1,4"),
+        ({"image_size": [(32, 96)]}, "no side may be smaller than 64"),
+        ({"image_size": [(64, 64)]}, "fixed at 64x96"),
+    ],
+)
 def test_wishes_that_are_refused(build, tmp_path, options, message):
     with pytest.raises(ld.LiteDetrError, match=message):
         build(save_detector(tmp_path / "model.onnx"), **options)

@@ -34,10 +34,20 @@ def stand_in(monkeypatch, tmp_path, litedetr):
             progress("build the engine", 0, 1)
             progress("build the engine", 0.5, 1)
             calls.update(arguments, model=model, path=path)
-            fields = {"path": str(path), "backend": "tensorrt", "version": "10.15.1", "onnx": {}, "metadata": METADATA,
-                      "shapes": {"images": [(1, 3, 64, 96)] * 3}, "options": {}, "warnings": [],
-                      "size_bytes": 2_500_000, "gpu": "Test GPU", "seconds": 12.4,
-                      "layer_types": {"fp16": 2, "bf16": 0, "int8": 0}}
+            fields = {
+                "path": str(path),
+                "backend": "tensorrt",
+                "version": "10.15.1",
+                "onnx": {},
+                "metadata": METADATA,
+                "shapes": {"images": [(1, 3, 64, 96)] * 3},
+                "options": {},
+                "warnings": [],
+                "size_bytes": 2_500_000,
+                "gpu": "Test GPU",
+                "seconds": 12.4,
+                "layer_types": {"fp16": 2, "bf16": 0, "int8": 0},
+            }
             return EngineReport(**fields | report)
 
         monkeypatch.setitem(vars(ld), "build_engine", build_engine)
@@ -55,11 +65,23 @@ def test_arguments_reach_the_builder(stand_in, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert calls == {
-        "model": str(tmp_path / "model.onnx"), "path": tmp_path / "model.plan", "backend": "tensorrt",
-        "batch": [1, 2, 8], "image_size": [(64, 64), (64, 96), (128, 96)], "precision": "fp16", "variant": "dino-r50",
-        "compute_capabilities": ["8.6", "8.9"], "timing_cache": tmp_path / "cache", "workspace": 2.0,
-        "optimization_level": 4, "version_compatible": True, "hardware_compatibility": "ampere+", "tf32": True,
-        "allow_known_bad": True, "verify": False, "images": None,
+        "model": str(tmp_path / "model.onnx"),
+        "path": tmp_path / "model.plan",
+        "backend": "tensorrt",
+        "batch": [1, 2, 8],
+        "image_size": [(64, 64), (64, 96), (128, 96)],
+        "precision": "fp16",
+        "variant": "dino-r50",
+        "compute_capabilities": ["8.6", "8.9"],
+        "timing_cache": tmp_path / "cache",
+        "workspace": 2.0,
+        "optimization_level": 4,
+        "version_compatible": True,
+        "hardware_compatibility": "ampere+",
+        "tf32": True,
+        "allow_known_bad": True,
+        "verify": False,
+        "images": None,
     }
 
 
@@ -86,8 +108,13 @@ def test_lost_half_layers_exit_with_1(stand_in):
 
 
 def test_without_a_gpu(stand_in):
-    result, _ = stand_in(layer_types=None, not_inspected="no GPU here", not_verified="no GPU here", gpu=None,
-                         compute_capabilities=["8.6"])
+    result, _ = stand_in(
+        layer_types=None,
+        not_inspected="no GPU here",
+        not_verified="no GPU here",
+        gpu=None,
+        compute_capabilities=["8.6"],
+    )
     assert result.exit_code == 0
     assert "for compute capability 8.6" in result.stdout
     assert "not verified or inspected: no GPU here" in result.stdout.splitlines()[-1]
@@ -105,13 +132,16 @@ def test_real_build(rtx, litedetr, tmp_path):
     assert "not verified or inspected: no GPU here" in result.stdout and (tmp_path / "model.plan.json").is_file()
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--batch", "many"), "the batch is 'many'"),
-    (("--image-size", "big"), "The image size is 'big'"),
-    (("--image-size", "dynamic"), "an engine has sizes that are known"),
-    (("--backend", "openvino"), "backend is 'openvino'"),
-    (("--images", "none.jpg"), "none.jpg does not exist"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--batch", "many"), "the batch is 'many'"),
+        (("--image-size", "big"), "The image size is 'big'"),
+        (("--image-size", "dynamic"), "an engine has sizes that are known"),
+        (("--backend", "openvino"), "backend is 'openvino'"),
+        (("--images", "none.jpg"), "none.jpg does not exist"),
+    ],
+)
 def test_wrong_use_exits_with_2(litedetr, tmp_path, options, message):
     result = litedetr(save_detector(tmp_path / "model.onnx"), "-o", tmp_path / "model.plan", *options)
     assert result.exit_code == 2 and message in result.stderr and result.stderr.startswith("error: ")

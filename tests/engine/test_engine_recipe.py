@@ -73,8 +73,9 @@ def test_recipe_is_legal(path, built):
 
 
 def test_the_command_line_counts_more(built, recipe):
-    path = recipe('[build]\nbackend = "tensorrt-rtx"\nbatch = "1,2,3"\ntf32 = true\n'
-                  'compute_capability = ["8.6", "8.9"]\n')
+    path = recipe(
+        '[build]\nbackend = "tensorrt-rtx"\nbatch = "1,2,3"\ntf32 = true\ncompute_capability = ["8.6", "8.9"]\n'
+    )
     _, calls = built("--recipe", path)
     assert (calls["backend"], calls["batch"], calls["tf32"]) == ("tensorrt-rtx", [1, 2, 3], True)
     assert list(calls["compute_capabilities"]) == ["8.6", "8.9"]
@@ -83,12 +84,15 @@ def test_the_command_line_counts_more(built, recipe):
     assert list(calls["compute_capabilities"]) == ["12.0"]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[build\n", "is not TOML"),
-    ("[deploy]\n", "has a table 'deploy'; its tables are export and build"),
-    ("[export]\n", r"has no table \[build\]: it says nothing to `litedetr build`"),
-    ("[build]\nbatches = 4\n", "the option 'batches'; it has backend, batch"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[build\n", "is not TOML"),
+        ("[deploy]\n", "has a table 'deploy'; its tables are export and build"),
+        ("[export]\n", r"has no table \[build\]: it says nothing to `litedetr build`"),
+        ("[build]\nbatches = 4\n", "the option 'batches'; it has backend, batch"),
+    ],
+)
 def test_what_is_no_recipe(recipe, text, message):
     with pytest.raises(ld.LiteDetrError, match=message):
         read_recipe(recipe(text), "build", {"batch", "backend"})
@@ -120,11 +124,14 @@ def trtexec(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("version, flags, others", [
-    ("100300", ["--stronglyTyped"], ["--noCudaGraph", "--noSpinWait", "--includeDataTransfers"]),
-    ("101601", ["--stronglyTyped"], ["--noCudaGraph", "--noSpinWait", "--includeDataTransfers"]),
-    ("110100", ["--noCudaGraph", "--noSpinWait", "--includeDataTransfers"], ["--stronglyTyped"]),
-])
+@pytest.mark.parametrize(
+    "version, flags, others",
+    [
+        ("100300", ["--stronglyTyped"], ["--noCudaGraph", "--noSpinWait", "--includeDataTransfers"]),
+        ("101601", ["--stronglyTyped"], ["--noCudaGraph", "--noSpinWait", "--includeDataTransfers"]),
+        ("110100", ["--noCudaGraph", "--noSpinWait", "--includeDataTransfers"], ["--stronglyTyped"]),
+    ],
+)
 def test_trtexec_flags(trtexec, version, flags, others):
     done = trtexec(version, "model.onnx", "model.plan", "1,2,8", "--iterations=5", SIZE="640x512")
     assert done.returncode == 0, done.stderr
@@ -144,8 +151,10 @@ def test_trtexec_without_plugin_raw_and_masked(trtexec):
     assert "--maxShapes=images:4x3x800x1333,pixel_mask:4x800x1333 " in done.stdout
 
 
-@pytest.mark.parametrize("version, message", [("80601", "of version 80601"), ("120000", "of version 120000"),
-                                              ("", "does not say its version")])
+@pytest.mark.parametrize(
+    "version, message",
+    [("80601", "of version 80601"), ("120000", "of version 120000"), ("", "does not say its version")],
+)
 def test_trtexec_of_unknown_versions(trtexec, version, message):
     done = trtexec(version, "model.onnx", "model.plan")
     assert done.returncode == 2 and message in done.stderr

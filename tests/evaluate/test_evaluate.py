@@ -39,9 +39,11 @@ class FakeSession:
     def run(self, feed):
         values = np.rint(feed["images"].mean((1, 2, 3)) * 255).astype(int)
         found = [self.found[value] for value in values.tolist()]
-        return {"labels": np.array([one[0] for one in found], np.int64).reshape(len(values), -1),
-                "boxes": np.array([one[1] for one in found], np.float32).reshape(len(values), -1, 4),
-                "scores": np.array([one[2] for one in found], np.float32).reshape(len(values), -1)}
+        return {
+            "labels": np.array([one[0] for one in found], np.int64).reshape(len(values), -1),
+            "boxes": np.array([one[1] for one in found], np.float32).reshape(len(values), -1, 4),
+            "scores": np.array([one[2] for one in found], np.float32).reshape(len(values), -1),
+        }
 
 
 def write_coco(folder, boxes, categories=((1, "person"), (18, "dog")), size=(100, 100)):
@@ -52,10 +54,15 @@ def write_coco(folder, boxes, categories=((1, "person"), (18, "dog")), size=(100
         Image.new("RGB", size, (number,) * 3).save(folder / "val" / f"{number}.png")
     contents = {
         "categories": [{"id": id, "name": name} for id, name in categories],
-        "images": [{"id": 100 + number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
-                   for number in range(len(boxes))],
-        "annotations": [{"image_id": 100 + number, "category_id": category, "bbox": box}
-                        for number, ofimage in enumerate(boxes) for category, box in ofimage],
+        "images": [
+            {"id": 100 + number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
+            for number in range(len(boxes))
+        ],
+        "annotations": [
+            {"image_id": 100 + number, "category_id": category, "bbox": box}
+            for number, ofimage in enumerate(boxes)
+            for category, box in ofimage
+        ],
     }
     for number, annotation in enumerate(contents["annotations"]):
         annotation["id"] = number  # from 0, as the data of many does
@@ -76,11 +83,11 @@ def test_ap_by_hand(tmp_path):
     # first 34 lie up to 1/3 and have precision 1, the next 33 lie up to 2/3 and have 2/3, the rest has none:
     # AP = (34 + 22) / 101.  Thresholds 0.85 to 0.95, three: precision 0, 0, 1/3 at recall 0, 0, 1/3:
     # AP = 34 / 3 / 101.
-    dataset = data.read_coco(write_coco(tmp_path / "data", [[(1, [10, 10, 50, 50])],
-                                                            [(1, [0, 0, 50, 50]), (1, [50, 50, 50, 50])]]))
+    dataset = data.read_coco(
+        write_coco(tmp_path / "data", [[(1, [10, 10, 50, 50])], [(1, [0, 0, 50, 50]), (1, [50, 50, 50, 50])]])
+    )
     boxes = [(10, 10, 60, 51), (0, 50, 50, 100), (0, 0, 50, 50)]
-    session = FakeSession({0: ([1, 1], [boxes[0], (0, 0, 0, 0)], [0.9, 0]),
-                           1: ([1, 1], boxes[1:], [0.8, 0.7])})
+    session = FakeSession({0: ([1, 1], [boxes[0], (0, 0, 0, 0)], [0.9, 0]), 1: ([1, 1], boxes[1:], [0.8, 0.7])})
     found = evaluate(session, dataset).metrics
     hit = 56 / 101
     assert found["AP50"] == pytest.approx(hit) and found["AP75"] == pytest.approx(hit)
@@ -121,8 +128,13 @@ def test_no_detection_at_all(tmp_path):
 
 
 def test_categories_that_the_data_numbers_otherwise(tmp_path):
-    dataset = data.read_coco(write_coco(tmp_path / "data", [[(0, [10, 10, 20, 20]), (1, [40, 40, 20, 20])]],
-                                        categories=((0, "dog"), (1, "person"), (7, "never used"))))
+    dataset = data.read_coco(
+        write_coco(
+            tmp_path / "data",
+            [[(0, [10, 10, 20, 20]), (1, [40, 40, 20, 20])]],
+            categories=((0, "dog"), (1, "person"), (7, "never used")),
+        )
+    )
     session = perfect(dataset, labels={0: 2, 1: 1})
     session.metadata = {"class_names": ["N/A", "person", "dog"]}
     result = evaluate(session, dataset)
@@ -145,8 +157,11 @@ def test_shapes_are_found_where_they_were_drawn():
 
         def run(self, feed):
             assert feed["images"].shape == (1, 3, 256, 256)
-            index = next(i for i, image in enumerate(dataset.images)
-                         if np.allclose(feed["images"][0].transpose(1, 2, 0) * 255, np.asarray(dataset.load(image))))
+            index = next(
+                i
+                for i, image in enumerate(dataset.images)
+                if np.allclose(feed["images"][0].transpose(1, 2, 0) * 255, np.asarray(dataset.load(image)))
+            )
             return super().run({"images": np.full((1, 3, 4, 4), index / 255)})
 
     assert evaluate(Perfect(perfect(dataset).found), dataset).metrics["AP"] == pytest.approx(1)
@@ -176,8 +191,10 @@ def test_matching_is_one_to_one_by_label_and_overlap():
         return {0: Detections(np.array(labels), np.array(boxes, np.float32), np.array(scores, np.float32))}
 
     box, near, far = (0, 0, 10, 10), (1, 0, 11, 10), (6, 0, 16, 10)
-    found = compare_detections(detections((1, box, 0.9), (1, box, 0.8), (2, box, 0.5)),
-                               detections((1, near, 0.3), (1, box, 0.7), (3, box, 0.5), (2, far, 0.5)))
+    found = compare_detections(
+        detections((1, box, 0.9), (1, box, 0.8), (2, box, 0.5)),
+        detections((1, near, 0.3), (1, box, 0.7), (3, box, 0.5), (2, far, 0.5)),
+    )
     # The best takes its equal, the second what is left; label 2 overlaps by 4 / 16 only.
     assert found["matched"] == 2 and found["unmatched"] == [1, 2]
     assert found["box_difference_px"] == {"largest": 1.0, "mean": 0.5}
@@ -308,27 +325,37 @@ def remove(part, field=None):
     return changed
 
 
-@pytest.mark.parametrize("changed, message", [
-    (lambda contents: [1, 2], "is not a COCO annotation file: it holds a list"),
-    (remove("images"), "has no list 'images'"),
-    (remove("images", "height"), "entry 0 of 'images' lacks height"),
-    (remove("annotations", "bbox"), "entry 0 of 'annotations' lacks bbox"),
-    (lambda contents: contents.update(images=[], annotations=[]), "lists no images"),
-    (lambda contents: contents.update(annotations=[]), "no annotated object on the 2 images"),
-    (lambda contents: [one.update(iscrowd=1) for one in contents["annotations"]] and None, "no annotated object"),
-    (lambda contents: contents["annotations"][0].update(image_id=7), "annotation 0 has the image_id 7"),
-    (lambda contents: contents["annotations"][0].update(category_id=7), "annotation 0 has the category_id 7"),
-    (lambda contents: contents["categories"][0].update(id="1"), "id '1'; a category's id must be a whole number"),
-    (lambda contents: contents["images"][1].update(id=100), "2 images with only 1 different ids"),
-    (lambda contents: contents["images"][1].update(file_name="gone.png"),
-     r"1 of the 2 images .* first of them gone.png"),
-    (lambda contents: contents["annotations"][1].update(bbox=[50, 50, 51.1, 30]),
-     r"annotation 1 has the box \[50, 50, 51.1, 30\].*not inside its image 0.png of 100x100"),
-    (lambda contents: contents["annotations"][1].update(bbox=[-1.1, 50, 20, 30]), "annotation 1 has the box"),
-    (lambda contents: contents["annotations"][1].update(bbox=[10, 10, -5, 5]), "annotation 1 has the box"),
-    (lambda contents: contents["annotations"][1].update(bbox=[10, 10, 5]), "annotation 1 has the box"),
-    (lambda contents: contents["annotations"][1].update(bbox=[10, 10, float("nan"), 5]), "annotation 1 has the box"),
-])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (lambda contents: [1, 2], "is not a COCO annotation file: it holds a list"),
+        (remove("images"), "has no list 'images'"),
+        (remove("images", "height"), "entry 0 of 'images' lacks height"),
+        (remove("annotations", "bbox"), "entry 0 of 'annotations' lacks bbox"),
+        (lambda contents: contents.update(images=[], annotations=[]), "lists no images"),
+        (lambda contents: contents.update(annotations=[]), "no annotated object on the 2 images"),
+        (lambda contents: [one.update(iscrowd=1) for one in contents["annotations"]] and None, "no annotated object"),
+        (lambda contents: contents["annotations"][0].update(image_id=7), "annotation 0 has the image_id 7"),
+        (lambda contents: contents["annotations"][0].update(category_id=7), "annotation 0 has the category_id 7"),
+        (lambda contents: contents["categories"][0].update(id="1"), "id '1'; a category's id must be a whole number"),
+        (lambda contents: contents["images"][1].update(id=100), "2 images with only 1 different ids"),
+        (
+            lambda contents: contents["images"][1].update(file_name="gone.png"),
+            r"1 of the 2 images .* first of them gone.png",
+        ),
+        (
+            lambda contents: contents["annotations"][1].update(bbox=[50, 50, 51.1, 30]),
+            r"annotation 1 has the box \[50, 50, 51.1, 30\].*not inside its image 0.png of 100x100",
+        ),
+        (lambda contents: contents["annotations"][1].update(bbox=[-1.1, 50, 20, 30]), "annotation 1 has the box"),
+        (lambda contents: contents["annotations"][1].update(bbox=[10, 10, -5, 5]), "annotation 1 has the box"),
+        (lambda contents: contents["annotations"][1].update(bbox=[10, 10, 5]), "annotation 1 has the box"),
+        (
+            lambda contents: contents["annotations"][1].update(bbox=[10, 10, float("nan"), 5]),
+            "annotation 1 has the box",
+        ),
+    ],
+)
 def test_annotations_that_are_wrong(tmp_path, changed, message):
     folder = write_coco(tmp_path / "data", OBJECTS)
     change(folder, changed)
@@ -359,10 +386,15 @@ def test_the_folder_of_images(tmp_path):
     file = folder / "annotations" / "instances_val.json"
     assert len(data.read_coco(file, folder / "val").images) == 2
     (tmp_path / "empty").mkdir()
-    for arguments, message in (((file,), "--images"), ((file, tmp_path / "empty"), "is empty"),
-                               ((file, tmp_path / "gone"), "does not exist"), ((file, file), "is not a folder"),
-                               ((tmp_path / "gone",), "does not exist"), ((tmp_path / "empty",), "no annotations"),
-                               ((folder / "val" / "0.png", folder / "val"), "is not JSON")):
+    for arguments, message in (
+        ((file,), "--images"),
+        ((file, tmp_path / "empty"), "is empty"),
+        ((file, tmp_path / "gone"), "does not exist"),
+        ((file, file), "is not a folder"),
+        ((tmp_path / "gone",), "does not exist"),
+        ((tmp_path / "empty",), "no annotations"),
+        ((folder / "val" / "0.png", folder / "val"), "is not JSON"),
+    ):
         with pytest.raises(LiteDetrError, match=message):
             data.read_coco(*arguments)
 
@@ -389,9 +421,12 @@ def test_torch_session_detects_what_the_onnx_model_does(tmp_path):
         def forward(self, images, pixel_mask=None):
             assert pixel_mask is None
             batch = len(images)
-            return {"pred_logits": torch.from_numpy(logits).repeat(batch, 1, 1),
-                    "pred_boxes": torch.from_numpy(boxes).repeat(batch, 1, 1),
-                    "proposal_scores": torch.zeros(batch, 6), "topk_indices": torch.zeros(batch, 6, dtype=torch.int64)}
+            return {
+                "pred_logits": torch.from_numpy(logits).repeat(batch, 1, 1),
+                "pred_boxes": torch.from_numpy(boxes).repeat(batch, 1, 1),
+                "proposal_scores": torch.zeros(batch, 6),
+                "topk_indices": torch.zeros(batch, 6, dtype=torch.int64),
+            }
 
     dataset = data.read_coco(write_coco(tmp_path / "data", OBJECTS))
     model = save_raw_detector(tmp_path / "raw.onnx", logits, boxes)
@@ -419,13 +454,18 @@ def test_torch_session_takes_a_mask():
             # The score tells the share of padding, and that padding is 0 after normalisation.
             assert images[pixel_mask[:, None].expand_as(images)].abs().max() == 0
             share = pixel_mask.float().mean((1, 2))[:, None, None]
-            return {"pred_logits": share, "pred_boxes": torch.full((len(images), 1, 4), 0.5),
-                    "proposal_scores": share[..., 0], "topk_indices": torch.zeros(len(images), 1, dtype=torch.int64)}
+            return {
+                "pred_logits": share,
+                "pred_boxes": torch.full((len(images), 1, 4), 0.5),
+                "proposal_scores": share[..., 0],
+                "topk_indices": torch.zeros(len(images), 1, dtype=torch.int64),
+            }
 
     mask = np.zeros((1, 8, 8), bool)
     mask[:, :, 6:] = True
-    output = TorchSession(Padding()).run({"images": np.ones((1, 3, 8, 8), np.float32), "pixel_mask": mask,
-                                          "orig_target_sizes": np.array([[40, 20]])})
+    output = TorchSession(Padding()).run(
+        {"images": np.ones((1, 3, 8, 8), np.float32), "pixel_mask": mask, "orig_target_sizes": np.array([[40, 20]])}
+    )
     assert output["scores"].item() == pytest.approx(1 / (1 + np.exp(-0.25)))
     np.testing.assert_allclose(output["boxes"], [[[10, 5, 30, 15]]])
 

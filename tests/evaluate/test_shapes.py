@@ -108,7 +108,7 @@ def test_no_shape_is_hidden():
             there, here = shapes._overlap(mask, shape.coverage, shape.left, shape.top)
             mask[there] = shape.coverage[here] > 0.5
         for i, mask in enumerate(masks):
-            covered = (mask & masks[i + 1:].any(0)).sum() / mask.sum()
+            covered = (mask & masks[i + 1 :].any(0)).sum() / mask.sum()
             assert covered <= shapes.MOST_COVERED
             overlaps += covered > 0
     assert overlaps  # else this has tested nothing

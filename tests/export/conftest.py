@@ -13,9 +13,7 @@ def exported(model_of, tmp_path_factory):
     def get(name: str, attention: str):
         path = folder / f"{name}_{attention}.onnx"
         if not path.exists():
-            ld.export_onnx(
-                model_of(name), path, attention=attention, image_size=None, pixel_mask=True, verify=False
-            )
+            ld.export_onnx(model_of(name), path, attention=attention, image_size=None, pixel_mask=True, verify=False)
         return path
 
     return get

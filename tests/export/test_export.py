@@ -62,7 +62,9 @@ def test_constants_of_a_fixed_size_are_folded(fixed):
 def test_verify_sees_a_changed_weight(fixed, model, tmp_path):
     """Verification is no formality: one matrix off by one part in a thousand fails it."""
     changed = onnx.load(fixed[0])
-    (weight,) = [i for i in changed.graph.initializer if i.name == "detector.encoder.layers.1.self_attn.value_proj.weight"]
+    (weight,) = [
+        i for i in changed.graph.initializer if i.name == "detector.encoder.layers.1.self_attn.value_proj.weight"
+    ]
     array = onnx.numpy_helper.to_array(weight) * np.float32(1.001)
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     onnx.save(changed, tmp_path / "changed.onnx")

@@ -9,12 +9,7 @@ from litedetr_deploy.export.deployed import IMAGENET_MEAN, IMAGENET_STD, PROBES
 from litedetr_deploy.ops import schema
 
 from ..conftest import CASES, Golden
-from ..model.test_parity import (
-    BOX_TOLERANCE,
-    LOGIT_TOLERANCE,
-    SCORE_TOLERANCE,
-    assert_same_proposals,
-)
+from ..model.test_parity import BOX_TOLERANCE, LOGIT_TOLERANCE, SCORE_TOLERANCE, assert_same_proposals
 
 OUTPUTS = ["labels", "boxes", "scores"]
 
@@ -97,13 +92,15 @@ def test_graph_has_the_nodes_it_should(exported, attention, nodes):
     model = onnx.load(exported("lite_dino_r50_h3l1_2p1x3", attention))
     kinds = [node.op_type for node in model.graph.node]
     assert sum(node.domain == schema.DOMAIN for node in model.graph.node) == nodes
-    assert (("GridSample" in kinds)) == (attention == "gridsample")
+    assert ("GridSample" in kinds) == (attention == "gridsample")
     assert {o.domain: o.version for o in model.opset_import}[""] == 17
     assert [d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", "", "height", "width"]
     assert "Identity" not in kinds and "Dropout" not in kinds and "Constant" not in kinds
     used = {name for node in model.graph.node for name in node.input}
     assert {initializer.name for initializer in model.graph.initializer} <= used
     initializers = {initializer.name: initializer for initializer in model.graph.initializer}
-    matrices = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in initializers]
+    matrices = [
+        node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in initializers
+    ]
     unnamed = [name for name in matrices if len(initializers[name].dims) == 2 and not name.startswith("detector.")]
     assert not unnamed, unnamed

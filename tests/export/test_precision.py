@@ -140,7 +140,10 @@ def test_export_is_verified_and_says_its_types():
     assert report.passed, [row for row in report.verification if not row["passed"]]
     cases = {row["case"] for row in report.verification}
     assert {"attention op alone, float16", "picture, all rounded"} <= cases
-    assert report.metadata["precision"] == "fp16" and report.metadata["verification"]["ran"] == "the model and its float twin"
+    assert (
+        report.metadata["precision"] == "fp16"
+        and report.metadata["verification"]["ran"] == "the model and its float twin"
+    )
     assert report.nodes == precision.count(ir.load(folder / "model.onnx"))
     assert report.nodes["half"] > 150 and report.nodes["int8"] == 0
 

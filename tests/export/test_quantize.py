@@ -176,8 +176,12 @@ def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
     def ap(onnx_model, model, dataset):
         counts = precision.count(onnx_model)
         asked.append(counts["int8"])
-        quantized = any(node.name == worst and node.inputs[0].producer() is not None and
-                        node.inputs[0].producer().op_type == "DequantizeLinear" for node in onnx_model.graph)
+        quantized = any(
+            node.name == worst
+            and node.inputs[0].producer() is not None
+            and node.inputs[0].producer().op_type == "DequantizeLinear"
+            for node in onnx_model.graph
+        )
         return 0.1 if quantized else 0.5
 
     monkeypatch.setattr(export, "_ap", ap)

@@ -60,9 +60,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
     if shape.key == "own":
         inputs["key"] = normal(n, tokens, channels)
     kept = {"reference_points", "spatial_shapes"} | ({"sampling_offsets"} if shape.float_offsets else set())
-    return {
-        name: (tensor if name in kept else tensor.to(shape.dtype)).to(DEVICE) for name, tensor in inputs.items()
-    }
+    return {name: (tensor if name in kept else tensor.to(shape.dtype)).to(DEVICE) for name, tensor in inputs.items()}
 
 
 def run_op(shape: Shape, inputs: dict[str, Tensor]) -> Tensor:

@@ -248,4 +248,3 @@ def repeat_rows(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
         name: tensor if name == "spatial_shapes" else tensor[:1].repeat(times, *[1] * (tensor.dim() - 1))
         for name, tensor in inputs.items()
     }
-

@@ -64,12 +64,15 @@ def test_letterbox_is_the_default_with_a_mask(tmp_path):
     assert stretched.scores[2] == 0
 
 
-@pytest.mark.parametrize("options, resize, message", [
-    ({}, "shortest_edge", r"fixed at 64x96"),
-    ({}, "letterbox", "--pixel-mask"),
-    ({"size": None}, "stretch", "dynamic"),
-    ({}, "squeeze", "must be one of shortest_edge, stretch, letterbox"),
-])
+@pytest.mark.parametrize(
+    "options, resize, message",
+    [
+        ({}, "shortest_edge", r"fixed at 64x96"),
+        ({}, "letterbox", "--pixel-mask"),
+        ({"size": None}, "stretch", "dynamic"),
+        ({}, "squeeze", "must be one of shortest_edge, stretch, letterbox"),
+    ],
+)
 def test_resize_that_the_model_cannot_take(tmp_path, options, resize, message):
     detector = ld.Detector(save_detector(tmp_path / "model.onnx", **options))
     with pytest.raises(ld.LiteDetrError, match=message):

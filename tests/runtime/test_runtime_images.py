@@ -15,28 +15,34 @@ from litedetr_deploy.runtime.images import (
 
 # Worked out by hand with DETR's rule: shorter side 800, longer at most 1333; the shorter side rounded, the longer
 # truncated.
-@pytest.mark.parametrize("original, expected", [
-    ((640, 480), (1066, 800)),  # 800 * 4/3 = 1066.67, truncated
-    ((480, 640), (800, 1066)),
-    ((640, 427), (1199, 800)),  # 800 * 640/427 = 1199.06
-    ((800, 800), (800, 800)),
-    ((500, 500), (800, 800)),
-    ((1920, 1080), (1333, 750)),  # 1333 * 9/16 = 749.8 -> 750; 750 * 16/9 = 1333.3
-    ((1080, 1920), (750, 1333)),
-    ((640, 200), (1334, 417)),  # 1333 * 200/640 = 416.6 -> 417; 417 * 3.2 = 1334.4: DETR passes 1333 here
-    ((10000, 1), (10000, 1)),  # 0.13 would round to no pixel at all
-])
+@pytest.mark.parametrize(
+    "original, expected",
+    [
+        ((640, 480), (1066, 800)),  # 800 * 4/3 = 1066.67, truncated
+        ((480, 640), (800, 1066)),
+        ((640, 427), (1199, 800)),  # 800 * 640/427 = 1199.06
+        ((800, 800), (800, 800)),
+        ((500, 500), (800, 800)),
+        ((1920, 1080), (1333, 750)),  # 1333 * 9/16 = 749.8 -> 750; 750 * 16/9 = 1333.3
+        ((1080, 1920), (750, 1333)),
+        ((640, 200), (1334, 417)),  # 1333 * 200/640 = 416.6 -> 417; 417 * 3.2 = 1334.4: DETR passes 1333 here
+        ((10000, 1), (10000, 1)),  # 0.13 would round to no pixel at all
+    ],
+)
 def test_shortest_edge_size(original, expected):
     assert shortest_edge_size(*original) == expected
 
 
-@pytest.mark.parametrize("original, target, expected", [
-    ((640, 480), (1333, 800), (1066, 800)),  # the official size where it fits
-    ((480, 640), (1333, 800), (600, 800)),
-    ((480, 640), (640, 640), (480, 640)),
-    ((1000, 10), (640, 480), (600, 6)),  # DETR rounds the shorter side first
-    ((10000, 1), (640, 640), (640, 1)),
-])
+@pytest.mark.parametrize(
+    "original, target, expected",
+    [
+        ((640, 480), (1333, 800), (1066, 800)),  # the official size where it fits
+        ((480, 640), (1333, 800), (600, 800)),
+        ((480, 640), (640, 640), (480, 640)),
+        ((1000, 10), (640, 480), (600, 6)),  # DETR rounds the shorter side first
+        ((10000, 1), (640, 640), (640, 1)),
+    ],
+)
 def test_letterbox_size(original, target, expected):
     assert letterbox_size(*original, *target) == expected
 
@@ -124,12 +130,15 @@ def test_array_shapes(shape):
     assert load_image(np.full(shape, 7, np.uint8)).getpixel((0, 0)) == (7, 7, 7)
 
 
-@pytest.mark.parametrize("array, message", [
-    (np.zeros((3, 10, 20), np.uint8), r"shape \[3, 10, 20\].*channels to the end"),
-    (np.zeros((0, 5, 3), np.uint8), r"shape \[0, 5, 3\]"),
-    (np.zeros((2, 4, 4, 3), np.uint8), "one by one"),
-    (np.zeros((4, 4, 3), np.float32), r"type float32.*uint8"),
-])
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((3, 10, 20), np.uint8), r"shape \[3, 10, 20\].*channels to the end"),
+        (np.zeros((0, 5, 3), np.uint8), r"shape \[0, 5, 3\]"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "one by one"),
+        (np.zeros((4, 4, 3), np.float32), r"type float32.*uint8"),
+    ],
+)
 def test_array_errors(array, message):
     with pytest.raises(LiteDetrError, match=message):
         load_image(array)
@@ -140,8 +149,12 @@ def test_file_errors_name_the_file(tmp_path):
     gradient(200, 100).save(tmp_path / "whole.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     Image.new("F", (4, 4)).save(tmp_path / "float.tiff")
-    for name, message in (("text.jpg", "not an image"), ("half.jpg", "cannot be read"), ("gone.jpg", "does not exist"),
-                          ("float.tiff", "floating-point")):
+    for name, message in (
+        ("text.jpg", "not an image"),
+        ("half.jpg", "cannot be read"),
+        ("gone.jpg", "does not exist"),
+        ("float.tiff", "floating-point"),
+    ):
         with pytest.raises(LiteDetrError, match=message) as caught:
             load_image(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)

@@ -16,14 +16,18 @@ def test_the_package_imports_with_numpy_alone():
 
 
 def test_the_runtime_imports_without_torch_onnx_and_onnxruntime():
-    run(["torch", "onnx", "onnxruntime"],
+    run(
+        ["torch", "onnx", "onnxruntime"],
         "import litedetr_deploy as ld; ld.Detector; ld.create_session; "
-        "from litedetr_deploy.runtime import draw, environment, postprocess, sample")
+        "from litedetr_deploy.runtime import draw, environment, postprocess, sample",
+    )
 
 
 def test_predicting_imports_neither_torch_nor_onnx(tmp_path):
     from .tiny_artifact import save_detector
 
     model = save_detector(tmp_path / "model.onnx")
-    run(["torch", "onnx"],
-        f"import numpy, litedetr_deploy as ld; ld.Detector({str(model)!r}).predict(numpy.zeros((9, 9, 3), 'uint8'))")
+    run(
+        ["torch", "onnx"],
+        f"import numpy, litedetr_deploy as ld; ld.Detector({str(model)!r}).predict(numpy.zeros((9, 9, 3), 'uint8'))",
+    )

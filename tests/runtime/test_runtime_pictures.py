@@ -20,8 +20,10 @@ def detections(boxes, names=None):
 @pytest.mark.parametrize("size", [(1, 1), (12, 9), (640, 480), (3000, 500)])
 def test_draw_at_any_size(size):
     width, height = size
-    found = detections([[0.2 * width, 0.3 * height, 0.7 * width, 0.9 * height], [-50, -50, width + 50, height + 50]],
-                       ["hippopotamus", "dog"])
+    found = detections(
+        [[0.2 * width, 0.3 * height, 0.7 * width, 0.9 * height], [-50, -50, width + 50, height + 50]],
+        ["hippopotamus", "dog"],
+    )
     original = Image.new("RGB", size, (128, 128, 128))
     drawn = draw(original, found)
     assert drawn.size == size and drawn.mode == "RGB"
@@ -31,8 +33,9 @@ def test_draw_at_any_size(size):
 
 def test_draw_ignores_what_cannot_be_drawn():
     original = Image.new("RGB", (100, 80), (128, 128, 128))
-    found = detections([[np.nan, 0, 10, 10], [0, 0, np.inf, 10], [200, 10, 300, 20], [-20, -20, -5, -5],
-                        [50, 9, 40, 20]])
+    found = detections(
+        [[np.nan, 0, 10, 10], [0, 0, np.inf, 10], [200, 10, 300, 20], [-20, -20, -5, -5], [50, 9, 40, 20]]
+    )
     np.testing.assert_array_equal(np.asarray(draw(original, found)), np.asarray(original))
     np.testing.assert_array_equal(np.asarray(draw(original, detections([]))), np.asarray(original))
 

@@ -24,7 +24,7 @@ def test_at_most_300_and_every_image_by_itself():
     assert labels.shape == scores.shape == (3, 300) and corners.shape == (3, 300, 4)
     assert (np.diff(scores, axis=1) <= 0).all()
     for image in range(3):
-        alone = postprocess(logits[image:image + 1], boxes[image:image + 1], sizes[image:image + 1])
+        alone = postprocess(logits[image : image + 1], boxes[image : image + 1], sizes[image : image + 1])
         for whole, part in zip((labels, corners, scores), alone):
             np.testing.assert_array_equal(whole[image], part[0])
 

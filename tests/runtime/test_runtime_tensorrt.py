@@ -15,8 +15,10 @@ from litedetr_deploy.runtime.session import open_session
 from .tiny_artifact import METADATA
 
 GPU = cuda.Gpu("Test GPU", "8.6")
-LOW, HIGH = {"images": (1, 3, 64, 96), "orig_target_sizes": (1, 2)}, {"images": (4, 3, 64, 128),
-                                                                      "orig_target_sizes": (4, 2)}
+LOW, HIGH = (
+    {"images": (1, 3, 64, 96), "orig_target_sizes": (1, 2)},
+    {"images": (4, 3, 64, 128), "orig_target_sizes": (4, 2)},
+)
 OUTPUTS = {"labels": (np.int64, (3,)), "boxes": (np.float32, (3, 4)), "scores": (np.float32, (3,))}
 TYPES = {"images": np.float32, "orig_target_sizes": np.int64} | {name: dtype for name, (dtype, _) in OUTPUTS.items()}
 
@@ -39,10 +41,10 @@ class Device:
         return np.zeros(size, np.uint8)
 
     def to_device(self, address, array):
-        self.memory[address][:array.nbytes] = array.reshape(-1).view(np.uint8)
+        self.memory[address][: array.nbytes] = array.reshape(-1).view(np.uint8)
 
     def to_host(self, array, address):
-        array.reshape(-1).view(np.uint8)[:] = self.memory[address][:array.nbytes]
+        array.reshape(-1).view(np.uint8)[:] = self.memory[address][: array.nbytes]
 
     def synchronize(self):
         pass
@@ -84,7 +86,7 @@ class Context:
 
     def read(self, name):
         shape, memory = self.get_tensor_shape(name), self.engine.device.memory[self.addresses[name]]
-        return memory[:int(np.prod(shape)) * np.dtype(TYPES[name]).itemsize].view(TYPES[name]).reshape(shape)
+        return memory[: int(np.prod(shape)) * np.dtype(TYPES[name]).itemsize].view(TYPES[name]).reshape(shape)
 
     def execute_async_v3(self, stream):
         assert stream == self.engine.device.stream
@@ -180,8 +182,13 @@ def plan(tmp_path):
     def write(**record):
         path = tmp_path / "model.plan"
         path.write_bytes(b"an engine")
-        record = {"backend": "tensorrt", "version": "10.15.1", "metadata": METADATA, "compute_capabilities": ["8.6"],
-                  "sha256": tensorrt.sha256(path)} | record
+        record = {
+            "backend": "tensorrt",
+            "version": "10.15.1",
+            "metadata": METADATA,
+            "compute_capabilities": ["8.6"],
+            "sha256": tensorrt.sha256(path),
+        } | record
         tensorrt.record_path(path).write_text(json.dumps(record))
         return path
 
@@ -269,13 +276,19 @@ def test_detector_takes_an_engine(trt, plan, monkeypatch):
     np.testing.assert_allclose(found.scores, 1)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"images": None}, "the input 'images' of .*model.plan is missing; given: orig_target_sizes"),
-    ({"images": np.zeros((1, 3, 64, 96))}, "'images' is float64; .* takes float32"),
-    ({"images": np.zeros((5, 3, 64, 96), np.float32)}, r"\[5, 3, 64, 96\]; .* \[1, 3, 64, 96\] to \[4, 3, 64, 128\]"),
-    ({"images": np.zeros((1, 3, 64, 95), np.float32)}, "--batch and --image-size"),
-    ({"images": np.zeros((3, 64, 96), np.float32)}, r"\[3, 64, 96\]"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": None}, "the input 'images' of .*model.plan is missing; given: orig_target_sizes"),
+        ({"images": np.zeros((1, 3, 64, 96))}, "'images' is float64; .* takes float32"),
+        (
+            {"images": np.zeros((5, 3, 64, 96), np.float32)},
+            r"\[5, 3, 64, 96\]; .* \[1, 3, 64, 96\] to \[4, 3, 64, 128\]",
+        ),
+        ({"images": np.zeros((1, 3, 64, 95), np.float32)}, "--batch and --image-size"),
+        ({"images": np.zeros((3, 64, 96), np.float32)}, r"\[3, 64, 96\]"),
+    ],
+)
 def test_inputs_that_do_not_fit(trt, plan, change, message):
     given = {name: value for name, value in (feed() | change).items() if value is not None}
     with pytest.raises(ld.LiteDetrError, match=message):
@@ -295,11 +308,14 @@ def test_failures_of_the_gpu(trt, plan):
         tensorrt.TensorRTSession(plan())
 
 
-@pytest.mark.parametrize("metadata, record, loaded", [
-    ({"attention": "op"}, {}, True),
-    ({"attention": "op"}, {"plugin_inside": True, "options": {"version_compatible": True}}, False),
-    ({"attention": "gather"}, {}, False),
-])
+@pytest.mark.parametrize(
+    "metadata, record, loaded",
+    [
+        ({"attention": "op"}, {}, True),
+        ({"attention": "op"}, {"plugin_inside": True, "options": {"version_compatible": True}}, False),
+        ({"attention": "gather"}, {}, False),
+    ],
+)
 def test_plugins(trt, plan, metadata, record, loaded):
     tensorrt.TensorRTSession(plan(metadata=METADATA | metadata, **record))
     assert trt.registry.loaded == (["/lib/liblitedetr_tensorrt.so"] if loaded else [])
@@ -336,26 +352,54 @@ def test_op_of_another_version(trt, plan):
 
 
 # What TensorRT 10 and 11 log.
-@pytest.mark.parametrize("says, record, message", [
-    ("Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match. Note: "
-     "Current Version: 240, Serialized Engine Version: 239", {"version": "10.7.0"},
-     "built by tensorrt 10.7.0, and 10.15.1 is installed.*--version-compatible"),
-    ("The engine plan file is not compatible with this version of TensorRT, expecting library version 10.15.1 got "
-     "10.3.0", {}, "an engine runs in the version that built it"),
-    ("", {"version": "11.1.0"}, "built by tensorrt 11.1.0"),
-    ("The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 8.9, please "
-     "rebuild.", {"compute_capabilities": ["8.9"]}, "built for compute capability 8.9, and Test GPU has 8.6"),
-    ("failed", {"compute_capabilities": ["8.0", "9.0"]}, "built for compute capability 8.0 and 9.0, and Test GPU"),
-    ("getPluginCreator could not find plugin KeyAwareDeformAttn version 1", {}, "needs a plugin that TensorRT does not "
-     "have: KeyAwareDeformAttn and MSDeformAttn are in .*liblitedetr_tensorrt.so"),
-    ("KeyAwareDeformAttn: the field serialization_version is 2; this library reads 1: build the engine again", {},
-     "plugins of another version"),
-    ("Requested amount of GPU memory (1073741824 bytes) could not be allocated: out of memory", {},
-     "does not fit into the memory of Test GPU"),
-    ("Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an engine created with "
-     "incompatible serialization version", {}, "not an engine of tensorrt, or a damaged one"),
-    ("Assertion failed", {}, "not an engine of tensorrt, or a damaged one. TensorRT says: Assertion failed"),
-])
+@pytest.mark.parametrize(
+    "says, record, message",
+    [
+        (
+            "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match. Note: "
+            "Current Version: 240, Serialized Engine Version: 239",
+            {"version": "10.7.0"},
+            "built by tensorrt 10.7.0, and 10.15.1 is installed.*--version-compatible",
+        ),
+        (
+            "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.15.1 got "
+            "10.3.0",
+            {},
+            "an engine runs in the version that built it",
+        ),
+        ("", {"version": "11.1.0"}, "built by tensorrt 11.1.0"),
+        (
+            "The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 8.9, please "
+            "rebuild.",
+            {"compute_capabilities": ["8.9"]},
+            "built for compute capability 8.9, and Test GPU has 8.6",
+        ),
+        ("failed", {"compute_capabilities": ["8.0", "9.0"]}, "built for compute capability 8.0 and 9.0, and Test GPU"),
+        (
+            "getPluginCreator could not find plugin KeyAwareDeformAttn version 1",
+            {},
+            "needs a plugin that TensorRT does not "
+            "have: KeyAwareDeformAttn and MSDeformAttn are in .*liblitedetr_tensorrt.so",
+        ),
+        (
+            "KeyAwareDeformAttn: the field serialization_version is 2; this library reads 1: build the engine again",
+            {},
+            "plugins of another version",
+        ),
+        (
+            "Requested amount of GPU memory (1073741824 bytes) could not be allocated: out of memory",
+            {},
+            "does not fit into the memory of Test GPU",
+        ),
+        (
+            "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an engine created with "
+            "incompatible serialization version",
+            {},
+            "not an engine of tensorrt, or a damaged one",
+        ),
+        ("Assertion failed", {}, "not an engine of tensorrt, or a damaged one. TensorRT says: Assertion failed"),
+    ],
+)
 def test_engines_that_cannot_be_loaded(trt, plan, says, record, message):
     trt.says = says or " "
     with pytest.raises(ld.LiteDetrError, match=message):

@@ -12,8 +12,15 @@ LABELS = np.array([18, 1, 95], np.int64)  # 'dog', 'person', and one that COCO d
 NAMES = ["N/A", "person", *(f"thing {label}" for label in range(2, 18)), "dog"]
 SCORE = 0.9
 
-METADATA = {"tool_version": "0", "op_version": 1, "variant": "lite-dino-r50-h3l1-2+1x3", "attention": "gather",
-            "precision": "fp32", "outputs": "detections", "class_names": NAMES}
+METADATA = {
+    "tool_version": "0",
+    "op_version": 1,
+    "variant": "lite-dino-r50-h3l1-2+1x3",
+    "attention": "gather",
+    "precision": "fp32",
+    "outputs": "detections",
+    "class_names": NAMES,
+}
 
 
 def save_detector(path, size=(64, 96), pixel_mask=False, **metadata):
@@ -55,8 +62,13 @@ def save_detector(path, size=(64, 96), pixel_mask=False, **metadata):
         helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["batch", 3, 4]),
         helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 3]),
     ]
-    constants = {"one": np.array([1]), "zero": np.float32(0), "score": np.float32(SCORE), "fractions": BOXES[None],
-                 "label_values": LABELS[None]}
+    constants = {
+        "one": np.array([1]),
+        "zero": np.float32(0),
+        "score": np.float32(SCORE),
+        "fractions": BOXES[None],
+        "label_values": LABELS[None],
+    }
     return _save(path, nodes, inputs, outputs, constants, METADATA | metadata)
 
 
@@ -70,8 +82,10 @@ def save_raw_detector(path, logits, boxes, size=(64, 96), **metadata):
         helper.make_node("Add", ["nothing", "boxes"], ["pred_boxes"]),
     ]
     inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, *size])]
-    outputs = [helper.make_tensor_value_info("pred_logits", TensorProto.FLOAT, ["batch", *logits.shape]),
-               helper.make_tensor_value_info("pred_boxes", TensorProto.FLOAT, ["batch", *boxes.shape])]
+    outputs = [
+        helper.make_tensor_value_info("pred_logits", TensorProto.FLOAT, ["batch", *logits.shape]),
+        helper.make_tensor_value_info("pred_boxes", TensorProto.FLOAT, ["batch", *boxes.shape]),
+    ]
     constants = {"axes": np.array([1, 2]), "zero": np.float32(0), "logits": logits[None], "boxes": boxes[None]}
     return _save(path, nodes, inputs, outputs, constants, METADATA | {"outputs": "raw"} | metadata)
 

@@ -58,9 +58,13 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline float __expf(float x) { return expf(x); }
 template <class T>
-T __ldg(const T *address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 template <class T>
-T __ldcs(const T *address) { return *address; }
+T __ldcs(const T* address) {
+  return *address;
+}
 
 /* These three return when all threads of the block, or of the warp, have come. */
 void __syncthreads();
@@ -72,7 +76,7 @@ float __shfl_xor_sync(unsigned mask, float x, int distance);
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemcpyKind { cudaMemcpyDefault };
-typedef struct CUstream_st *cudaStream_t;
+typedef struct CUstream_st* cudaStream_t;
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -81,28 +85,28 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulation {
-cudaError_t launch(const cudaLaunchConfig_t &config, const std::function<void()> &thread);
+cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
-                               const Arguments &...arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
   return emulation::launch(*config, [&] { kernel(arguments...); });
 }
 
 /* Differs from call to call, so that launches of all shapes occur. */
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 
-inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char *cudaGetErrorName(cudaError_t) { return "an error"; }
-inline const char *cudaGetErrorString(cudaError_t) { return "of the emulation"; }
-inline cudaError_t cudaMalloc(void **data, size_t bytes) { return *data = malloc(bytes), cudaSuccess; }
-inline cudaError_t cudaFree(void *data) { return free(data), cudaSuccess; }
-inline cudaError_t cudaMemset(void *data, int byte, size_t bytes) { return memset(data, byte, bytes), cudaSuccess; }
-inline cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, cudaMemcpyKind) {
+inline const char* cudaGetErrorName(cudaError_t) { return "an error"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "of the emulation"; }
+inline cudaError_t cudaMalloc(void** data, size_t bytes) { return *data = malloc(bytes), cudaSuccess; }
+inline cudaError_t cudaFree(void* data) { return free(data), cudaSuccess; }
+inline cudaError_t cudaMemset(void* data, int byte, size_t bytes) { return memset(data, byte, bytes), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
   return memcpy(target, source, bytes), cudaSuccess;
 }
 

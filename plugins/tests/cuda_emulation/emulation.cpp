@@ -51,27 +51,27 @@ struct Fiber {
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Barrier block_barrier;
-const std::function<void()> *body;
+const std::function<void()>* body;
 ucontext_t scheduler;
 unsigned current; /* fiber */
 bool progress;    /* since the scheduler last looked */
 
 /* AddressSanitizer wants to know of every change of stacks. */
 #if defined(__SANITIZE_ADDRESS__)
-const void *scheduler_stack;
+const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 
-void change_context(ucontext_t *from, ucontext_t *to, const void *stack, size_t bytes) {
-  void *state;
+void change_context(ucontext_t* from, ucontext_t* to, const void* stack, size_t bytes) {
+  void* state;
   __sanitizer_start_switch_fiber(&state, stack, bytes);
   swapcontext(from, to);
   __sanitizer_finish_switch_fiber(state, nullptr, nullptr);
 }
-void resume(Fiber *fiber) { change_context(&scheduler, &fiber->context, fiber->stack.get(), kStackBytes); }
+void resume(Fiber* fiber) { change_context(&scheduler, &fiber->context, fiber->stack.get(), kStackBytes); }
 void yield() { change_context(&fibers[current].context, &scheduler, scheduler_stack, scheduler_stack_bytes); }
 void started() { __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes); }
 #else
-void resume(Fiber *fiber) { swapcontext(&scheduler, &fiber->context); }
+void resume(Fiber* fiber) { swapcontext(&scheduler, &fiber->context); }
 void yield() { swapcontext(&fibers[current].context, &scheduler); }
 void started() {}
 #endif
@@ -83,7 +83,7 @@ void run_fiber() {
   yield(); /* for good */
 }
 
-void wait(Barrier *barrier, unsigned expected) {
+void wait(Barrier* barrier, unsigned expected) {
   const unsigned generation = barrier->generation;
   if (++barrier->arrived == expected) {
     barrier->arrived = 0;
@@ -94,10 +94,10 @@ void wait(Barrier *barrier, unsigned expected) {
   while (barrier->generation == generation) yield();
 }
 
-void run_block(const std::vector<unsigned> &order) {
+void run_block(const std::vector<unsigned>& order) {
   warps.assign(blockDim.x / kWarpSize, Warp());
   block_barrier = Barrier();
-  for (Fiber &fiber : fibers) {
+  for (Fiber& fiber : fibers) {
     fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -122,7 +122,7 @@ void run_block(const std::vector<unsigned> &order) {
 
 }  // namespace
 
-cudaError_t launch(const cudaLaunchConfig_t &config, const std::function<void()> &thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   if (gridDim.x == 0 || blockDim.x == 0 || blockDim.x % kWarpSize != 0 || config.dynamicSmemBytes > kda::kSharedBytes) {
@@ -133,7 +133,7 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const std::function<void()>
   std::vector<unsigned> order(blockDim.x);
   std::iota(order.begin(), order.end(), 0);
   std::mt19937 random(gridDim.x);
-  char *const shared = reinterpret_cast<char *>(kda::shared);
+  char* const shared = reinterpret_cast<char*>(kda::shared);
   for (blockIdx = {0, 0, 0}; blockIdx.x < gridDim.x; ++blockIdx.x) {
     std::shuffle(order.begin(), order.end(), random);
     ASAN_UNPOISON_MEMORY_REGION(shared, kda::kSharedBytes);
@@ -156,14 +156,14 @@ void __syncwarp() {
 float __shfl_xor_sync(unsigned mask, float x, int distance) {
   if (mask != 0xffffffff) abort();
   const unsigned lane = threadIdx.x % emulation::kWarpSize;
-  emulation::Warp &warp = emulation::warps[threadIdx.x / emulation::kWarpSize];
-  float *exchanged = warp.exchanged[warp.barrier.generation % 2];
+  emulation::Warp& warp = emulation::warps[threadIdx.x / emulation::kWarpSize];
+  float* exchanged = warp.exchanged[warp.barrier.generation % 2];
   exchanged[lane] = x;
   emulation::wait(&warp.barrier, emulation::kWarpSize);
   return exchanged[lane ^ static_cast<unsigned>(distance)];
 }
 
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   static int calls = 0;
   const int counts[] = {132, 1, 16};
   *value = counts[calls++ % 3];
