@@ -11,9 +11,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import litedetr_deploy as ld
+from litedetr_deploy.assets.shapes import SIZE
 from litedetr_deploy.evaluate.data import drawn_shapes
 from litedetr_deploy.evaluate.evaluate import evaluate
-from litedetr_deploy.evaluate.shapes import SIZE
 from litedetr_deploy.runtime.draw import draw, save
 
 DETECTOR = "lite-dino-shapes"

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from litedetr_deploy.assets.shapes import SIZE, VALIDATION_COUNT, VALIDATION_SEED, coco_annotations, scene
 from litedetr_deploy.errors import LiteDetrError
-from litedetr_deploy.evaluate.shapes import SIZE, VALIDATION_COUNT, VALIDATION_SEED, coco_annotations, scene
 from litedetr_deploy.files import replaced_when_done
 
 

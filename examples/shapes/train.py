@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from trainee import Trainee
 
 from litedetr_deploy import __version__
-from litedetr_deploy.evaluate.shapes import CLASS_NAMES, TRAIN_SEED, scene
-from litedetr_deploy.export.deployed import IMAGENET_MEAN, IMAGENET_STD
+from litedetr_deploy.assets.shapes import CLASS_NAMES, TRAIN_SEED, scene
 from litedetr_deploy.files import replaced_when_done
-from litedetr_deploy.model.checkpoint import METADATA_KEY, load_model, official_key
+from litedetr_deploy.model.checkpoints.official import METADATA_KEY, load_model, official_key
 from litedetr_deploy.model.config import parse_variant
+from litedetr_deploy.model.deployed import IMAGENET_MEAN, IMAGENET_STD
 
 # Share of the images, and their side in pixels: small scenes cost a quarter.
 STAGES = ((0.35, 128), (0.15, 192), (0.5, 256))

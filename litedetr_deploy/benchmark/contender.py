@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LiteDetrError
+from ..verify.reference import INDICES, LOGITS, SCORES, Weights
 from . import timing
-from .check import INDICES, LOGITS, SCORES, Weights
 from .parts import Watched, onnxruntime_parts, torch_parts
 from .plan import Row
 
@@ -293,7 +293,7 @@ class _PyTorch(Contender):
         super().__init__(job, images)
         import torch
 
-        from ..export.deployed import Deployed
+        from ..model.deployed import Deployed
         from ..model.resnet import fold_frozen_batch_norm
         from .official import official_attention
 

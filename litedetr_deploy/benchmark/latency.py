@@ -26,8 +26,8 @@ from ..files import replaced_when_done
 from ..model.paper import ROWS
 from ..ops import native
 from ..runtime.tensorrt import read_record
+from ..verify.reference import Reference, Weights, make_picture, make_reference
 from . import timing
-from .check import Reference, Weights, make_picture, make_reference
 from .contender import Job, Worker, WorkerFailed
 from .parts import Watched
 from .plan import Cache, Row, artifact_metadata, sources_digest, why_missing

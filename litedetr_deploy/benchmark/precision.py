@@ -14,13 +14,13 @@ import onnx
 from ..evaluate.data import Dataset
 from ..evaluate.evaluate import Evaluation, evaluate
 from ..evaluate.match import compare_detections
-from ..evaluate.torch_session import TorchSession
 from ..export.export import export_onnx
-from ..export.precision import float_twin
 from ..files import replaced_when_done
 from ..model.detector import Detector
+from ..model.session import TorchSession
 from ..runtime.images import prepare
 from ..runtime.session import OnnxSession
+from ..verify.typed import float_twin
 from . import timing
 from .report import markdown_table
 

@@ -129,8 +129,8 @@ def precision(
         stage("load PyTorch and the checkpoint")
         import litedetr_deploy as ld
 
+        from ..assets import shapes
         from ..benchmark import precision as measuring
-        from ..evaluate import shapes
         from ..evaluate.data import drawn_shapes, read_coco
 
         model = ld.load_model(checkpoint, variant)
@@ -163,7 +163,7 @@ def _config(model, variant):
         if variant:
             raise LiteDetrError(f"The checkpoint {model} does not exist. Check the path, or give the variant alone.")
         return parse_variant(model)
-    from ..model.checkpoint import load_model
+    from ..model.checkpoints.official import load_model
 
     return load_model(model, variant).config
 

@@ -36,7 +36,7 @@ def verify(
         stage("load PyTorch and the checkpoint")
         import litedetr_deploy as ld
 
-        from ..export.verify import verify_onnx
+        from ..verify.onnx import verify_onnx
 
         report = verify_onnx(model, ld.load_model(checkpoint, variant), images=files, progress=stage).to_dict()
 

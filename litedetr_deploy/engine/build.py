@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, sha256
 from ..errors import CheckFailed, LiteDetrError
 from ..runtime import cuda
-from ..runtime.session import ENGINE_SUFFIXES, METADATA_KEY, OnnxSession, check_file, check_op_version
-from ..runtime.tensorrt import MODULES, TensorRTSession, record_path, sha256
+from ..runtime.session import OnnxSession, check_op_version
+from ..runtime.tensorrt import MODULES, TensorRTSession, record_path
+from ..verify.engine import verify_engine
 from . import api, known_bad, profile
-from .verify import verify_engine
 
 FIRST_MISREAD_OPSET = 20  # of GridSample
 ATTENTION = {"tensorrt": "op", "tensorrt-rtx": "gather"}
@@ -249,7 +250,7 @@ def _export(model, onnx, backend, image_size, precision, variant, verify, images
             f"imported ({error}). Install it with `pip install litedetr-deploy[export]`."
         ) from error
     from ..export.export import export_onnx
-    from ..model.checkpoint import load_model
+    from ..model.checkpoints.official import load_model
 
     if isinstance(model, (str, os.PathLike)):
         model = load_model(os.fspath(model), variant)

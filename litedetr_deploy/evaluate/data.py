@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..assets import shapes
 from ..errors import LiteDetrError
 from ..runtime.images import load_image
-from . import shapes
 
 # (annotations, images) in a data folder: COCO's own names, and the usual ones of other data.
 LAYOUTS = (("annotations/instances_val2017.json", "val2017"), ("annotations/instances_val.json", "val"))

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..artifact import ENGINE_SUFFIXES
 from ..errors import LiteDetrError
 from ..runtime.detector import Detections, Detector
-from ..runtime.session import ENGINE_SUFFIXES, open_session
+from ..runtime.session import open_session
 from .average_precision import average_precision, import_pycocotools
 from .data import Dataset
 from .match import compare_detections
@@ -234,8 +235,8 @@ def _open(artifact, variant, providers, threads):
             f"cannot be imported ({error}). Install it with "
             "`pip install litedetr-deploy[export]`."
         ) from error
-    from ..model.checkpoint import load_model
-    from .torch_session import TorchSession
+    from ..model.checkpoints.official import load_model
+    from ..model.session import TorchSession
 
     return TorchSession(load_model(os.fspath(artifact), variant), threads)
 

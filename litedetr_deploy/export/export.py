@@ -18,17 +18,18 @@ import torch
 from torch.export import Dim
 
 from .. import __version__
+from ..artifact import METADATA_KEY
 from ..errors import LiteDetrError
 from ..evaluate.data import Dataset
 from ..files import replaced_when_done
+from ..model.deployed import OUTPUTS, PROBES, Deployed
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
-from ..runtime.session import METADATA_KEY, OnnxSession
+from ..runtime.session import OnnxSession
+from ..verify.onnx import verify_onnx
 from . import graph, limits, quantize
 from . import precision as types
-from .deployed import OUTPUTS, PROBES, Deployed
-from .verify import verify_onnx
 
 TRACE_BATCH = 2  # torch.export takes a size of 1 for a constant
 

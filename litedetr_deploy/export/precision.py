@@ -23,7 +23,6 @@ from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from ..errors import LiteDetrError
@@ -113,59 +112,6 @@ def count(model: ir.Model) -> dict[str, int]:
             else:
                 counts["float" if node.outputs[0].dtype == FLOAT else "half"] += 1
     return counts
-
-
-def modules(model: onnx.ModelProto) -> dict[str, float | None]:
-    """The modules whose convolution or matrix product is half or INT8, and of the latter the step of their input."""
-    makers = {output: node for node in model.graph.node for output in node.output}
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    found: dict[str, float | None] = {}
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
-            continue
-        module = node.name.rpartition("/")[0]
-        data, weight = (makers.get(name) for name in node.input[:2])
-        if data is not None and weight is not None and data.op_type == weight.op_type == "DequantizeLinear":
-            found[module] = float(onnx.numpy_helper.to_array(constants[data.input[1]]))
-        elif node.input[1] in constants and constants[node.input[1]].data_type in halves:
-            found[module] = None
-    return found
-
-
-def float_twin(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph for an engine without half kernels, with the same roundings: every node that has half inputs or
-    outputs reads them widened to FP32 and its result is rounded to half again.  The attention ops and casts, which
-    ONNX Runtime has in every type, stay."""
-    twin = onnx.ModelProto()
-    twin.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
-    graph = twin.graph
-    kinds = {info.name: info.type.tensor_type.elem_type for info in (*graph.value_info, *graph.input, *graph.output)}
-    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    nodes, widened = [], {}
-
-    def cast(source, target, kind):
-        nodes.append(onnx.helper.make_node("Cast", [source], [target], to=kind))
-
-    for node in graph.node:
-        if node.op_type == "Cast" or node.domain == schema.DOMAIN:
-            nodes.append(node)
-            continue
-        for i, name in enumerate(node.input):
-            if kinds.get(name) in halves:
-                if name not in widened:
-                    widened[name] = f"{name}/widened"
-                    cast(name, widened[name], onnx.TensorProto.FLOAT)
-                node.input[i] = widened[name]
-        nodes.append(node)
-        for i, name in enumerate(node.output):
-            if kinds.get(name) in halves:
-                node.output[i] = f"{name}/wide"
-                cast(node.output[i], name, kinds[name])
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    return twin
 
 
 def _node_types(graph: ir.Graph, half: ir.DataType, keep: Sequence[str]) -> dict[ir.Node, ir.DataType]:

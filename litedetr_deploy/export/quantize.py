@@ -24,12 +24,13 @@ import torch
 
 from ..errors import LiteDetrError
 from ..files import replaced_when_done
+from ..model.deployed import Deployed
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..runtime.images import load_image, prepare
 from ..runtime.session import create_session
+from ..verify.typed import fake_quantized, fake_quantized_weight, step_of, steps_of
 from . import precision
-from .deployed import Deployed
 
 # Beside the precision islands (norms, softmax, query selection, heads, post-processing), which are FP32.
 EXCLUDED = (
@@ -38,8 +39,6 @@ EXCLUDED = (
     "detector.decoder",  # few queries, each of them a detection; holds the MLP of the reference points
 )
 SENSITIVITY_IMAGES = 4
-LARGEST = 127  # of symmetric INT8; -128 is not used
-_SMALLEST_STEP = np.float16(2.0**-24)  # of a tensor or channel that is zero throughout
 _HISTOGRAM_BINS = 1024
 # What a calibration table is of, by key.
 _ITEMS = {"model": "model", "method": "method", "images": "number of images", "digest": "set of images"}
@@ -149,11 +148,11 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir
             data, weight = node.inputs[:2]
             largest = np.float32(ranges[data.name])
             tensors[data.name] = TensorData(lowest=-largest, highest=largest)
-            steps[data.name] = [{"scale": _step(largest), "zero_point": zero}]
+            steps[data.name] = [{"scale": step_of(largest), "zero_point": zero}]
             axis = weight_axis(node)
             steps[weight.name] = [
                 {"axis": axis, "scale": step, "zero_point": zero}
-                for step in _steps(weight.const_value.numpy(), axis).ravel()
+                for step in steps_of(weight.const_value.numpy(), axis).ravel()
             ]
     proto = ir.to_proto(model)
     add_infer_metadata(proto)  # the shapes are all known
@@ -219,7 +218,7 @@ def sensitivity(
         for name in names:
             module = modules[name.rpartition("/")[0].removeprefix("detector.")]
             weight = module.weight.data
-            step = float(_step(ranges[inputs[name]]))
+            step = float(step_of(ranges[inputs[name]]))
             module.weight.data = fake_quantized_weight(weight)
             hook = module.register_forward_pre_hook(lambda _, x, step=step: (fake_quantized(x[0], step),))
             logits = boxes = scale = 0.0
@@ -256,33 +255,9 @@ def within_budget(
     )
 
 
-def fake_quantized(x: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
-    """`x` rounded to whole steps that INT8 has, in its own type."""
-    return (x / step).round().clamp(-LARGEST, LARGEST) * step
-
-
-def fake_quantized_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, ...] rounded to steps of its channels."""
-    return fake_quantized(weight, torch.from_numpy(_steps(weight.numpy(), 0)))
-
-
 def weight_axis(node: ir.Node) -> int:
     """The axis of the output channels of a node's weight."""
     return 0 if node.op_type == "Conv" else 1
-
-
-def _steps(weight: np.ndarray, axis: int) -> np.ndarray:
-    """The step of every channel, float32 [1, ..., channels, ..., 1]."""
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    return _step(np.abs(weight).max(others, keepdims=True))
-
-
-def _step(largest) -> np.ndarray:
-    """The smallest float16 number of which LARGEST reach `largest`, as float32."""
-    exact = np.asarray(largest, np.float32) / np.float32(LARGEST)
-    step = exact.astype(np.float16)
-    step = np.where(step < exact, np.nextafter(step, np.float16(np.inf)), step)
-    return np.asarray(np.maximum(step, _SMALLEST_STEP), np.float32)
 
 
 def _calibrate(model: ir.Model, tensors: set[str], feeds: Iterable[dict], method: str) -> dict[str, float]:

@@ -11,15 +11,43 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
+from ..artifact import METADATA_KEY
 from ..errors import LiteDetrError
 from ..ops import onnx_schema, schema
-from ..runtime.session import METADATA_KEY
 from .config import parse_variant
 from .flops import BILINEAR, NORM, SOFTMAX, Cost, FlopCount, attention_cost
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _POINTWISE = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Pow", "Erf", "Sin", "Cos", "Sigmoid", "Tanh", "Relu", "Gelu", "Clip", "Min", "Max", "Floor", "Ceil", "Round", "Sign", "Mod", "Sum"]
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Neg",
+        "Abs",
+        "Sqrt",
+        "Reciprocal",
+        "Exp",
+        "Log",
+        "Pow",
+        "Erf",
+        "Sin",
+        "Cos",
+        "Sigmoid",
+        "Tanh",
+        "Relu",
+        "Gelu",
+        "Clip",
+        "Min",
+        "Max",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sign",
+        "Mod",
+        "Sum",
+    ]
 )
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _MODULE = "detector."

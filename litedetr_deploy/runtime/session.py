@@ -1,14 +1,12 @@
 """Sessions: the one place that starts an inference engine, with the attention ops registered."""
 
-import json
 import os
 from pathlib import Path
 
+from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, parse_metadata
 from ..errors import LiteDetrError
 from ..ops import native, schema
 
-METADATA_KEY = "litedetr"  # of the ONNX file's metadata_props; its value is one JSON object
-ENGINE_SUFFIXES = (".plan", ".engine")
 # ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
 _CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
@@ -68,15 +66,6 @@ def open_session(artifact: str | os.PathLike | bytes, providers: list | None = N
     return OnnxSession(artifact, providers, threads)
 
 
-def check_file(path: str | os.PathLike, wanted: str) -> None:
-    """Raise LiteDetrError unless `path` is a file that can be read; `wanted` says what it should be."""
-    if not Path(path).is_file():
-        state = "is a directory" if Path(path).is_dir() else "does not exist"
-        raise LiteDetrError(f"{path} {state}. Give the path of {wanted}.")
-    if not os.access(path, os.R_OK):
-        raise LiteDetrError(f"{path} cannot be read: permission denied. Change its permissions or copy it.")
-
-
 def import_onnxruntime():
     """Return the `onnxruntime` module; raise LiteDetrError when it cannot be imported."""
     try:
@@ -106,16 +95,7 @@ def register_ops(options):
 def read_metadata(session) -> dict:
     """Return what `litedetr export` wrote into the model as a dict; empty for a model that something else made."""
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
-    try:
-        metadata = json.loads(text)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise LiteDetrError(
-            f"The model's metadata entry {METADATA_KEY!r} is not a JSON object: {text[:80]!r}. "
-            "Something rewrote it after the export: export the model again."
-        )
-    return metadata
+    return parse_metadata(text, "the model")
 
 
 class OnnxSession:

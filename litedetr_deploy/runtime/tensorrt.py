@@ -5,7 +5,6 @@ Needs numpy, the `tensorrt` (or `tensorrt_rtx`) package and NVIDIA's CUDA bindin
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..artifact import check_file, sha256
 from ..errors import LiteDetrError
 from ..ops import native, schema
 from . import cuda
-from .session import check_file, check_op_version
+from .session import check_op_version
 
 if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
@@ -118,14 +118,6 @@ def read_record(engine: str | os.PathLike) -> dict:
             "or build the engine again."
         )
     return record
-
-
-def sha256(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def deserialize(

@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "kda.h"
-#include "op.h"
+#include "../op.h"
 
 namespace {
 

@@ -16,7 +16,7 @@
 #include <new>
 
 #include "kda.h"
-#include "op.h"
+#include "../op.h"
 
 #if NV_TENSORRT_MAJOR < 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR < 3)
 #error "the TensorRT headers are older than 10.3"

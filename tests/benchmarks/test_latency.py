@@ -16,12 +16,12 @@ import typer
 from typer.testing import CliRunner
 
 from litedetr_deploy.benchmark import latency, parts, plan, report, sensors, timing
-from litedetr_deploy.benchmark.check import BOXES, INDICES, LOGITS, Reference, Weights, run_pytorch
 from litedetr_deploy.benchmark.contender import Contender, Job, Worker, WorkerFailed, open_contender
 from litedetr_deploy.benchmark.official import key_aware_deform_attn, ms_deform_attn
 from litedetr_deploy.cli.latency import latency as command
 from litedetr_deploy.errors import LiteDetrError
 from litedetr_deploy.ops import reference, schema
+from litedetr_deploy.verify.reference import BOXES, INDICES, LOGITS, Reference, Weights, run_pytorch
 
 VARIANT, SIZE = "lite-dino-r26n", (256, 256)
 

@@ -145,9 +145,9 @@ def test_verify_takes_the_variant_from_the_model(monkeypatch, tmp_path):
     model = save_detector(tmp_path / "model.onnx", variant="dino-r50")
     (tmp_path / "weights.pth").write_bytes(b"weights")
     calls = []
-    stand_in = types.ModuleType("litedetr_deploy.export.verify")
+    stand_in = types.ModuleType("litedetr_deploy.verify.onnx")
     stand_in.verify_onnx = lambda *arguments, images, progress: calls.append((*arguments, images)) or Report(ROWS)
-    monkeypatch.setitem(sys.modules, "litedetr_deploy.export.verify", stand_in)
+    monkeypatch.setitem(sys.modules, "litedetr_deploy.verify.onnx", stand_in)
     monkeypatch.setitem(vars(ld), "load_model", lambda path, variant: (path, variant))
     result = CliRunner().invoke(cli.app, ["verify", str(model), str(tmp_path / "weights.pth")])
     assert calls == [(model, (str(tmp_path / "weights.pth"), "dino-r50"), None)]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from litedetr_deploy.engine.verify import verify_engine
 from litedetr_deploy.runtime.session import OnnxSession
+from litedetr_deploy.verify.engine import verify_engine
 
 from ..runtime.tiny_artifact import NAMES, save_detector, save_raw_detector
 

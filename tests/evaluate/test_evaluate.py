@@ -407,8 +407,8 @@ def test_evaluator_not_installed(four, monkeypatch):
 
 def test_torch_session_detects_what_the_onnx_model_does(tmp_path):
     torch = pytest.importorskip("torch")
-    from litedetr_deploy.evaluate.torch_session import TorchSession
     from litedetr_deploy.model.config import DetectorConfig
+    from litedetr_deploy.model.session import TorchSession
 
     random = np.random.default_rng(0)
     logits = random.normal(size=(6, len(NAMES))).astype(np.float32)
@@ -443,8 +443,8 @@ def test_torch_session_detects_what_the_onnx_model_does(tmp_path):
 
 def test_torch_session_takes_a_mask():
     torch = pytest.importorskip("torch")
-    from litedetr_deploy.evaluate.torch_session import TorchSession
     from litedetr_deploy.model.config import DetectorConfig
+    from litedetr_deploy.model.session import TorchSession
 
     class Padding(torch.nn.Module):
         config = DetectorConfig(num_classes=1)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from litedetr_deploy.assets import shapes
+from litedetr_deploy.assets.shapes import CLASS_NAMES, TRAIN_SEED, VALIDATION_SEED, coco_annotations, scene
 from litedetr_deploy.errors import LiteDetrError
-from litedetr_deploy.evaluate import shapes
-from litedetr_deploy.evaluate.shapes import CLASS_NAMES, TRAIN_SEED, VALIDATION_SEED, coco_annotations, scene
 
 REPOSITORY = Path(__file__).parents[2]
 # Of a scene's pixels, boxes and labels.  A trained model and its published AP belong to these scenes: change the sums

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import litedetr_deploy as ld
-from litedetr_deploy.evaluate.shapes import CLASS_NAMES, scene
+from litedetr_deploy.assets.shapes import CLASS_NAMES, scene
 from litedetr_deploy.model.config import parse_variant
 
 FOLDER = Path(__file__).parents[2] / "examples" / "shapes"

@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 import litedetr_deploy as ld
-from litedetr_deploy.evaluate.shapes import CLASS_NAMES
-from litedetr_deploy.export.verify import verify_onnx
-from litedetr_deploy.runtime.session import METADATA_KEY
+from litedetr_deploy.artifact import METADATA_KEY
+from litedetr_deploy.assets.shapes import CLASS_NAMES
+from litedetr_deploy.verify.onnx import verify_onnx
 
 pytestmark = pytest.mark.xdist_group("export")
 

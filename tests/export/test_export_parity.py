@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 import litedetr_deploy as ld
-from litedetr_deploy.export.deployed import IMAGENET_MEAN, IMAGENET_STD, PROBES
+from litedetr_deploy.model.deployed import IMAGENET_MEAN, IMAGENET_STD, PROBES
 from litedetr_deploy.ops import schema
 
 from ..conftest import CASES, Golden
@@ -73,7 +73,7 @@ def assert_same_detections(outputs, wanted) -> None:
 def test_post_processing_alone_matches_the_official_one():
     import torch
 
-    from litedetr_deploy.export.deployed import postprocess
+    from litedetr_deploy.model.deployed import postprocess
 
     wanted = Golden("lite_dino_r50_h3l1_2p1x3", "batch2").outputs
     labels, boxes, scores = postprocess(

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 import litedetr_deploy as ld
+from litedetr_deploy.artifact import METADATA_KEY
 from litedetr_deploy.export import export, graph, precision
-from litedetr_deploy.export.verify import verify_onnx
 from litedetr_deploy.model.attention import DeformableAttention, SelfAttention
 from litedetr_deploy.ops import onnx_schema, schema
-from litedetr_deploy.runtime.session import METADATA_KEY
+from litedetr_deploy.verify import typed as typed_values
+from litedetr_deploy.verify.onnx import verify_onnx
 
 pytestmark = pytest.mark.xdist_group("export")
 FLOAT, HALF, BFLOAT = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -179,7 +180,7 @@ def test_the_twin_rounds_every_value():
         opset_imports=[onnx.helper.make_opsetid("", 17)],
         ir_version=10,
     )
-    session = ld.create_session(precision.float_twin(proto).SerializeToString())
+    session = ld.create_session(typed_values.float_twin(proto).SerializeToString())
     assert session.run(None, {"x": np.array([2048, 4], np.float32)})[0].tolist() == [0, 1]
 
 
@@ -205,12 +206,12 @@ def test_residual_sums_in_float_do_not_overflow(monkeypatch):
     wanted = ir.load(traced()[1] / "fp32.onnx")
     overflowing(wanted)
     wanted = run(ir.to_proto(wanted), *PROBED[:1])
-    found = run(precision.float_twin(ir.to_proto(typed("fp16", change=overflowing))), *PROBED)
+    found = run(typed_values.float_twin(ir.to_proto(typed("fp16", change=overflowing))), *PROBED)
     assert all(np.isfinite(value).all() for value in found)
     assert np.abs(found[0] - wanted[0]).mean() < 2 * np.finfo(np.float16).eps * np.abs(wanted[0]).max()
     # The same with the sums in half, which pass its range.
     monkeypatch.setattr(precision, "_in_float", lambda graph, keep: precision.matching(graph, precision.ISLANDS))
-    found = run(precision.float_twin(ir.to_proto(typed("fp16", change=overflowing))), *PROBED)
+    found = run(typed_values.float_twin(ir.to_proto(typed("fp16", change=overflowing))), *PROBED)
     assert not np.isfinite(found[0]).all()
 
 
@@ -219,10 +220,10 @@ def test_a_product_beyond_the_range_is_saved_by_keeping_its_layer_in_float():
         weight = model.graph.initializers["detector.encoder.layers.2.linear2.weight"]
         weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e6), name=weight.name)
 
-    lost = run(precision.float_twin(ir.to_proto(typed("fp16", change=change))), *PROBED)
+    lost = run(typed_values.float_twin(ir.to_proto(typed("fp16", change=change))), *PROBED)
     assert not np.isfinite(lost[0]).all()
     kept = typed("fp16", ["detector.encoder.layers.2.linear2"], change)
-    assert np.isfinite(run(precision.float_twin(ir.to_proto(kept)), *PROBED)[0]).all()
+    assert np.isfinite(run(typed_values.float_twin(ir.to_proto(kept)), *PROBED)[0]).all()
 
 
 def test_a_constant_beyond_the_range_keeps_its_nodes_in_float():
@@ -282,7 +283,7 @@ def typed_part(part, inputs, attention="op"):
     proto = ir.to_proto(model)
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs)}
     feed = {value.name: feed[value.name] for value in proto.graph.input}
-    found = ld.create_session(precision.float_twin(proto).SerializeToString()).run(None, feed)[0]
+    found = ld.create_session(typed_values.float_twin(proto).SerializeToString()).run(None, feed)[0]
     return *inferred(proto), np.abs(found - wanted).max() / np.abs(wanted).max()
 
 

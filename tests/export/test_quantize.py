@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 import litedetr_deploy as ld
 from litedetr_deploy import cli
 from litedetr_deploy.export import export, limits, precision, quantize
-from litedetr_deploy.export.verify import verify_onnx
 from litedetr_deploy.runtime.sample import sample_images
+from litedetr_deploy.verify import typed
+from litedetr_deploy.verify.onnx import verify_onnx
 
 from .test_precision import SIZE, inferred, save, set_opset, traced
 
@@ -79,7 +80,7 @@ def test_symmetric_steps_by_channel(quantized):
         steps = np.expand_dims(constants[step.name], [i for i in range(weight.ndim) if i != axis]).astype(np.float32)
         # The steps are stored in half and are exact there: no weight is off by more than half of one.
         assert (np.abs(constants[data.name] * steps - weight) <= 0.5001 * steps).all()
-        assert np.abs(constants[data.name]).max() == quantize.LARGEST
+        assert np.abs(constants[data.name]).max() == typed.LARGEST
 
 
 def test_the_graph_computes_what_pytorch_does_with_these_steps(quantized, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import litedetr_deploy as ld
-from litedetr_deploy.model.checkpoint import official_key
+from litedetr_deploy.model.checkpoints.official import official_key
 from litedetr_deploy.model.config import DetectorConfig, parse_variant
 from litedetr_deploy.model.detector import Detector
 

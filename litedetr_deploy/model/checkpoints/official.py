@@ -20,15 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import assets
-from ..errors import LiteDetrError
-from .coco import CLASS_NAMES
-from .config import VARIANT_EXAMPLES, DetectorConfig, parse_variant
-from .detector import Detector
-from .resnet import SHAPES
-from .swin import SHAPES as SWINS
-
-METADATA_KEY = "litedetr"  # of a safetensors file: the training arguments as one JSON object
+from ... import assets
+from ...artifact import METADATA_KEY
+from ...errors import LiteDetrError
+from ..coco import CLASS_NAMES
+from ..config import VARIANT_EXAMPLES, DetectorConfig, parse_variant
+from ..detector import Detector
+from ..resnet import SHAPES
+from ..swin import SHAPES as SWINS
 
 # r50_s3ex1_50.2.pth, checkpoint_s2ex3.pth, lite_dino_s3_r50.pth: s = high-level scales, ex = expansions.
 _FILE_NAME = re.compile(r"(?:^|[_\-.])s(?P<scale>[123])(?:ex(?P<expansion>[1236]))?(?=[_\-.]|$)")

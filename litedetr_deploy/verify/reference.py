@@ -42,7 +42,7 @@ class Weights:
     def model(self):
         import torch
 
-        from ..model.checkpoint import load_model
+        from ..model.checkpoints.official import load_model
 
         if not self.random:
             return load_model(self.source, self.variant)
@@ -143,8 +143,8 @@ def make_reference(path: Path, weights: Weights, image_size: tuple[int, int], pr
     """Runs PyTorch on a drawn picture and writes its `Reference` to `path`."""
     import torch
 
-    from ..export.verify import CAPS, FLOORS, SPREADS
     from ..model.flops import count_flops
+    from .onnx import CAPS, FLOORS, SPREADS
 
     model = weights.model
     images = _draw(image_size)
@@ -193,7 +193,7 @@ def run_pytorch(model, images: np.ndarray, indices: np.ndarray | None = None, dt
     """The outputs that are compared, given the choice of queries; with the matrices in `dtype` where it is given."""
     import torch
 
-    from ..export.deployed import Deployed
+    from ..model.deployed import Deployed
 
     normalised = Deployed(model, "raw").normalise(torch.from_numpy(images), None)
     indices = None if indices is None else torch.from_numpy(indices.astype(np.int64))

@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import torch
 
-from ..export.deployed import OUTPUTS, Deployed
-from ..model.detector import Detector
-from ..model.resnet import fold_frozen_batch_norm
+from .deployed import OUTPUTS, Deployed
+from .detector import Detector
+from .resnet import fold_frozen_batch_norm
 
 
 class TorchSession:

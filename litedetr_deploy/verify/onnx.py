@@ -24,17 +24,17 @@ import onnx
 import torch
 from torch import nn
 
+from ..artifact import METADATA_KEY
 from ..errors import LiteDetrError
 from ..model.attention import SelfAttention
+from ..model.deployed import PROBES, Deployed, postprocess
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import reference, schema, torch_op
 from ..runtime.images import load_image, prepare
 from ..runtime.sample import sample_images
-from ..runtime.session import METADATA_KEY, create_session
-from . import precision
-from .deployed import PROBES, Deployed, postprocess
-from .quantize import fake_quantized, fake_quantized_weight
+from ..runtime.session import create_session
+from . import typed
 
 # What float32 rounding may change.  The floors are twenty times what the official code's outputs move with other
 # threads or kernels on small images.  A model can amplify rounding further: PyTorch's own spread is measured, and
@@ -163,7 +163,7 @@ class _ProbedGraph:
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in PROBES if name not in self.outputs)
         self.ran = RAN[self.precision]
         if as_twin or self.precision == "bf16":  # of which ONNX Runtime's CPU has few kernels
-            proto = precision.float_twin(proto)
+            proto = typed.float_twin(proto)
         self.session = create_session(proto.SerializeToString())
 
     def run(self, image: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -264,10 +264,10 @@ def _rounding(model: Detector, graph: _ProbedGraph) -> Detector:
     half, and every one that it has in INT8 its inputs and weights to the graph's steps."""
     model = copy.deepcopy(model)
     fold_frozen_batch_norm(model)
-    steps = precision.modules(graph.proto)
+    steps = typed.modules(graph.proto)
 
     def rounded(x, step=None):
-        return x.to(graph.half).float() if step is None else fake_quantized(x, step)
+        return x.to(graph.half).float() if step is None else typed.fake_quantized(x, step)
 
     for name, module in model.named_modules():
         name = f"detector.{name}"
@@ -276,7 +276,7 @@ def _rounding(model: Detector, graph: _ProbedGraph) -> Detector:
         step = steps[name]
         for parameter in module.parameters(recurse=False):
             quantized = step is not None and parameter.ndim > 1
-            parameter.data = (fake_quantized_weight if quantized else rounded)(parameter.data)
+            parameter.data = (typed.fake_quantized_weight if quantized else rounded)(parameter.data)
         module.register_forward_pre_hook(
             lambda _, inputs, step=step: tuple(x if x is None else rounded(x, step) for x in inputs)
         )

@@ -1,0 +1,255 @@
+"""What a file of ours is: its metadata, suffixes and digest, how it is opened, what is said when it is damaged or no
+longer what was verified, and the store that an interrupted run resumes from.
+
+Imports nothing heavy: onnx is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import LiteDetrError
+from .files import replaced_when_done
+
+if TYPE_CHECKING:
+    import onnx
+
+METADATA_KEY = "litedetr"  # of metadata_props in ONNX and of the header in safetensors; the value is one JSON object
+ENGINE_SUFFIXES = (".plan", ".engine")
+SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+# What a verdict can be.  Whatever is not VERIFIED runs with a warning.
+VERIFIED, FAILED, CANNOT_TELL, NOT_VERIFIED = "verified", "failed", "cannot tell", "not verified"
+
+_DIGEST_FIELD = re.compile(rb'\\?"digest\\?": \\?"([0-9a-f]{64})\\?"')
+NO_DIGEST = "0" * 64  # the `digest` of metadata that `seal` completes
+
+
+def check_file(path: str | os.PathLike, wanted: str) -> None:
+    """Raise LiteDetrError unless `path` is a file that can be read; `wanted` says what it should be."""
+    if not Path(path).is_file():
+        state = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise LiteDetrError(f"{path} {state}. Give the path of {wanted}.")
+    if not os.access(path, os.R_OK):
+        raise LiteDetrError(f"{path} cannot be read: permission denied. Change its permissions or copy it.")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damaged(path: str | os.PathLike, why: object) -> LiteDetrError:
+    """Return the error for a file that is no ONNX model or a damaged one."""
+    return LiteDetrError(
+        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it again."
+    )
+
+
+def import_onnx():
+    """Return the `onnx` package; raise LiteDetrError where it cannot be imported."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise LiteDetrError(
+            f"onnx cannot be imported ({error}). Install it with `pip install litedetr-deploy[export]`."
+        ) from error
+    return onnx
+
+
+def load_onnx(path: str | os.PathLike, weights: bool = True) -> onnx.ModelProto:
+    """Return the ONNX model in the file `path`; without `weights`, external data is not read.
+
+    Raises LiteDetrError for a file that is missing, no ONNX model or damaged, and for external data that is missing,
+    cut short, or outside the model's folder.
+    """
+    check_file(path, "an ONNX model, for instance one that `litedetr export` made")
+    onnx = import_onnx()
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own error classes differ between its implementations
+        raise damaged(path, error) from error
+    if not model.graph.node:
+        raise damaged(path, "its graph is empty")
+    if weights:
+        check_external_data(path, model)
+        onnx.external_data_helper.load_external_data_for_model(model, os.fspath(Path(path).parent))
+    return model
+
+
+def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None:
+    """Raise LiteDetrError where weights that `model`, read from `path`, keeps in other files cannot be read."""
+    folder = Path(path).resolve().parent
+    for tensor in model.graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if "location" not in entries:
+            continue
+        file = (folder / entries["location"]).resolve()
+        if not file.is_relative_to(folder):
+            raise LiteDetrError(
+                f"{path} keeps the weight {tensor.name!r} in {entries['location']!r}, outside its own folder, which is "
+                "not read. Save the model as one file, or with its weights beside it."
+            )
+        if not file.is_file():
+            raise LiteDetrError(
+                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there too."
+            )
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        if file.stat().st_size < end:
+            raise LiteDetrError(
+                f"{file}, the weights of {path}, has {file.stat().st_size:,} bytes, and {tensor.name!r} ends at byte "
+                f"{end:,}: it is cut short. Copy it again."
+            )
+
+
+def parse_metadata(text: str, path: object) -> dict:
+    """Return the metadata of the file `path` from its text; raise LiteDetrError where it is no JSON object."""
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise LiteDetrError(
+            f"the metadata entry {METADATA_KEY!r} of {path} is not a JSON object: {text[:80]!r}. Something rewrote it "
+            "after the export: export the model again."
+        )
+    return metadata
+
+
+def onnx_metadata(model: onnx.ModelProto, path: object) -> dict:
+    """Return what `litedetr export` wrote into a model; raise LiteDetrError for one that something else made."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return parse_metadata(entry.value, path)
+    raise LiteDetrError(
+        f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}). Export the model with it; "
+        "trtexec builds other models."
+    )
+
+
+def seal(path: str | os.PathLike) -> None:
+    """Write into the metadata of an ONNX file, whose `digest` is NO_DIGEST so far, the digest of all other bytes."""
+    contents = bytearray(Path(path).read_bytes())
+    place = _digest_place(contents)
+    if place is None:
+        raise ValueError(f"{path} has no digest in its metadata")
+    contents[place] = _digest_without(contents, place).encode()
+    Path(path).write_bytes(contents)
+
+
+def is_sealed(path: str | os.PathLike) -> bool:
+    """Return whether an ONNX file still has the bytes that `seal` saw."""
+    contents = bytearray(Path(path).read_bytes())
+    place = _digest_place(contents)
+    return place is not None and contents[place].decode() == _digest_without(contents, place)
+
+
+def _digest_place(contents: bytearray) -> slice | None:
+    places = [match.span(1) for match in _DIGEST_FIELD.finditer(contents)]
+    return slice(*places[-1]) if places else None
+
+
+def _digest_without(contents: bytearray, place: slice) -> str:
+    blank = bytearray(contents)
+    blank[place] = NO_DIGEST.encode()
+    return hashlib.sha256(blank).hexdigest()
+
+
+def distrust(path: str | os.PathLike, metadata: dict) -> str:
+    """Return why what `path` computes is not proven, as half a sentence; empty for a verified file that is intact.
+
+    metadata: what `litedetr export` or `litedetr build` wrote about it.
+    """
+    if not metadata:
+        return "was not made by this package, and nothing was verified"
+    verification = metadata.get("verification") or {}
+    verdict = verification.get("verdict", NOT_VERIFIED)
+    if verdict == FAILED:
+        return f"failed its verification ({verification.get('why', 'see the report beside it')})"
+    if verdict == CANNOT_TELL:
+        return f"was not verified: the comparison cannot tell right from wrong ({verification.get('why', '')})"
+    if verdict != VERIFIED:
+        return "was not verified"
+    if Path(path).suffix.lower() == ".onnx" and not is_sealed(path):
+        return "was rewritten after it was verified"
+    return ""
+
+
+def cache_folder() -> Path:
+    """Return the folder of this package in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litedetr-deploy"
+
+
+class Store:
+    """What is done of a long run, on disk as lines of JSON, so that the same run resumes after an interruption.
+
+    identity: JSON types that tell this run from others; what a file holds of another run is dropped.
+    path: None keeps nothing on disk.
+    """
+
+    def __init__(self, path: Path | None, identity: object):
+        self.path, self._identity = path, json.loads(json.dumps(identity))
+        self.items: dict[str, dict] = {}
+        if path is not None:
+            self.items = dict(self._read())
+        self.resumed = len(self.items)
+        self._started = False
+
+    def _read(self) -> Iterator[tuple[str, dict]]:
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a killed process
+            if json.loads(lines[0])["identity"] != self._identity:
+                return
+            for line in lines[1:]:
+                if line.endswith(b"\n"):
+                    item = json.loads(line)
+                    yield item["key"], item["value"]
+
+    def add(self, key: str, value: dict) -> None:
+        """Keep `value`, JSON types, under `key`."""
+        self.items[key] = value
+        if self.path is None:
+            return
+        try:
+            if not self._started:  # anew, so that what follows stands behind whole lines
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replaced_when_done(self.path) as temporary:
+                    header = json.dumps({"identity": self._identity})
+                    temporary.write_text("".join(f"{line}\n" for line in (header, *map(_line, self.items.items()))))
+                self._started = True
+            else:
+                with self.path.open("a") as file:
+                    file.write(_line((key, value)) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> LiteDetrError:
+        return LiteDetrError(
+            f"{self.path}, where this run keeps what is done, cannot be used: {error.strerror}. Choose another output, "
+            "or set XDG_CACHE_HOME to a folder that can be written."
+        )
+
+
+def _line(item: tuple[str, dict]) -> str:
+    return json.dumps({"key": item[0], "value": item[1]})

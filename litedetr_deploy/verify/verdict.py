@@ -1,0 +1,191 @@
+"""The one verdict on an artifact: what was compared, how far it differs, against what yardstick, and whether it passed.
+
+Nothing else in this package decides whether outputs agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ..artifact import CANNOT_TELL, FAILED, NOT_VERIFIED, VERIFIED
+
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)  # stands for a difference that is not finite: JSON has no infinity
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity that was compared.
+
+    difference: what was measured, a magnitude; tolerance: what it may be; trouble: what no figure says, such as a NaN.
+    """
+
+    case: str
+    quantity: str
+    difference: float
+    tolerance: float
+    trouble: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.trouble and self.difference <= self.tolerance
+
+    @property
+    def share(self) -> float:
+        """The difference as a part of the tolerance; infinite where something else is wrong."""
+        if self.trouble:
+            return np.inf
+        return self.difference / self.tolerance if self.tolerance else np.inf if self.difference else 0.0
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        place = f"{self.case}, {self.quantity}"
+        return (
+            f"{place}: {self.trouble}"
+            if self.trouble
+            else (f"{place}: differs by {self.difference:.1e}, {self.tolerance:.1e} is allowed")
+        )
+
+
+@dataclass
+class Verdict:
+    """against: what was compared with, as in 'PyTorch'; ran: what the figures were taken on.
+
+    undecided: why the comparison could not tell right from wrong; empty where a negative control failed as it must.
+    skipped: why nothing was compared.
+    """
+
+    against: str = "PyTorch"
+    ran: str = "the model"
+    rows: list[Row] = field(default_factory=list)
+    undecided: str = ""
+    skipped: str = ""
+
+    def add(self, case: str, quantity: str, difference: float, tolerance: float, trouble: str = "") -> None:
+        """Add a row.  Raises ValueError for a tolerance that is not finite, which would let anything pass."""
+        difference, tolerance = float(difference), float(tolerance)
+        if not np.isfinite(tolerance):
+            raise ValueError(f"the tolerance of {quantity} ({case}) is {tolerance}; it must be finite")
+        if not np.isfinite(difference):
+            difference, trouble = _LARGEST_FLOAT, trouble or "the difference is not finite"
+        self.rows.append(Row(case, quantity, difference, tolerance, trouble))
+
+    @property
+    def status(self) -> str:
+        """VERIFIED, FAILED, CANNOT_TELL or NOT_VERIFIED."""
+        if not all(row.passed for row in self.rows):
+            return FAILED
+        if not self.rows:
+            return NOT_VERIFIED
+        return CANNOT_TELL if self.undecided else VERIFIED
+
+    @property
+    def passed(self) -> bool:
+        return self.status == VERIFIED
+
+    @property
+    def worst(self) -> Row | None:
+        """The row that is closest to its tolerance, or furthest beyond; None without rows."""
+        return max(self.rows, key=lambda row: row.share, default=None)
+
+    @property
+    def why(self) -> str:
+        """What to say about a verdict other than VERIFIED."""
+        if self.status == FAILED:
+            return str(self.worst)
+        return self.undecided if self.status == CANNOT_TELL else self.skipped
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if self.status == VERIFIED:
+            worst = self.worst
+            return f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance ({worst.case}, {worst.quantity})"
+        if self.status == FAILED:
+            return f"VERIFICATION FAILED, it does not agree with {self.against}: {self.why}"
+        if self.status == CANNOT_TELL:
+            return f"CANNOT TELL whether it agrees with {self.against}: {self.why}"
+        return "not verified" + (f": {self.skipped}" if self.skipped else "")
+
+    def to_dict(self) -> dict:
+        """JSON types: the verdict and all rows."""
+        return {**self.summary(), "rows": [row.to_dict() for row in self.rows]}
+
+    def summary(self) -> dict:
+        """JSON types, for a file's metadata: the verdict, and the largest difference of every quantity."""
+        largest: dict[str, float] = {}
+        for row in self.rows:
+            largest[row.quantity] = max(row.difference, largest.get(row.quantity, 0.0))
+        return {
+            "verdict": self.status, "passed": self.passed, "against": self.against, "ran": self.ran, "why": self.why,
+            "worst": self.worst.to_dict() if self.worst else None, "largest_difference": largest,
+        }  # fmt: skip
+
+
+def largest(difference: np.ndarray) -> float:
+    """Return the largest magnitude; NaN counts as infinite, nothing as 0."""
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).max(initial=0.0))
+
+
+def mean(difference: np.ndarray) -> float:
+    """Return the mean magnitude; NaN counts as infinite, nothing as 0."""
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).mean()) if np.size(difference) else 0.0
+
+
+def check_finite(
+    verdict: Verdict,
+    case: str,
+    outputs: Mapping[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
+    names: Iterable[str],
+) -> bool:
+    """Add a row for every tensor of `names` that is not finite, in `outputs` or in what it should be; return whether
+    all are."""
+    finite = True
+    for name in names:
+        bad = [
+            side
+            for side, values in (("the artifact", outputs), (verdict.against, wanted))
+            if name in values and not np.isfinite(values[name]).all()
+        ]
+        if bad:
+            finite = False
+            kind = (
+                "NaN"
+                if any(np.isnan(values[name]).any() for values in (outputs, wanted) if name in values)
+                else "an infinity"
+            )
+            who = f"{verdict.against} as well" if len(bad) == 2 else f"{bad[0]} only"
+            verdict.add(
+                case, name, np.inf, 0.0, f"holds {kind} in {who}" if len(bad) == 1 else f"holds {kind}, in {who}"
+            )
+    return finite
+
+
+def compare(
+    outputs: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+    tolerances: Mapping[str, float],
+    verdict: Verdict | None = None,
+    case: str = "outputs",
+    distance=largest,
+) -> Verdict:
+    """Compare what an artifact computed with what is right.
+
+    outputs, reference: name -> array; tolerances: name -> how far `distance` of the difference may go, for the names to
+        compare.
+    verdict: to add the rows to; a new one when not given.
+    """
+    verdict = Verdict() if verdict is None else verdict
+    if not check_finite(verdict, case, outputs, reference, tolerances):
+        return verdict
+    for name, tolerance in tolerances.items():
+        if outputs[name].shape != reference[name].shape:
+            trouble = f"has the shape {list(outputs[name].shape)}, and {list(reference[name].shape)} is right"
+            verdict.add(case, name, np.inf, 0.0, trouble)
+        else:
+            verdict.add(case, name, distance(np.asarray(outputs[name], np.float64) - reference[name]), tolerance)
+    return verdict
