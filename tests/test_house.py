@@ -16,7 +16,7 @@ PACKAGE = "litedetr_deploy"
 # rooms need each other, a callable is passed in.
 FLOORS = (
     {"errors"},
-    {"files"},
+    {"files", "machine"},
     {"artifact", "assets"},
     {"ops"},
     {"model", "runtime"},
