@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import litedetr_deploy as ld
-from litedetr_deploy.export.limits import PRECISIONS, Int8
+from litedetr_deploy.export.limits import PRECISIONS
 from litedetr_deploy.runtime.sample import sample_images
 
 VARIANT = "lite-dino-r50-h3l1-2+1x3"
@@ -28,9 +28,9 @@ def main(folder: Path) -> None:
         for precision in PRECISIONS:
             began = time.monotonic()
             onnx, plan = (folder / f"{height}x{width}-{precision}{suffix}" for suffix in (".onnx", ".plan"))
-            int8 = Int8(images=sample_images(2), method="minmax") if precision == "int8" else None
+            pictures = {"calibration": sample_images(2), "calibration_method": "minmax"} if precision == "int8" else {}
             # Not verified: random weights of this depth say little about rounding, and the tests verify small ones.
-            ld.export_onnx(model, onnx, "gather", precision, image_size=(height, width), int8=int8, verify=False)
+            ld.export_onnx(model, onnx, "gather", precision, (height, width), verify=False, **pictures)
             report = ld.build_engine(
                 onnx,
                 plan,
