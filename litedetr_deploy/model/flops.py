@@ -145,7 +145,7 @@ def count_flops(config: DetectorConfig, image_size: tuple[int, int] = PAPER_SIZE
             memory = model(torch.empty(1, 3, *image_size))["memory"]
     costs = [Cost(module, kind, fvcore, everything) for (module, kind), (fvcore, everything) in counting.costs.items()]
     costs += _training_outputs(config, memory.shape[1])
-    return FlopCount(config, tuple(image_size), tuple(costs), {k: v for k, v in parameters.items() if v})
+    return FlopCount(config, (image_size[0], image_size[1]), tuple(costs), {k: v for k, v in parameters.items() if v})
 
 
 class _Counting(TorchDispatchMode):
