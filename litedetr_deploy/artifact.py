@@ -54,7 +54,8 @@ def sha256(path: str | os.PathLike) -> str:
 def damaged(path: str | os.PathLike, why: object) -> LiteDetrError:
     """Return the error for a file that is no ONNX model or a damaged one."""
     return LiteDetrError(
-        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it again."
+        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it "
+        "again."
     )
 
 
@@ -104,7 +105,8 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
             )
         if not file.is_file():
             raise LiteDetrError(
-                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there too."
+                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there "
+                "too."
             )
         end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < end:
