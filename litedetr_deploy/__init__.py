@@ -16,6 +16,7 @@ _NAMES = {
     "LiteDetrError": "errors",
 }
 _MODULES = {"native": "ops.native", "ops": "ops"}
+_MODULES["evaluate"] = "evaluate"  # a module that can be called
 
 __all__ = [*_NAMES, *_MODULES]
 

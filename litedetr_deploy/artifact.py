@@ -245,7 +245,7 @@ def distrust(path: str | os.PathLike, metadata: dict) -> str:
 def warn_unless_verified(path: str | os.PathLike, metadata: dict) -> None:
     """Give a `Notice` where what `path` computes is not proven; see `distrust`."""
     if why := distrust(path, metadata):
-        warnings.warn(f"{os.fspath(path)} {why}", Notice, 3)
+        warnings.warn(f"{os.fspath(path)} {why}: its results are not proven", Notice, 3)
 
 
 def cache_folder() -> Path:
