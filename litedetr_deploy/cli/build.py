@@ -91,8 +91,8 @@ def build(
         from ..engine.api import Options
 
         options = Options(
-            batches, sizes, compute_capability or (), timing_cache, workspace, optimization_level, version_compatible,
-            hardware_compatibility, tf32,
+            compute_capability or (), timing_cache, workspace, optimization_level, version_compatible,
+            hardware_compatibility, tf32, batches, sizes,
         )  # fmt: skip
         report = ld.build_engine(
             model, output, backend, options, precision, variant, force_variant, allow_known_bad, allow_unverified,

@@ -24,7 +24,6 @@ from ..errors import LiteDetrError, nearest
 from ..files import replaced_when_done
 from ..runtime import cuda
 from ..runtime.tensorrt import deserialize, import_tensorrt, load_plugins, message_logger
-from . import profile as profiles
 
 if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
@@ -46,9 +45,6 @@ POLL = 0.2  # seconds between looks at the build, while Ctrl-C is waited for
 class Options:
     """What a build can be asked for; None leaves TensorRT's default."""
 
-    batch: Sequence[int] | None = None  # smallest, best and largest; 1, 1 and 4 when not given
-    # (height, width), one or the smallest, best and largest, for a graph of dynamic size
-    image_size: Sequence[tuple[int, int]] | None = None
     compute_capabilities: Sequence[str] = ()  # ('8.6', '12.0'); of TensorRT-RTX, RTX_TARGETS when not given
     timing_cache: str | os.PathLike | None = None  # read where it exists, and written
     workspace: float | None = None  # GiB of GPU memory that a layer may use besides its tensors
@@ -56,10 +52,12 @@ class Options:
     version_compatible: bool = False  # the engine runs in newer versions of TensorRT as well
     hardware_compatibility: str = "none"
     tf32: bool = False  # FP32 products may round their inputs to 10 bits
+    batch: Sequence[int] | None = None  # smallest, best and largest; 1, 1 and 4 when not given
+    # (height, width), one or the smallest, best and largest, for a graph of dynamic size
+    image_size: Sequence[tuple[int, int]] | None = None
 
     def check(self, backend: str) -> None:
         """Raise LiteDetrError for what `backend` cannot be asked for."""
-        profiles.check(self.batch, self.image_size)
         if self.hardware_compatibility not in HARDWARE_COMPATIBILITY:
             raise LiteDetrError(
                 f"hardware_compatibility is {self.hardware_compatibility!r}; it must be "

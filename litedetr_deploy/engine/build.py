@@ -10,8 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..artifact import (
-    CANNOT_TELL, ENGINE_SUFFIXES, FAILED, NOT_VERIFIED, check_external_data, check_file, distrust, load_onnx,
-    onnx_metadata, sha256,
+    CANNOT_TELL,
+    ENGINE_SUFFIXES,
+    FAILED,
+    NOT_VERIFIED,
+    check_external_data,
+    check_file,
+    distrust,
+    load_onnx,
+    onnx_metadata,
+    sha256,
 )  # fmt: skip
 from ..errors import CheckFailed, LiteDetrError, nearest, not_installed
 from ..files import folder_beside
@@ -122,6 +130,7 @@ def build_engine(
     if backend == "tensorrt-rtx" and not options.compute_capabilities:
         options = replace(options, compute_capabilities=api.RTX_TARGETS)
     options.check(backend)
+    profile.check(options.batch, options.image_size)
     onnx, doubt = _onnx_path(model), ""
     graph = _Graph(onnx) if onnx else None
     if graph:

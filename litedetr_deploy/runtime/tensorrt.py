@@ -45,8 +45,8 @@ def import_tensorrt(backend: str):
     module, extra = MODULES[backend]
     try:
         found = importlib.import_module(module)
-        if not hasattr(found, "__version__") or not hasattr(found, "Runtime"):  # Python imports any folder of that name
-            raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and not the package")
+        if not hasattr(found, "__version__"):  # Python imports any folder of that name
+            raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
         return found
     except (ImportError, OSError) as error:
         raise LiteDetrError(

@@ -302,7 +302,7 @@ def test_an_interruption_of_the_second_leaves_the_first_done(four, tmp_path, mon
 def test_unwritable_cache(four, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(LiteDetrError, match="Set XDG_CACHE_HOME"):
+    with pytest.raises(LiteDetrError, match="set XDG_CACHE_HOME"):
         evaluate(four[0], data.read_coco(four[1]))
 
 
