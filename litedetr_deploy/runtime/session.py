@@ -196,7 +196,8 @@ def check_opset(name: object, versions: Mapping[str, int]) -> None:
     if version != schema.VERSION:
         raise LiteDetrError(
             f"{name} imports version {version} of the opset {schema.DOMAIN!r}; this package has version "
-            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made it."
+            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made "
+            "it."
         )
 
 

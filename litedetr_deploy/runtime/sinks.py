@@ -65,8 +65,8 @@ def drawing_paths(files: Sequence[Path], output: Path | None) -> list[Path | Non
             targets.append(output / f"{file.stem}{number}{file.suffix if file.suffix.lower() in SUFFIXES else '.png'}")
     elif suffix not in SUFFIXES:
         raise LiteDetrError(
-            f"The output {output} has the suffix {output.suffix!r}, which is no image format ({', '.join(sorted(SUFFIXES))})"
-            ". Give one of these for a file; a folder of such a name must exist."
+            f"The output {output} has the suffix {output.suffix!r}, which is no image format: give one of "
+            f"{', '.join(sorted(SUFFIXES))} for a file, or make the folder first if it is one."
         )
     elif len(files) > 1:
         raise LiteDetrError(f"The output {output} is one image, and there are {len(files)} images. Give a directory.")

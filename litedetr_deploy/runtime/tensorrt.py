@@ -211,8 +211,8 @@ class TensorRTSession:
             if record:
                 raise
             raise LiteDetrError(
-                f"{artifact} has no {record_path(artifact).name} beside it, which says what it was built with. Copy that "
-                f"file as well, if `litedetr build` made the engine; if trtexec did: {error}"
+                f"{artifact} has no {record_path(artifact).name} beside it, which says what it was built with. Copy "
+                f"that file as well, if `litedetr build` made the engine; if trtexec did: {error}"
             ) from error
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
