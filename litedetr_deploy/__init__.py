@@ -8,7 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load_model": "model.checkpoints.official",
+    "load_model": "model.checkpoints",
+    "save_checkpoint": "model.checkpoints",
     "export_onnx": "export.export",
     "build_engine": "engine.build",
     "create_session": "runtime.session",
