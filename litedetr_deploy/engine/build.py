@@ -263,7 +263,7 @@ def _export(model, onnx, backend, image_size, precision, variant, force_variant,
     progress("load PyTorch and the checkpoint")
     try:
         from ..export.export import export_onnx
-        from ..model.checkpoints.official import load_model
+        from ..model.checkpoints import load_model
     except ImportError as error:
         raise (not_installed(error, f"{model} is no .onnx file, so it is exported first, which") or error) from error
     if isinstance(model, (str, os.PathLike)):
