@@ -81,12 +81,12 @@ def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
         library = native.library("tensorrt")
     except FileNotFoundError as error:
         raise LiteDetrError(str(error)) from error
-    if registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is None:
-        if registry.load_library(str(library)) is None:
-            raise LiteDetrError(
-                f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
-                "`pip install --force-reinstall .` in the source folder."
-            )
+    is_loaded = registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is not None
+    if not is_loaded and registry.load_library(str(library)) is None:
+        raise LiteDetrError(
+            f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
+            "`pip install --force-reinstall .` in the source folder."
+        )
     return library
 
 
@@ -217,10 +217,10 @@ class TensorRTSession:
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
         runtime: tensorrt.Runtime = trt.Runtime(self._logger)
-        if backend == "tensorrt" and not record.get("plugin_inside"):
-            # Without a record nobody knows whether the engine needs them.
-            if self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt")):
-                load_plugins(runtime.get_plugin_registry())
+        # Without a record nobody knows whether the engine needs them.
+        needs_plugins = self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt"))
+        if backend == "tensorrt" and needs_plugins and not record.get("plugin_inside"):
+            load_plugins(runtime.get_plugin_registry())
         self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
         self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
 
