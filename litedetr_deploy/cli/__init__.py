@@ -66,7 +66,8 @@ def main(arguments=None):
         message, status = error.format_message().rstrip("."), getattr(error, "exit_code", 2)
         if message:  # none where the help was printed instead
             command = getattr(getattr(error, "ctx", None), "command_path", "litedetr")
-            report_error(f"{message}. See `{command} --help`.", status, "--json" in arguments)
+            end = "" if message.endswith("?") else "."
+            report_error(f"{message}{end} See `{command} --help`.", status, "--json" in arguments)
     sys.exit(status)
 
 

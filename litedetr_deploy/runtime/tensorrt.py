@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Backend -> its Python module, and what installs it.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
 CONTEXTS = 4  # input shapes that are kept ready at a time
-MAGIC = (b"ftrt", b"ptrt")  # what an engine begins with
+MAGIC = re.compile(rb"[a-z]trt")  # what an engine begins with: ftrt, ptrt, vtrt
 
 # What an engine's failure to load means, by what TensorRT 10 and 11 say; the first that is found.
 _FAILURES = (
@@ -102,10 +102,10 @@ def read_record(engine: str | os.PathLike) -> dict:
     """
     path = record_path(engine)
     with open(engine, "rb") as file:
-        beginning = file.read(len(MAGIC[0]))
+        beginning = file.read(4)
     if not beginning:
         raise LiteDetrError(f"{engine} is empty. Copy it again, or build it again with `litedetr build`.")
-    if not path.exists() and beginning not in MAGIC:
+    if not path.exists() and not MAGIC.fullmatch(beginning):
         raise LiteDetrError(
             f"{engine} is not a TensorRT engine: it begins with {beginning!r}, and {path.name}, which `litedetr build` "
             "writes beside an engine, is not there. Copy both files again, or build the engine again."

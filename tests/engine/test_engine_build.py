@@ -10,7 +10,7 @@ import litedetr_deploy as ld
 from litedetr_deploy.engine import api
 from litedetr_deploy.engine.build import build_engine
 from litedetr_deploy.errors import CheckFailed
-from litedetr_deploy.runtime.tensorrt import read_record, sha256
+from litedetr_deploy.runtime.tensorrt import read_record, record_path, sha256
 
 from ..runtime.tiny_artifact import save_detector, save_with_attention_op, seal
 from .graphs import save_grid_sample, save_half
@@ -215,6 +215,12 @@ def test_an_engine_says_itself_what_is_proven_of_it(build, tmp_path):
     build(save_detector(tmp_path / "model.onnx"))
     written = read_record(tmp_path / "model.plan")["metadata"]["verification"]
     assert (written["verdict"], written["why"]) == ("not verified", "no GPU here")
+
+
+def test_a_real_engine_is_taken_for_one_without_its_record(build, tmp_path):
+    build(save_detector(tmp_path / "model.onnx"))
+    record_path(tmp_path / "model.plan").unlink()
+    assert read_record(tmp_path / "model.plan") == {}
 
 
 def test_the_op_version_of_the_file_counts(build, tmp_path):
