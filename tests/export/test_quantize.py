@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import litedetr_deploy as ld
 from litedetr_deploy import cli
 from litedetr_deploy.export import export, limits, precision, quantize
-from litedetr_deploy.runtime.sample import sample_images
+from litedetr_deploy.assets.shapes import scene
 from litedetr_deploy.verify import typed
 from litedetr_deploy.verify.onnx import verify_onnx
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("export")
 
 @pytest.fixture(scope="module")
 def pictures():
-    return quantize.Pictures(sample_images(2), SIZE, False, "detections")
+    return quantize.Pictures([scene(i, 3)[0] for i in range(2)], SIZE, False, "detections")
 
 
 def float_model():
@@ -84,8 +84,8 @@ def test_symmetric_steps_by_channel(quantized):
 
 
 def test_the_graph_computes_what_pytorch_does_with_these_steps(quantized, tmp_path):
-    verification = verify_onnx(save(quantized, "int8", tmp_path / "model.onnx"), traced()[0], sample_images(1))
-    assert verification.passed, [row for row in verification.rows if not row["passed"]]
+    verification = verify_onnx(save(quantized, "int8", tmp_path / "model.onnx"), traced()[0], [scene(0, 3)[0]])
+    assert verification.passed, str(verification)
 
 
 def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
@@ -98,7 +98,7 @@ def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
     array[::2] *= 3
     step.CopyFrom(onnx.numpy_helper.from_array(array, step.name))
     onnx.save(proto, path)
-    assert not verify_onnx(path, traced()[0], sample_images(1)).passed
+    assert not verify_onnx(path, traced()[0], [scene(0, 3)[0]]).passed
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
@@ -187,7 +187,7 @@ def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "_ap", ap)
     report = ld.export_onnx(
-        traced()[0], tmp_path / "model.onnx", precision="int8", image_size=SIZE, calibration=sample_images(1),
+        traced()[0], tmp_path / "model.onnx", precision="int8", image_size=SIZE, calibration=[scene(0, 3)[0]],
         calibration_method="minmax", ap_budget=0.01, ap_data=object(), verify=False,
     )  # fmt: skip
     assert asked == [0, len(found), len(found) - 1]
