@@ -8,7 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load_model": "model.checkpoints.official",
+    "load_model": "model.checkpoints",
+    "save_checkpoint": "model.checkpoints",
     "export_onnx": "export.export",
     "build_engine": "engine.build",
     "create_session": "runtime.session",
@@ -16,6 +17,7 @@ _NAMES = {
     "LiteDetrError": "errors",
 }
 _MODULES = {"native": "ops.native", "ops": "ops"}
+_MODULES["evaluate"] = "evaluate"  # a module that can be called
 
 __all__ = [*_NAMES, *_MODULES]
 

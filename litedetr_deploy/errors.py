@@ -32,6 +32,10 @@ class CheckFailed(LiteDetrError):
     exit_status = 1
 
 
+class Notice(UserWarning):
+    """What a user should know of a result, in one sentence.  The command line prints it on stderr."""
+
+
 def not_installed(error: ImportError, needed_for: str = "This") -> LiteDetrError | None:
     """Return the error that names the extra to install for a failed import; None where no extra brings the module.
 

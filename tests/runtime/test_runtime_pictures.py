@@ -73,7 +73,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 
 
 def test_save_errors(tmp_path):
-    with pytest.raises(LiteDetrError, match="no picture format"):
+    with pytest.raises(LiteDetrError, match="no image format"):
         save(Image.new("RGB", (4, 4)), tmp_path / "a.onnx")
     with pytest.raises(LiteDetrError, match="cannot be written"):
         save(Image.new("RGB", (4, 4)), tmp_path / "gone" / "a.png")
