@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from .errors import LiteDetrError
+from .errors import LiteDetrError, Notice, not_installed
 from .files import replaced_when_done
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def sha256(path: str | os.PathLike) -> str:
 def damaged(path: str | os.PathLike, why: object) -> LiteDetrError:
     """Return the error for a file that is no ONNX model or a damaged one."""
     return LiteDetrError(
-        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it again."
+        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it "
+        "again."
     )
 
 
@@ -63,9 +66,7 @@ def import_onnx():
     try:
         import onnx
     except ImportError as error:
-        raise LiteDetrError(
-            f"onnx cannot be imported ({error}). Install it with `pip install litedetr-deploy[export]`."
-        ) from error
+        raise (not_installed(error, "Reading an ONNX graph") or error) from error
     return onnx
 
 
@@ -104,7 +105,8 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
             )
         if not file.is_file():
             raise LiteDetrError(
-                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there too."
+                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there "
+                "too."
             )
         end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < end:
@@ -112,6 +114,56 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
                 f"{file}, the weights of {path}, has {file.stat().st_size:,} bytes, and {tensor.name!r} ends at byte "
                 f"{end:,}: it is cut short. Copy it again."
             )
+
+
+def opset_versions(model: str | os.PathLike | bytes) -> dict[str, int]:
+    """Return domain -> version of the opset imports of an ONNX model, a path or bytes, without the package onnx.
+
+    Of the file only what stands outside its graph is read; what cannot be parsed gives no versions.
+    """
+    versions = {}
+    with contextlib.suppress(ValueError), io.BytesIO(model) if isinstance(model, bytes) else open(model, "rb") as file:
+        for number, value in _protobuf_fields(file, wanted=(_OPSET_IMPORT,)):
+            if number == _OPSET_IMPORT and isinstance(value, bytes):
+                opset = dict(_protobuf_fields(io.BytesIO(value), wanted=(1, 2)))
+                versions[opset.get(1, b"").decode(errors="replace")] = opset.get(2, 0)
+    return versions
+
+
+_OPSET_IMPORT = 8  # the field of ModelProto; each has 1: domain, 2: version
+
+
+def _protobuf_fields(file: IO[bytes], wanted: tuple[int, ...]) -> Iterator[tuple[int, int | bytes]]:
+    """Yield number and value of the fields of a message; raise ValueError where it is none.
+
+    wanted: of other fields that hold bytes the value is not read.
+    """
+    while (tag := _varint(file)) is not None:
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            yield number, _varint(file) or 0
+        elif kind == 2:
+            length = _varint(file) or 0
+            if number in wanted:
+                yield number, file.read(length)
+            else:
+                file.seek(length, os.SEEK_CUR)
+        elif kind in (1, 5):
+            file.seek(8 if kind == 1 else 4, os.SEEK_CUR)
+        else:
+            raise ValueError(f"field {number} is of the unknown kind {kind}")
+
+
+def _varint(file: IO[bytes]) -> int | None:
+    value = shift = 0
+    while byte := file.read(1):
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")
+    return None
 
 
 def parse_metadata(text: str, path: object) -> dict:
@@ -162,9 +214,11 @@ def _digest_place(contents: bytearray) -> slice | None:
 
 
 def _digest_without(contents: bytearray, place: slice) -> str:
-    blank = bytearray(contents)
-    blank[place] = NO_DIGEST.encode()
-    return hashlib.sha256(blank).hexdigest()
+    view = memoryview(contents)
+    digest = hashlib.sha256(view[: place.start])
+    digest.update(NO_DIGEST.encode())
+    digest.update(view[place.stop :])
+    return digest.hexdigest()
 
 
 def distrust(path: str | os.PathLike, metadata: dict) -> str:
@@ -174,17 +228,24 @@ def distrust(path: str | os.PathLike, metadata: dict) -> str:
     """
     if not metadata:
         return "was not made by this package, and nothing was verified"
-    verification = metadata.get("verification") or {}
-    verdict = verification.get("verdict", NOT_VERIFIED)
-    if verdict == FAILED:
-        return f"failed its verification ({verification.get('why', 'see the report beside it')})"
-    if verdict == CANNOT_TELL:
-        return f"was not verified: the comparison cannot tell right from wrong ({verification.get('why', '')})"
+    verification = metadata.get("verification")
+    verification = verification if isinstance(verification, dict) else {}
+    verdict, why = verification.get("verdict"), verification.get("why")
     if verdict != VERIFIED:
-        return "was not verified"
+        text = {
+            FAILED: "failed its verification",
+            CANNOT_TELL: "was not verified: the comparison cannot tell right from wrong",
+        }.get(verdict, "was not verified")
+        return f"{text} ({why})" if why else text
     if Path(path).suffix.lower() == ".onnx" and not is_sealed(path):
         return "was rewritten after it was verified"
     return ""
+
+
+def warn_unless_verified(path: str | os.PathLike, metadata: dict) -> None:
+    """Give a `Notice` where what `path` computes is not proven; see `distrust`."""
+    if why := distrust(path, metadata):
+        warnings.warn(f"{os.fspath(path)} {why}", Notice, 3)
 
 
 def cache_folder() -> Path:

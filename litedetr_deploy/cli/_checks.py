@@ -43,15 +43,27 @@ def writable_directory(path):
 
 
 def image_size(text):
-    """Return (height, width) for 'HEIGHTxWIDTH' and None for 'dynamic'; raise LiteDetrError for another form."""
+    """Return (height, width) for 'HEIGHTxWIDTH' or one number, a square; None for 'dynamic'.
+
+    Raises LiteDetrError for another form.
+    """
     if text == "dynamic":
         return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(text).strip(), re.ASCII)
     if not match:
         raise LiteDetrError(
-            f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, or 'dynamic'."
+            f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, one number for a square, "
+            "as in 640, or 'dynamic'."
         )
-    return int(match[1]), int(match[2])
+    return int(match[1]), int(match[2] or match[1])
+
+
+def image_sizes(text):
+    """Return a list of (height, width) for sizes separated by commas; raise LiteDetrError for 'dynamic' among them."""
+    sizes = list(map(image_size, str(text).split(",")))
+    if None in sizes:
+        raise LiteDetrError(f"The image size is {text!r}; here it must be known: give it as 800x1333, or as 640.")
+    return sizes
 
 
 def image_files(paths):

@@ -9,7 +9,7 @@ import traceback
 
 import typer
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, printable
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 INTERNAL_ERROR = 3  # 1 means that a check failed, and a bug must not look like that
@@ -117,33 +117,48 @@ def stdout_console():
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def print_verification(rows):
-    """Print the table of a verification to stdout.
+def print_verdict(verdict, verbose=False):
+    """Print a verdict: one line where it passed, with `verbose` or where it did not the table of its rows before it.
 
-    rows: dicts with case, quantity, difference (largest absolute), tolerance and passed.
+    verdict: what `Verdict.to_dict()` gives.
     """
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
+    if verdict["rows"] and (verbose or not verdict["passed"]):
+        _print_rows(verdict["rows"])
+    print(printable(verdict["text"]))
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, align in (
-        ("case", "left"),
-        ("quantity", "left"),
-        ("largest difference", "right"),
-        ("tolerance", "right"),
-        ("verdict", "left"),
-    ):
-        table.add_column(heading, justify=align, no_wrap=heading != "case")
+
+def _print_rows(rows):
+    table = new_table("case", "quantity", "largest difference", "tolerance", "verdict")
     previous = None
     for row in rows:
-        case = escape(row["case"]) if row["case"] != previous else ""
+        case = row["case"] if row["case"] != previous else ""
+        figures = f"{row['difference']:.1e}", f"{row['tolerance']:.1e}"
+        state = row.get("trouble") or ("ok" if row["passed"] else "FAILED")
         table.add_row(
-            case,
-            escape(row["quantity"]),
-            f"{row['difference']:.1e}",
-            f"{row['tolerance']:.1e}",
-            "[green]ok[/]" if row["passed"] else "[bold red]FAILED[/]",
+            *map(escaped, (case, row["quantity"], *figures)),
+            f"[{'green' if row['passed'] else 'bold red'}]{escaped(state)}[/]",
         )
         previous = row["case"]
     stdout_console().print(table)
+
+
+def new_table(first, *others):
+    """Return a table with these headings; the first column, of names, is to the left and the others to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
+
+
+def escaped(text):
+    """Return `text` as a cell of a table shows it literally."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
+print_verification = _print_rows  # of commands that do not use print_verdict yet

@@ -111,8 +111,8 @@ class Verdict:
         return "not verified" + (f": {self.skipped}" if self.skipped else "")
 
     def to_dict(self) -> dict:
-        """JSON types: the verdict and all rows."""
-        return {**self.summary(), "rows": [row.to_dict() for row in self.rows]}
+        """JSON types: the verdict, its line for people, and all rows."""
+        return {**self.summary(), "text": str(self), "rows": [row.to_dict() for row in self.rows]}
 
     def summary(self) -> dict:
         """JSON types, for a file's metadata: the verdict, and the largest difference of every quantity."""

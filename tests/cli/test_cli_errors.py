@@ -60,7 +60,8 @@ def test_help_and_version():
 def test_image_size():
     assert image_size("800x1333") == (800, 1333)
     assert image_size("dynamic") is None
-    for text in ("abc", "-5x640", "640", "640x", "640x640x3", "1e3x640", ""):
+    assert image_size("640") == (640, 640)
+    for text in ("abc", "-5x640", "640x", "640x640x3", "1e3x640", ""):
         with pytest.raises(LiteDetrError, match="image size is"):
             image_size(text)
 

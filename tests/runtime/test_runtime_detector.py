@@ -82,7 +82,8 @@ def test_resize_that_the_model_cannot_take(tmp_path, options, resize, message):
 def test_raw_outputs(tmp_path):
     logits = np.array([[-2, 2, -9], [1, -3, -4]], np.float32)
     boxes = np.array([[0.5, 0.5, 1, 1], [0.25, 0.5, 0.5, 1]], np.float32)
-    detector = ld.Detector(save_raw_detector(tmp_path / "raw.onnx", logits, boxes), class_names=["a", "b", "c"])
+    path = save_raw_detector(tmp_path / "raw.onnx", logits, boxes, class_names=None)
+    detector = ld.Detector(path, class_names=["a", "b", "c"])
     [found] = detector.predict(grey(200, 100), threshold=0.5)
     assert found.names == ["b", "a"]
     np.testing.assert_allclose(found.boxes, [[0, 0, 200, 100], [0, 0, 100, 100]], atol=1e-4)
