@@ -300,7 +300,9 @@ def draw(results: Sequence[Result], machine: dict, path: Path) -> None:
         bars.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(PARTS))
         _draw_points(flops, group, "gflops", "GFLOPs of one image", backends)
         _draw_points(ap, group, "ap", "AP, published", backends)
-    figure.suptitle(f"Latency of detectors: {machine.get('device') or machine['cpu']}, {machine['date'][:10]}", fontsize=11)
+    figure.suptitle(
+        f"Latency of detectors: {machine.get('device') or machine['cpu']}, {machine['date'][:10]}", fontsize=11
+    )
     figure.savefig(path, format="png", dpi=130)
 
 

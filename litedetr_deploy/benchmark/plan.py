@@ -206,10 +206,10 @@ def why_missing(spec: Spec, cache: Cache, unchecked: bool = False) -> str:
         reasons.append(_missing_device(spec))
     reasons += [missing_packages([_package(spec)]), _missing_library(way), _missing_precision(spec, exists)]
     if way.engine != "pytorch" and not exists:
-        reasons.append(missing_packages(["torch", "onnx", "onnxscript"], "to export it"))
+        reasons.append(missing_packages(["torch", "onnx", "onnxscript"], "the export"))
     if cache.weights_name(spec) is not None:
         if not cache.reference_path(spec).is_file():
-            reasons.append(missing_packages(["torch"], "to check it"))
+            reasons.append(missing_packages(["torch"], "the check"))
     elif not unchecked:
         reasons.append("its weights are not known, so that it cannot be checked: give --checkpoint, or --unchecked")
     return "; ".join(dict.fromkeys(filter(None, reasons)))

@@ -57,9 +57,7 @@ def machine_text(machine: dict) -> str:
     return "; ".join(filter(None, [*parts, f"load average {load}"])) + "."
 
 
-def write(
-    output: Path, contents: dict, lines: Sequence[str], draw: Callable[[Path], None] | None = None
-) -> list[Path]:
+def write(output: Path, contents: dict, lines: Sequence[str], draw: Callable[[Path], None] | None = None) -> list[Path]:
     """Write `contents` as `output`.json, the Markdown `lines` as .md and, with matplotlib, what `draw` saves as .png.
 
     All are written or none.  Returns their paths.

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import LiteDetrError
+from ..machine import usable_cores
 
 # Seconds of rest before a timed call.  The threads of the library that ran before keep spinning in wait for more work
 # (milliseconds in ONNX Runtime, some 20 ms in GNU OpenMP) and would take the processor from the one that is timed.
@@ -174,10 +175,6 @@ def device() -> dict:
         "l2_gigabytes_per_second": round(device_bandwidth(cache // 4, 20) / 1e9, 1),
         "memory_gigabytes_per_second": round(device_bandwidth(large, 1) / 1e9, 1),
     }
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
