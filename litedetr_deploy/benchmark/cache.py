@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .. import __version__
-from ..artifact import cache_folder, sha256
+from ..artifact import sha256
 from ..errors import LiteDetrError
 from ..verify.reference import Reference, Weights, make_image, make_reference
 from .contender import Job
@@ -21,19 +21,16 @@ from .plan import Spec, artifact_metadata
 _sha256 = functools.cache(sha256)
 
 
-def default_folder() -> Path:
-    return cache_folder() / "benchmark"
-
-
 class Cache:
     """The folder and what is in it.  Copied to a machine without PyTorch it serves there.
 
-    checkpoint: the weights that artifacts were made from, as `Weights.source`; variant: of a checkpoint that cannot tell.
+    checkpoint: the weights that artifacts were made from, as `Weights.source`; variant: of a checkpoint that cannot
+        tell; progress: called with what is being made.
     """
 
-    def __init__(self, folder: Path, checkpoint: str | None = None, variant: str | None = None,
-                 progress: Callable[[str], None] = lambda stage: None):  # fmt: skip
-        self.folder, self.checkpoint, self._variant, self.progress = folder, checkpoint, variant, progress
+    def __init__(self, folder: Path, checkpoint: str | None = None, variant: str | None = None):
+        self.folder, self.checkpoint, self.chosen_variant = folder, checkpoint, variant
+        self.progress: Callable[[str], None] = lambda stage: None
         self._weights: dict[str, Weights] = {}
         self._references: dict[Path, Reference] = {}
 
@@ -91,7 +88,7 @@ class Cache:
         source = self.weights_name(spec)
         if source is not None and source not in self._weights:
             known = self.variant(spec) if spec.is_artifact else None
-            self._weights[source] = Weights(source, self._variant or known)
+            self._weights[source] = Weights(source, self.chosen_variant or known)
         return self._weights.get(source)
 
     def reference(self, spec: Spec) -> Reference:

@@ -44,7 +44,7 @@ class WorkerFailed(LiteDetrError):
 
 
 class Worker:
-    """An engine in a process of its own, loaded and run once.  `ask` and the start raise WorkerFailed where it fails."""
+    """An engine in a process of its own, loaded and run once.  Raises WorkerFailed where that, or `ask`, fails."""
 
     def __init__(self, job: Job):
         context = multiprocessing.get_context("spawn")

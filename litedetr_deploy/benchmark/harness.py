@@ -7,7 +7,6 @@ the report, and the others go on.  Imports neither numpy nor PyTorch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,7 +118,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: of timed calls for each contender, of cold ones as many again; a slow one takes what the fewest calls need.
+    """seconds: of timed calls for each contender, of cold ones as many again; a slow one takes what a few calls need.
 
     at_once: how many are open together and called in turns.
     """
@@ -193,7 +192,8 @@ def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Setti
                 time_once = lambda contender=contender, cold=cold: contender.time(cold)  # noqa: E731
                 counts[pairs.index((contender, result)), cold] = timing.repetitions(time_once, settings.seconds)
     turns = timing.interleave(counts)
-    progress(f"{len(turns)} calls in turns")
+    if turns:
+        progress(f"{len(turns)} calls in turns")
     for place, cold in turns:
         contender, result = pairs[place]
         if result.status == INTERRUPTED:
@@ -202,23 +202,20 @@ def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Setti
                 (result.cold_seconds if cold else result.seconds).append(seconds)
                 if device_seconds is not None:
                     result.device_seconds.append(device_seconds)
+                result.memory_bytes = contender.memory()  # without what the parts' own sessions take
 
-    for contender, result in each("memory"):
-        with _troubles(result):
-            result.memory_bytes = contender.memory()  # before the parts' own sessions
     watched: dict[str, list] = {}
     for turn in range(WATCHED_TURNS):
         for contender, result in each(f"parts, turn {turn + 1} of {WATCHED_TURNS}"):
             with _troubles(result):
                 calls = math.ceil(min(MOST_WATCHED, len(result.seconds)) / WATCHED_TURNS)
                 watched.setdefault(result.name, []).append(contender.parts(calls))
-    for contender, result in each("the rest"):
+    for contender, result in each("power" if sensors else "finish"):
         with _troubles(result):
             if None not in watched[result.name]:
                 middle = Watched.median(watched[result.name])
                 result.parts, result.encoder_operators = middle.parts, middle.encoder_operators
             if sensors:
-                progress(f"{contender.name}: power")
                 result.power = power.watch(sensors, lambda contender=contender: contender.keep_running(POWER_SECONDS))
             contender.finish(result)
             result.status = MEASURED
@@ -234,13 +231,3 @@ def _troubles(result: Result) -> Iterator[None]:
         known = isinstance(error, LiteDetrError) and line
         result.status, result.trouble = FAILED, line if known else f"{type(error).__name__}: {line}"
         result.seconds.clear()
-
-
-def count_not_right(results: Sequence[Result]) -> int:
-    """Return how many results are wrong or failed, which fails a benchmark."""
-    return sum(result.status in (WRONG, FAILED) for result in results)
-
-
-def settings_dict(settings: Settings, **others) -> dict:
-    """Return settings as the JSON reports have them."""
-    return dataclasses.asdict(settings) | others

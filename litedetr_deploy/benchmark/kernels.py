@@ -91,8 +91,8 @@ class Size:
         maps = ", ".join(f"{height}x{width}" for height, width in self.maps)
         return (
             f"{self.queries:,} {'boxes' if self.boxes else 'tokens'} as queries, maps {maps}; "
-            f"{self.bytes_gathered / 1e6:.0f} MB gathered, {self.bytes_compulsory / 1e6:.0f} MB read and written at the "
-            f"least, {self.flop / 1e6:.0f} MFLOP"
+            f"{self.bytes_gathered / 1e6:.0f} MB gathered, {self.bytes_compulsory / 1e6:.0f} MB read and written at "
+            f"the least, {self.flop / 1e6:.0f} MFLOP"
         )
 
 
@@ -467,7 +467,7 @@ def better_openvino(case: Sequence[Result]) -> Result | None:
 
 
 def numbers(result: Result, case: Sequence[Result], machine: dict) -> dict:
-    """Return all that is derived from a result's times, by its name in the JSON report; a ratio without our op is None."""
+    """Return what is derived from a result's times, by its name in the JSON report; a ratio without our op is None."""
     if not result.seconds:
         return {}
     size, _ = result.subject
@@ -543,22 +543,24 @@ def as_dict(results: Sequence[Result], machine: dict, settings: dict) -> dict:
 
 
 HOW = (
-    f"One attention of {HEADS} heads of {HEAD_DIM} channels, {POINTS} points a level; the arithmetic of reference points "
-    f"and the softmax are included. GB/s counts samples x 4 corners x {HEAD_DIM} channels x the bytes of one, GFLOP/s "
-    f"counts samples x 6 x {HEAD_DIM} multiply-adds x 2: what the task needs, not what each contender spends. 'error' is "
-    f"the largest difference from the definition in float64 on {Problem.CHECKED_QUERIES} queries. "
+    f"One attention of {HEADS} heads of {HEAD_DIM} channels, {POINTS} points a level; the arithmetic of reference "
+    f"points and the softmax are included. GB/s counts samples x 4 corners x {HEAD_DIM} channels x the bytes of one, "
+    f"GFLOP/s counts samples x 6 x {HEAD_DIM} multiply-adds x 2: what the task needs, not what each contender spends. "
+    f"'error' is the largest difference from the definition in float64 on {Problem.CHECKED_QUERIES} queries. "
 )
 HOW_ON = {
-    "cpu": HOW + "Batch 1, float32. Calls of all contenders alternate; before each short one comes an untimed one of its "
-    "own, or, for 'cold', the caches are overwritten.",
-    "cuda": HOW + "Contenders come one after another, each as a CUDA graph, whose replays are timed between two events on "
-    "a device that waits until the host is done; before each comes an untimed one, or, for 'cold', the L2 cache is "
-    "overwritten. 'of L2' is GB/s as a share of a copy within the L2 cache (above 100 %: the L1 caches help), 'of memory' "
-    "what must be read and written once, by the cold time, as a share of a copy in memory; both copies were measured in "
-    "the same run, reads and writes counted. The plain op is given its logits, and so does less. So does the "
+    "cpu": HOW
+    + "Batch 1, float32. Calls of all contenders alternate; before each short one comes an untimed one of its own, or, "
+    "for 'cold', the caches are overwritten.",
+    "cuda": HOW
+    + "Contenders come one after another, each as a CUDA graph, whose replays are timed between two events on a device "
+    "that waits until the host is done; before each comes an untimed one, or, for 'cold', the L2 cache is overwritten. "
+    "'of L2' is GB/s as a share of a copy within the L2 cache (above 100 %: the L1 caches help), 'of memory' what must "
+    "be read and written once, by the cold time, as a share of a copy in memory; both copies were measured in the same "
+    "run, reads and writes counted. The plain op is given its logits, and so does less. So does the "
     f"{DEFORMABLE_DETR}, whose sampling locations and attention weights are computed before, and which computes in "
     "float32 whatever the others do. PyTorch's grid_sample runs in float32, as autocast has it.",
-}  # fmt: skip
+}
 
 
 def as_markdown(results: Sequence[Result], machine: dict) -> list[str]:

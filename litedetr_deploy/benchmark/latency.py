@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -92,37 +93,59 @@ class Detector(harness.Contender):
         self._worker = None
 
 
-def run(
-    plan: Sequence[Spec],
-    cache: Cache,
-    settings: Settings,
-    machine: dict,
-    output: Path | None = None,
-    unchecked: bool = False,
-    results: list[Result] | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> tuple[list[Result], Store]:
-    """Measure a plan; return the results and the store of what is finished, which lies beside `output`.
+class Run:
+    """A plan that is measured, and its reports.
 
-    results: as `harness.measure` takes it.
+    output: the reports' path without suffix; beside it lies what is finished, from which the same run resumes.
+    unchecked: time artifacts of unknown weights, that nothing can be compared with.
     """
-    results = [] if results is None else results
-    same = ("cpu", "cores", "python", "packages", "sources", "op_kernel", "device", "driver", "power_mode")
-    identity = {name: machine.get(name) for name in same} | {"seconds": settings.seconds, "schema": SCHEMA}
-    store = Store(output and output.with_name(output.name + ".unfinished.jsonl"), identity)
-    if store.resumed:
-        progress(f"resume: {store.resumed} finished in {store.path}")
-    cache.progress = progress
-    for (_, _, device, _), group in groupby(plan, lambda spec: spec.group):
-        contenders = [Detector(spec, cache, unchecked) for spec in group]
-        sensors = find_sensors()
-        sensors = sensors if sensors and device in sensors.devices else None
-        try:
-            harness.measure(contenders, settings, progress, sensors, store, results)
-        except KeyboardInterrupt:
-            kept = f"{len(store.items)} finished are kept in {store.path}: the same command resumes"
-            raise (KeyboardInterrupt(kept) if store.path and store.items else KeyboardInterrupt()) from None
-    return results, store
+
+    def __init__(self, plan: Sequence[Spec], cache: Cache, settings: Settings, output: Path | None = None,
+                 unchecked: bool = False):  # fmt: skip
+        self.machine, self.results = describe_machine(), []
+        self._plan, self._cache, self._settings = plan, cache, settings
+        self._output, self._unchecked = output, unchecked
+        same = ("cpu", "cores", "python", "packages", "sources", "op_kernel", "device", "driver", "power_mode")
+        identity = {name: self.machine.get(name) for name in same} | {"seconds": settings.seconds, "schema": SCHEMA}
+        self._store = Store(output and output.with_name(output.name + ".unfinished.jsonl"), identity)
+
+    def measure(self, progress: Callable[[str], None] = lambda stage: None) -> list[Result]:
+        """Measure the plan.  A KeyboardInterrupt says what is kept."""
+        store, self._cache.progress = self._store, progress
+        if store.resumed:
+            progress(f"resume: {store.resumed} finished in {store.path}")
+        for (_, _, device, _), group in groupby(self._plan, lambda spec: spec.group):
+            contenders = [Detector(spec, self._cache, self._unchecked) for spec in group]
+            sensors = find_sensors()
+            sensors = sensors if sensors and device in sensors.devices else None
+            try:
+                harness.measure(contenders, self._settings, progress, sensors, store, self.results)
+            except KeyboardInterrupt:
+                if not (store.path and store.items):
+                    raise
+                kept = f"{len(store.items)} finished are kept in {store.path}: the same command resumes"
+                raise KeyboardInterrupt(kept) from None
+        return self.results
+
+    @property
+    def failed(self) -> bool:
+        return any(result.status in (harness.WRONG, harness.FAILED) for result in self.results)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all contenders are missing on this machine."""
+        return all(result.status == harness.MISSING for result in self.results)
+
+    def to_dict(self) -> dict:
+        cache = self._cache
+        given = {"variant": cache.chosen_variant, "unchecked": self._unchecked, "checkpoint": cache.checkpoint}
+        return as_dict(self.results, self.machine, asdict(self._settings) | given)
+
+    def write(self) -> list[Path]:
+        """Write the reports, if there is an output, and forget what was kept to resume; return their paths."""
+        paths = write_reports(self.results, self.machine, self.to_dict(), self._output) if self._output else []
+        self._store.remove()
+        return paths
 
 
 def describe_machine() -> dict:
@@ -144,7 +167,7 @@ def trtexec_command(plan: Path, spec: Spec) -> list[str]:
 
 
 def trtexec_median(plan: Path, spec: Spec) -> float | None:
-    """Return the median latency, in milliseconds, that NVIDIA's own tool measures; None where it is not there or fails."""
+    """Return the median latency, in milliseconds, that NVIDIA's own tool measures; None where it is absent or fails."""
     if shutil.which("trtexec") is None:
         return None
     try:
@@ -206,16 +229,19 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def as_markdown(results: Sequence[Result], machine: dict) -> list[str]:
-    lines = ["# Latency of detectors", "", report.machine_text(machine), "", HOW]
-    for group in groups(results):
-        lines += ["", f"## {group_title(group)}", *_tables(group)]
+    lines = ["# Latency of detectors", "", report.machine_text(machine), "", HOW, *tables(results)]
     models = {f"{r.subject.model}, {r.subject.image_size[0]}x{r.subject.image_size[1]}": r.figures
               for r in results if r.seconds and r.figures.get("gflops")}  # fmt: skip
     if models:
         rows = [[name, three_digits(known["gflops"]), three_digits(known["ap"])] for name, known in models.items()]
-        lines += ["", "## Models", "", "GFLOPs of one image as the paper counts (multiply-adds); AP as published for the "
-                  "trained weights.", *report.table(("model", "GFLOPs", "AP"), rows)]  # fmt: skip
+        lines += ["", "## Models", "", "GFLOPs of one image as the paper counts (multiply-adds); AP as published for "
+                  "the trained weights.", *report.table(("model", "GFLOPs", "AP"), rows)]  # fmt: skip
     return lines
+
+
+def tables(results: Sequence[Result]) -> list[str]:
+    """Return the lines of all tables, under a heading for each group of what is compared."""
+    return [line for group in groups(results) for line in ("", f"## {group_title(group)}", *_tables(group))]
 
 
 def _tables(group: Sequence[Result]) -> list[str]:
@@ -273,10 +299,10 @@ def _row(result: Result, timed: Sequence[Result]) -> list[str]:
     ]
 
 
-def write_reports(results: Sequence[Result], machine: dict, settings: dict, output: Path) -> list[Path]:
+def write_reports(results: Sequence[Result], machine: dict, contents: dict, output: Path) -> list[Path]:
     """Write `output`.json, .md and, with matplotlib and a time to show, .png; return their paths."""
     chart = functools.partial(draw, results, machine) if any(result.seconds for result in results) else None
-    return report.write(output, as_dict(results, machine, settings), as_markdown(results, machine), chart)
+    return report.write(output, contents, as_markdown(results, machine), chart)
 
 
 def draw(results: Sequence[Result], machine: dict, path: Path) -> None:

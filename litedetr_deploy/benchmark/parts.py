@@ -76,8 +76,10 @@ def medians(runs: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str,
 def torch_parts(
     detector, call: Callable[[], object], runs: int, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Return the seconds of every part of `call`, which runs `detector` once; the arithmetic between two modules belongs to the
-    one before, but to 'other' (positions and reference points) before the encoder.
+    """Return the seconds of every part of `call`, which runs `detector` once.
+
+    The arithmetic between two modules belongs to the one before, but to 'other' (positions and reference points) before
+    the encoder.
 
     synchronize: waits for the device, at every border of two parts.
     """

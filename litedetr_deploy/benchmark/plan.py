@@ -19,6 +19,7 @@ from ..model.config import parse_variant
 from ..ops import native
 from ..runtime.tensorrt import read_record
 from .packages import is_installed, missing_packages
+from .report import table
 from .sensors import find_sensors
 from .timing import check_threads, memory_bytes
 
@@ -138,8 +139,8 @@ def make_plan(
         limits.check("op", "fp32", (height, width), "raw", limits.FIRST_OPSET)
         if (needed := batch * height * width * BYTES_PER_PIXEL) > memory_bytes():
             raise LiteDetrError(
-                f"Batches of {batch} images of {height}x{width} need more than {needed >> 30} GiB, and this machine has "
-                f"{memory_bytes() >> 30}. Choose a smaller batch or image size."
+                f"Batches of {batch} images of {height}x{width} need more than {needed >> 30} GiB, and this machine "
+                f"has {memory_bytes() >> 30}. Choose a smaller batch or image size."
             )
     if device == "cuda":
         threads = threads[:1]  # of the host: they do not matter
@@ -281,3 +282,17 @@ def plan_rows(specs: Sequence[Spec], cache: Cache, unchecked: bool) -> list[dict
         state = "missing" if reason else "ready" if made else "to be exported"
         rows.append(spec.to_dict() | {"contender": spec.name, "state": state, "trouble": reason})
     return rows
+
+
+def plan_table(rows: Sequence[dict], cache: Cache) -> list[str]:
+    """Return the rows of `plan_rows` as lines for people."""
+    cells = [
+        [row["contender"], "x".join(map(str, (row["batch"], *row["image_size"]))), row["device"],
+         str(row["threads"]), row["state"] + (row["trouble"] and f": {row['trouble']}")]
+        for row in rows
+    ]  # fmt: skip
+    ready = sum(row["state"] != "missing" for row in rows)
+    lines = table(("contender", "size", "device", "threads", "state"), cells)
+    lines += ["", f"{ready} of {len(rows)} can be measured here; exported models are kept in {cache.folder}"]
+    extras = missing_extras()
+    return lines + ([f"not here, and not needed: {'; '.join(extras)}"] if extras else [])

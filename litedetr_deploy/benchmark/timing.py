@@ -50,8 +50,7 @@ def time_call(call: Callable[[], object], cold: bool = False, warm: bool = True)
 
 
 def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
-    """Return the seconds that one call keeps the CUDA device busy, between two events; warm and cold as in `time_call`, of the L2
-    cache.
+    """Return the seconds that one call keeps the CUDA device busy, between two events; warm, or with a cold L2 cache.
 
     The device waits before it, until the host has handed over the whole call: else the host's time would be measured.
 
@@ -80,7 +79,7 @@ def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
 
 
 def repetitions(time_once: Callable[[], float], budget: float) -> int:
-    """Return how many timed calls fit into `budget` seconds, with all that `time_once` does around its call, by one try."""
+    """Return how many timed calls fit into `budget` seconds, by one try, with all that `time_once` does around them."""
     start = time.perf_counter()
     time_once()
     return max(FEWEST, min(MOST, int(budget / (time.perf_counter() - start))))

@@ -177,7 +177,7 @@ def _save(path: Path, arrays: dict) -> None:
 
 
 def run_pytorch(model, images: np.ndarray, indices: np.ndarray | None = None, dtype=None) -> dict[str, np.ndarray]:
-    """Return the outputs that are compared, given the choice of queries; with the matrices in `dtype` where it is given."""
+    """Return the outputs that are compared, for a choice of queries and with the matrices in `dtype` where given."""
     import torch
 
     from ..model.deployed import Deployed
