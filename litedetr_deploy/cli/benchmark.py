@@ -101,7 +101,7 @@ def precision(
             "leave int8 out of --precisions."
         )
     _checks.checkpoint(checkpoint)
-    images = calibration and limits.calibration_images(calibration, None)
+    images = calibration and limits.Int8(calibration).chosen()
     if output:
         _checks.writable_directory(output.parent)
     models.mkdir(parents=True, exist_ok=True)
