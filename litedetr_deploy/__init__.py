@@ -18,6 +18,7 @@ _NAMES = {
 }
 _MODULES = {"native": "ops.native", "ops": "ops"}
 _MODULES["evaluate"] = "evaluate"  # a module that can be called
+_MODULES["verify"] = "verify"  # another
 
 __all__ = [*_NAMES, *_MODULES]
 

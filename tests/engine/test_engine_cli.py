@@ -93,7 +93,7 @@ def test_summary(stand_in):
 
 def test_failed_verification_exits_with_1(stand_in):
     result, _ = stand_in(verdict=verdict(2e-5, 0.5))
-    assert result.exit_code == 1 and "VERIFICATION FAILED, it does not agree with the ONNX model" in result.stdout
+    assert result.exit_code == 1 and "VERIFICATION FAILED against the ONNX model" in result.stdout
     assert "largest difference" in result.stdout and "64x96, image 2" in result.stdout
 
 
