@@ -142,11 +142,10 @@ OrtStatus* check_version(const Op& op, const OrtKernelInfo* info) {
     if (size <= sizeof version) return nullptr;
   }
   if (size == 2 && version[0] == '0' + kOpVersion) return nullptr; /* 2: with the final zero */
-  return error(
-      op, ORT_NOT_IMPLEMENTED,
-      "the node has version %.15s of the op; this library has version %d: export the model again, or install the "
-      "litedetr-deploy that made it",
-      version, kOpVersion);
+  return error(op, ORT_NOT_IMPLEMENTED,
+               "plugin_version is '%s'; this library has version %d of the op: export the model again, or install the "
+               "litedetr-deploy that made it",
+               version, kOpVersion);
 }
 
 OrtStatus* create_kernel(const OrtCustomOp* custom_op, const OrtApi*, const OrtKernelInfo* info, void** created) {
