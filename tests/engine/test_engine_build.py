@@ -27,6 +27,7 @@ def build(rtx, tmp_path):
     return build
 
 
+@pytest.mark.slow
 def test_weights_become_an_engine_for_two_compute_capabilities(build, tmp_path):
     model = ld.load_model(variant="lite-dino-r26n", encoder_layers=1, num_expansion=1, decoder_layers=1)
     report = build(model, image_size=[(256, 256)], compute_capabilities=["8.6", "12.0"], verify=False)
