@@ -193,7 +193,7 @@ def _print_rows(rows):
     for row in rows:
         case = row["case"] if row["case"] != previous else ""
         figures = f"{row['difference']:.1e}", f"{row['tolerance']:.1e}"
-        state = row.get("trouble") or ("ok" if row["passed"] else "FAILED")
+        state = row["trouble"] or ("ok" if row["passed"] else "FAILED")
         table.add_row(
             *map(escaped, (case, row["quantity"], *figures)),
             f"[{'green' if row['passed'] else 'bold red'}]{escaped(state)}[/]",
@@ -219,6 +219,3 @@ def escaped(text):
     from rich.markup import escape
 
     return escape(printable(text))
-
-
-print_verification = _print_rows  # of commands that do not use print_verdict yet

@@ -103,9 +103,6 @@ def evaluate(
         raise typer.Exit(1)
 
 
-ImageStages = Stages  # by its old name, in `litedetr benchmark precision`
-
-
 def _print_report(report):
     columns = [report, *([report["against"]] if "against" in report else [])]
     table = new_table("", *(escaped(column["artifact"]) for column in columns))
