@@ -16,9 +16,12 @@ _NAMES = {
     "Detector": "runtime.detector",
     "LiteDetrError": "errors",
 }
-_MODULES = {"native": "ops.native", "ops": "ops"}
-_MODULES["evaluate"] = "evaluate"  # a module that can be called
-_MODULES["verify"] = "verify"  # another
+_MODULES = {
+    "native": "ops.native",
+    "ops": "ops",
+    "evaluate": "evaluate",
+    "verify": "verify",
+}  # the last two are callable
 
 __all__ = [*_NAMES, *_MODULES]
 

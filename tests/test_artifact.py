@@ -62,10 +62,14 @@ def test_metadata_that_is_no_object(tmp_path, text):
         ld.create_session(path)
 
 
-def test_opset_versions_without_onnx(tmp_path):
+def test_the_opset_version_without_onnx(tmp_path):
     path = save_detector(tmp_path / "model.onnx")
-    assert artifact.opset_versions(path) == artifact.opset_versions(path.read_bytes()) == {"": 17, "litedetr": 1}
-    assert artifact.opset_versions(b"no protocol buffer at all") == {}
+    for source in (path, path.read_bytes()):
+        assert artifact.opset_version(source, "litedetr") == 1 and artifact.opset_version(source, "others") is None
+    model = onnx.load(path)
+    model.opset_import[1].version = 1000  # two bytes
+    assert artifact.opset_version(model.SerializeToString(), "litedetr") == 1000
+    assert artifact.opset_version(b"no protocol buffer at all", "litedetr") is None
 
 
 def test_another_version_of_the_op_domain_does_not_run(tmp_path):

@@ -60,12 +60,14 @@ def main(arguments=None):
     try:
         status = app(arguments, prog_name="litedetr", standalone_mode=False)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of wrong use, whose class depends on the version of typer
+        # Those of wrong use have a class that depends on the version of typer.
+        if not hasattr(error, "format_message"):
             raise
-        message, status = error.format_message().rstrip("."), error.exit_code
+        message, status = error.format_message().rstrip("."), getattr(error, "exit_code", 2)
         if message:  # none where the help was printed instead
-            command = error.ctx.command_path if getattr(error, "ctx", None) else "litedetr"
-            report_error(f"{message}. See `{command} --help`.", status, "--json" in arguments)
+            command = getattr(getattr(error, "ctx", None), "command_path", "litedetr")
+            end = "" if message.endswith("?") else "."
+            report_error(f"{message}{end} See `{command} --help`.", status, "--json" in arguments)
     sys.exit(status)
 
 

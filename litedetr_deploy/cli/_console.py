@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -56,13 +57,13 @@ class _Interrupted(int):
     """Exit status of what a signal has stopped, as a shell reports it: 128 + the signal's number."""
 
 
-def _explain(error):
+def _explain(error: BaseException | None):
     """Return what is said of an exception, and the exit status."""
     if isinstance(error, KeyboardInterrupt):
-        causes = [error]
-        while causes[-1].__context__ is not None:
-            causes.append(causes[-1].__context__)
-        status = 143 if any(isinstance(cause, Terminated) for cause in causes) else 130
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, Terminated):
+            cause = cause.__context__  # it may have been raised anew, with what was written
+        status = 128 + (signal.SIGTERM if cause else signal.SIGINT)
         return f"interrupted; {(error.args or ['nothing was written'])[0]}", _Interrupted(status)
     if isinstance(error, ImportError):
         error = not_installed(error) or error
@@ -192,7 +193,7 @@ def _print_rows(rows):
     for row in rows:
         case = row["case"] if row["case"] != previous else ""
         figures = f"{row['difference']:.1e}", f"{row['tolerance']:.1e}"
-        state = row.get("trouble") or ("ok" if row["passed"] else "FAILED")
+        state = row["trouble"] or ("ok" if row["passed"] else "FAILED")
         table.add_row(
             *map(escaped, (case, row["quantity"], *figures)),
             f"[{'green' if row['passed'] else 'bold red'}]{escaped(state)}[/]",
@@ -218,6 +219,3 @@ def escaped(text):
     from rich.markup import escape
 
     return escape(printable(text))
-
-
-print_verification = _print_rows  # of commands that do not use print_verdict yet

@@ -77,7 +77,7 @@ def build(
     as_json: AsJson = False,
 ):
     """Build an engine, inspect it, and prove that it computes what the ONNX model does."""
-    batches, sizes = _checks.batch(batch), image_size and _checks.image_sizes(image_size)
+    batches, sizes = _checks.batch(batch), _checks.image_sizes(image_size) if image_size else None
     if Path(model).suffix.lower() == ".onnx":
         _checks.readable_file(Path(model), "model")
     else:

@@ -78,10 +78,10 @@ def evaluate(
         dataset = drawn_shapes(count) if shapes else read_coco(data, images, count)
         options = evaluating.Options(variant, force_variant, size, resize, batch_size, provider or None, threads)
         if against is None:
-            result = evaluating.evaluate(artifact, dataset, options, stage)
+            report = evaluating.evaluate(artifact, dataset, options, stage).to_dict()
         else:
-            result = evaluating.compare(artifact, against, dataset, options, tolerance, stage)
-    report, passed = result.to_dict(), against is None or result.passed
+            report = evaluating.compare(artifact, against, dataset, options, tolerance, stage).to_dict()
+    passed = against is None or report["comparison"].get("passed", True)
     if output:
         with replaced_when_done(output) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
@@ -101,9 +101,6 @@ def evaluate(
         )
     if not passed:
         raise typer.Exit(1)
-
-
-ImageStages = Stages  # by its old name, in `litedetr benchmark precision`
 
 
 def _print_report(report):

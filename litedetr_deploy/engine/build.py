@@ -23,6 +23,7 @@ from ..artifact import (
 )  # fmt: skip
 from ..errors import CheckFailed, LiteDetrError, nearest, not_installed
 from ..files import folder_beside
+from ..ops import schema
 from ..runtime import cuda
 from ..runtime.session import OnnxSession, check_op_version, check_opset
 from ..runtime.tensorrt import MODULES, TensorRTSession, record_path
@@ -153,7 +154,7 @@ def build_engine(
             graph = _Graph(onnx)
         gpus = (builder.gpu.compute_capability,) if backend == "tensorrt" else options.compute_capabilities
         target = known_bad.Target(
-            backend, api.version_numbers(builder.version), graph.precision, graph.operators, gpus,
+            backend, api.version_numbers(builder.version), graph.precision, graph.operators, tuple(gpus),
             known_bad.find_jetpack(),
         )  # fmt: skip
         warnings = known_bad.gate(target, allow_known_bad) + ([f"{onnx} {doubt}"] if doubt else [])
@@ -201,8 +202,8 @@ def build_engine(
             staged = Path(folder, table.name)
             staged.write_text(json.dumps(layers, indent=2) + "\n")
             targets[staged] = table
-        for file, target in targets.items():
-            os.replace(file, target)
+        for file, final in targets.items():
+            os.replace(file, final)
     return report
 
 
@@ -234,7 +235,7 @@ class _Graph:
 
     def check(self, backend: str) -> None:
         """Raise LiteDetrError for a graph that `backend` cannot take."""
-        check_opset(self.path, self.opsets)
+        check_opset(self.path, self.opsets.get(schema.DOMAIN))
         check_op_version(self.path, self.metadata)
         if backend == "tensorrt-rtx" and self.metadata["attention"] == "op":
             raise LiteDetrError(
@@ -263,7 +264,7 @@ def _export(model, onnx, backend, image_size, precision, variant, force_variant,
     progress("load PyTorch and the checkpoint")
     try:
         from ..export.export import export_onnx
-        from ..model.checkpoints.official import load_model
+        from ..model.checkpoints import load_model
     except ImportError as error:
         raise (not_installed(error, f"{model} is no .onnx file, so it is exported first, which") or error) from error
     if isinstance(model, (str, os.PathLike)):

@@ -77,24 +77,22 @@ def _check_names(entries, file, folder):
         name = entry["file_name"]
         if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
             raise LiteDetrError(
-                f"{file} has an image with the file name {name!r}, which is not inside the folder of images {folder}, and "
-                "is not read. Give the names as they are in that folder."
+                f"{file} has an image with the file name {name!r}, which is not inside the folder of images {folder}, "
+                "and is not read. Give the names as they are in that folder."
             )
 
 
 def drawn_shapes(count: int | None = None) -> Dataset:
     """Return the validation set of drawn shapes, or its first `count` images."""
     scenes = [shapes.scene(index, shapes.VALIDATION_SEED) for index in range(shapes.VALIDATION_COUNT)[:count]]
-    contents = shapes.coco_annotations([objects for _, *objects in scenes])
+    contents = shapes.coco_annotations([(labels, boxes) for _, labels, boxes in scenes])
     fingerprint = hashlib.sha256(json.dumps(contents).encode())
     for image, *_ in scenes:
         fingerprint.update(image.tobytes())
+    categories, entries, annotations = _select(contents, "shapes", count)
+    size = (shapes.SIZE, shapes.SIZE)
     return Dataset(
-        "shapes",
-        *_select(contents, "shapes", count),
-        lambda entry: scenes[entry["id"]][0],
-        fingerprint.hexdigest(),
-        (shapes.SIZE, shapes.SIZE),
+        "shapes", categories, entries, annotations, lambda entry: scenes[entry["id"]][0], fingerprint.hexdigest(), size
     )
 
 

@@ -209,10 +209,11 @@ def _open(artifact, options: Options):
         warn_unless_verified(artifact, session.metadata)
         return session
     try:
-        from ..model.checkpoints.official import load_model
+        from ..model.checkpoints import load_model
         from ..model.session import TorchSession
     except ImportError as error:
-        raise (not_installed(error, f"{artifact} is no {', '.join(SUFFIXES)} file, so PyTorch runs it, which") or error)
+        what = f"{artifact} is no {', '.join(SUFFIXES)} file, so PyTorch runs it, which"
+        raise (not_installed(error, what) or error) from error
     return TorchSession(load_model(os.fspath(artifact), options.variant, options.force_variant), options.threads)
 
 

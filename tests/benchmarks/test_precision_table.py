@@ -27,6 +27,7 @@ def checkpoint(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_table(checkpoint, tmp_path):
     output = tmp_path / "precision"
     result = CliRunner().invoke(cli.app, [

@@ -9,9 +9,13 @@ import torch
 from litedetr_deploy.benchmark import timing
 
 
-def test_time_call_times_the_call_alone():
-    fastest = min(timing.time_call(lambda: time.sleep(0.05)) for _ in range(5))
-    assert 0.05 <= fastest < 0.05 + timing.REST
+def test_time_call_times_the_call_alone(monkeypatch):
+    """The rest and the untimed call before it do not count; on a clock that only sleeping moves."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    assert timing.time_call(lambda: time.sleep(0.05)) == pytest.approx(0.05)
+    assert now[0] == pytest.approx(timing.REST + 2 * 0.05)
 
 
 def test_percentile():

@@ -10,7 +10,7 @@ import litedetr_deploy as ld
 from litedetr_deploy.engine import api
 from litedetr_deploy.engine.build import build_engine
 from litedetr_deploy.errors import CheckFailed
-from litedetr_deploy.runtime.tensorrt import read_record, sha256
+from litedetr_deploy.runtime.tensorrt import read_record, record_path, sha256
 
 from ..runtime.tiny_artifact import save_detector, save_with_attention_op, seal
 from .graphs import save_grid_sample, save_half
@@ -27,6 +27,7 @@ def build(rtx, tmp_path):
     return build
 
 
+@pytest.mark.slow
 def test_weights_become_an_engine_for_two_compute_capabilities(build, tmp_path):
     model = ld.load_model(variant="lite-dino-r26n", encoder_layers=1, num_expansion=1, decoder_layers=1)
     report = build(model, image_size=[(256, 256)], compute_capabilities=["8.6", "12.0"], verify=False)
@@ -215,6 +216,12 @@ def test_an_engine_says_itself_what_is_proven_of_it(build, tmp_path):
     build(save_detector(tmp_path / "model.onnx"))
     written = read_record(tmp_path / "model.plan")["metadata"]["verification"]
     assert (written["verdict"], written["why"]) == ("not verified", "no GPU here")
+
+
+def test_a_real_engine_is_taken_for_one_without_its_record(build, tmp_path):
+    build(save_detector(tmp_path / "model.onnx"))
+    record_path(tmp_path / "model.plan").unlink()
+    assert read_record(tmp_path / "model.plan") == {}
 
 
 def test_the_op_version_of_the_file_counts(build, tmp_path):

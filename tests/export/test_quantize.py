@@ -166,6 +166,7 @@ def test_the_worst_layers_are_left_out_until_the_budget_is_met():
         quantize.within_budget(ranking, ap_of, 0.9, lambda stage: None)
 
 
+@pytest.mark.slow
 def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
     """AP of a graph with the input of the first layer squashed is low, and the layer is the one that is left out."""
     monkeypatch.setattr(quantize, "sensitivity", lambda *_: [{"layer": name} for name in sorted(found)])

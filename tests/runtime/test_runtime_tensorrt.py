@@ -354,15 +354,15 @@ def test_op_of_another_version(trt, plan):
             "built by tensorrt 10.7.0, and 10.15.1 is installed.*--version-compatible",
         ),
         (
-            "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.15.1 got "
-            "10.3.0",
+            "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.15.1 "
+            "got 10.3.0",
             {},
             "an engine runs in the version that built it",
         ),
         ("", {"version": "11.1.0"}, "built by tensorrt 11.1.0"),
         (
-            "The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 8.9, please "
-            "rebuild.",
+            "The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 8.9, "
+            "please rebuild.",
             {"compute_capabilities": ["8.9"]},
             "built for compute capability 8.9, and Test GPU has 8.6",
         ),
@@ -384,8 +384,8 @@ def test_op_of_another_version(trt, plan):
             "does not fit into the memory of Test GPU",
         ),
         (
-            "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an engine created with "
-            "incompatible serialization version",
+            "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an engine created "
+            "with incompatible serialization version",
             {},
             "not an engine of tensorrt, or a damaged one",
         ),
