@@ -2,79 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from ..artifact import METADATA_KEY
+from .. import artifact
 from ..errors import LiteDetrError
 from ..ops import onnx_schema, schema
 from .config import parse_variant
 from .flops import BILINEAR, NORM, SOFTMAX, Cost, FlopCount, attention_cost
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_POINTWISE = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Neg",
-        "Abs",
-        "Sqrt",
-        "Reciprocal",
-        "Exp",
-        "Log",
-        "Pow",
-        "Erf",
-        "Sin",
-        "Cos",
-        "Sigmoid",
-        "Tanh",
-        "Relu",
-        "Gelu",
-        "Clip",
-        "Min",
-        "Max",
-        "Floor",
-        "Ceil",
-        "Round",
-        "Sign",
-        "Mod",
-        "Sum",
-    ]
+_NAMES = (
+    "Add Sub Mul Div Neg Abs Sqrt Reciprocal Exp Log Pow Erf Sin Cos Sigmoid Tanh Relu Gelu Clip Min Max Floor Ceil "
+    "Round Sign Mod Sum"
 )
+_POINTWISE = frozenset(_NAMES.split())
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _MODULE = "detector."
 
 
 def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> FlopCount:
-    """Counts one image.
+    """Count one image.
 
-    image_size: (height, width), for a model of dynamic size; a model of a fixed size has its own.
-    Raises LiteDetrError for a file that `litedetr export` did not write, and for another size than the model's.
+    Args:
+        image_size: (height, width), for a model of dynamic size; a model of a fixed size has its own.
+
+    Raises:
+        LiteDetrError: a file that `litedetr export` did not write, or another size than the model's.
     """
-    path = Path(path)
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's own error classes differ between its implementations
-        raise LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {error}.") from error
-    metadata = next((json.loads(entry.value) for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    if metadata is None:
-        raise LiteDetrError(
-            f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): its parts cannot be told "
-            "apart. Give the checkpoint, or the variant."
-        )
+    model = artifact.load_onnx(path)
+    metadata = artifact.onnx_metadata(model, path)
     fixed = metadata["image_size"]
     if fixed and image_size and tuple(fixed) != tuple(image_size):
         raise LiteDetrError(
-            f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size out, "
-            "or export with that size or with dynamic sizes."
+            f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size "
+            "out, or export with that size or with dynamic sizes."
         )
     if not (fixed or image_size):
         raise LiteDetrError(f"{path} takes images of any size: say which to count, as in 800x1333.")
