@@ -26,16 +26,16 @@ _WANTED = "a checkpoint, a .pth or .safetensors file"
 def read_checkpoint(path: str | os.PathLike) -> Mapping:
     """Return what a checkpoint holds, with nothing unpickled but tensors, containers and argparse namespaces.
 
-    Its contents decide what it is read as, not its suffix.  A safetensors file gives {'model': tensors, 'args': the
-    metadata that `write_checkpoint` wrote}.  Raises LiteDetrError for anything that is no checkpoint.
+    A safetensors file, by its suffix or its first bytes, gives {'model': tensors, 'args': the metadata that
+    `write_checkpoint` wrote}.  Raises LiteDetrError for anything that is no checkpoint.
     """
     path = Path(path)
     check_file(path, _WANTED)
     if path.suffix.lower() in SUFFIXES:
         raise LiteDetrError(f"{str(path)!r} is a deployed model and no checkpoint. Give the path of {_WANTED}.")
     with open(path, "rb") as file:
-        start = file.read(9)
-    contents = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
+        is_safetensors = path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
+    contents = _read_safetensors(path) if is_safetensors else _read_torch(path)
     if not isinstance(contents, Mapping):
         raise LiteDetrError(
             f"checkpoint {str(path)!r} holds a {type(contents).__name__}; it must hold a dict of tensors, or a dict "
@@ -53,7 +53,8 @@ def _read_safetensors(path: Path) -> Mapping:
             tensors = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError, ValueError) as error:
         raise LiteDetrError(
-            f"checkpoint {str(path)!r} is not a readable safetensors file: {error}. Download or copy it again."
+            f"checkpoint {str(path)!r} is not a readable safetensors file: {error}. Download or copy it again, or "
+            "give it the suffix .pth where torch.save wrote it."
         ) from error
     try:
         arguments = json.loads(text)
@@ -75,7 +76,7 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # whatever bytes that are no pickle make the unpickler do
         if "weights_only" in str(error) and (is_archive or tarfile.is_tarfile(path) or _is_pickle(path)):
-            names = re.search(r"GLOBAL (\S+)", str(error))
+            names = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise LiteDetrError(
                 f"checkpoint {str(path)!r} holds Python code or objects{f' ({names[1]})' if names else ''} beyond "
                 "tensors, and none of it was run. Where you trust it, save the weights alone with what wrote them: "

@@ -108,7 +108,7 @@ def recognise(
     for part, width in offsets.items():
         levels = 1 if part == "encoder" and fields["same_loc"] else fields["num_levels"]
         if isinstance(heads, int) and heads > 0:  # else DetectorConfig says so
-            fields.setdefault(f"{part}_points", width // (2 * heads * max(1, levels)))
+            fields.setdefault(f"{part}_points", max(1, width // (2 * heads * max(1, levels))))
     try:
         return DetectorConfig(**fields), contradiction or None
     except LiteDetrError as error:
@@ -193,8 +193,8 @@ def _by_weights(weights: Weights) -> dict:
     # Encoder and decoder have as many points; offsets shared by all levels are narrower by their number.
     fields["same_loc"] = fields["encoder_offsets"] * fields["num_levels"] == fields["decoder_offsets"]
     # Under the official keys H-DETR's queries are those of both branches.
-    if weights.names.get("tgt_embed.weight", "query_embed.weight") != "query_embed.weight":
-        fields["num_queries"] = weights.size("tgt_embed.weight")
+    if weights.names.get("tgt_embed.weight") != "query_embed.weight" and (queries := weights.size("tgt_embed.weight")):
+        fields["num_queries"] = queries
     light = [i for i in range(layers) if weights.having(f"encoder.layers.{i}.*[12]2.*")]  # linear12, linear22, norm22
     fields["small_expand"] = bool(light)
     if light:
