@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -36,15 +37,16 @@ def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None
     """
     model = artifact.load_onnx(path)
     metadata = artifact.onnx_metadata(model, path)
-    fixed = metadata["image_size"]
+    fixed = metadata.get("image_size")
     if fixed and image_size and tuple(fixed) != tuple(image_size):
         raise LiteDetrError(
             f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size "
             "out, or export with that size or with dynamic sizes."
         )
-    if not (fixed or image_size):
+    height, width = fixed or image_size or (0, 0)
+    if not height:
         raise LiteDetrError(f"{path} takes images of any size: say which to count, as in 800x1333.")
-    size = tuple(fixed or image_size)
+    size = (height, width)
     graph = _with_shapes(model, size)
     costs = []
     for node in graph:
@@ -56,14 +58,14 @@ def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None
                 "fixed (--image-size)."
             ) from error
         if fvcore or everything:
-            costs.append(Cost(_module(node.name.split("/")[0]), kind, fvcore, everything))
+            costs.append(Cost(_module((node.name or "").split("/")[0]), kind, fvcore, everything))
     parameters: dict[str, int] = {}
     for name, weight in graph.initializers.items():
         # What the export computed from constants is no weight.
         if name.startswith(_MODULE) and weight.dtype in _FLOATS:
             module = _module(name).rpartition(".")[0]
             parameters[module] = parameters.get(module, 0) + _numbers(weight)
-    return FlopCount(parse_variant(metadata["variant"]), size, tuple(costs), parameters)
+    return FlopCount(parse_variant(str(metadata.get("variant"))), size, tuple(costs), parameters)
 
 
 def _module(name: str) -> str:
@@ -71,25 +73,25 @@ def _module(name: str) -> str:
 
 
 def _with_shapes(model: onnx.ModelProto, size: tuple[int, int]) -> ir.Graph:
-    """The graph for one image of `size`, with what follows from that computed: the shape of every value."""
+    """Return the graph for one image of `size`, with what follows from that computed: the shape of every value."""
     onnx_schema.register()
-    model = ir.from_proto(model)
+    converted = ir.from_proto(model)
     wanted = {"images": (1, 3, *size), "pixel_mask": (1, *size), "orig_target_sizes": (1, 2)}
-    for node in model.graph:
+    for node in converted.graph:
         for output in node.outputs:
             output.shape = None
-    for value in model.graph.inputs:
-        value.shape = ir.Shape(wanted[value.name])
-    optimizer.fold_constants(model, onnx_shape_inference=True)
-    return model.graph
+    for value in converted.graph.inputs:
+        value.shape = ir.Shape(wanted[str(value.name)])
+    optimizer.fold_constants(converted, onnx_shape_inference=True)
+    return converted.graph
 
 
-def _numbers(value: ir.Value) -> int:
+def _numbers(value: Any) -> int:
     return math.prod(int(size) for size in value.shape)
 
 
-def _cost(node: ir.Node) -> tuple[str, int, int]:
-    """Kind, and operations in both conventions, of a node."""
+def _cost(node: Any) -> tuple[str, int, int]:
+    """Return kind, and operations in both conventions, of a node."""
     op, inputs, output = node.op_type, node.inputs, node.outputs[0]
     if node.domain == schema.DOMAIN:
         head_dim = inputs[1].shape[2] // node.attributes["num_heads"].as_int()

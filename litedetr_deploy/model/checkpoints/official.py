@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from ..config import DetectorConfig
 from ..swin import SHAPES as SWINS
@@ -21,7 +21,7 @@ def rules(is_dino: bool, decoder_layers: int, has_body: bool) -> Rules:
             wanted of the last.
         has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's.
     """
-    heads: dict[str, list[str | None]]
+    heads: dict[str, Sequence[str | None]]
     if is_dino:
         heads = {head: [f"{head}.*"] * decoder_layers for head in ("class_embed", "bbox_embed")}
     else:

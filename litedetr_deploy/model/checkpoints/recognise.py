@@ -41,7 +41,7 @@ _WEIGHTS = "the weights"
 
 
 def recognise(
-    weights: Weights, variant: str | None, arguments: Mapping, file_name: str, force: bool, overrides: Mapping
+    weights: Weights, variant: str | None, arguments: Mapping, file_name: str, force: bool, overrides: dict
 ) -> tuple[DetectorConfig, str | None]:
     """Return the configuration, and the contradiction that `force` overruled, None where there was none.
 
