@@ -312,7 +312,7 @@ def test_old_sources_are_patched(tmp_path, monkeypatch):
 
     def load(name, sources, **options):
         assert options["build_directory"]
-        compiled.update({name: open(name).read() for name in sources})
+        compiled.update({name: Path(name).read_text() for name in sources})
 
     monkeypatch.setattr(cpp_extension, "load", load)
     kernels.build_deformable_detr(tmp_path)

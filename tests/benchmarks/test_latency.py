@@ -1,6 +1,5 @@
 """The latency benchmark on a small detector: what it refuses to time, what it writes, and what it goes on from."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
