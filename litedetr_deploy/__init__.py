@@ -8,14 +8,20 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load_model": "model.checkpoints.official",
+    "load_model": "model.checkpoints",
+    "save_checkpoint": "model.checkpoints",
     "export_onnx": "export.export",
     "build_engine": "engine.build",
     "create_session": "runtime.session",
     "Detector": "runtime.detector",
     "LiteDetrError": "errors",
 }
-_MODULES = {"native": "ops.native", "ops": "ops"}
+_MODULES = {
+    "native": "ops.native",
+    "ops": "ops",
+    "evaluate": "evaluate",
+    "verify": "verify",
+}  # the last two are callable
 
 __all__ = [*_NAMES, *_MODULES]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
+import mmap
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from .errors import LiteDetrError, Notice, not_installed
 from .files import replaced_when_done
@@ -116,53 +116,26 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
             )
 
 
-def opset_versions(model: str | os.PathLike | bytes) -> dict[str, int]:
-    """Return domain -> version of the opset imports of an ONNX model, a path or bytes, without the package onnx.
+def opset_version(model: str | os.PathLike | bytes, domain: str) -> int | None:
+    """Return the version of the opset `domain` that an ONNX model, a path or bytes, imports; None where it does not.
 
-    Of the file only what stands outside its graph is read; what cannot be parsed gives no versions.
+    Needs no package onnx: OperatorSetIdProto is found as it is serialized, 1: domain, 2: version as a varint.
     """
-    versions = {}
-    with contextlib.suppress(ValueError), io.BytesIO(model) if isinstance(model, bytes) else open(model, "rb") as file:
-        for number, value in _protobuf_fields(file, wanted=(_OPSET_IMPORT,)):
-            if number == _OPSET_IMPORT and isinstance(value, bytes):
-                opset = dict(_protobuf_fields(io.BytesIO(value), wanted=(1, 2)))
-                versions[opset.get(1, b"").decode(errors="replace")] = opset.get(2, 0)
-    return versions
-
-
-_OPSET_IMPORT = 8  # the field of ModelProto; each has 1: domain, 2: version
-
-
-def _protobuf_fields(file: IO[bytes], wanted: tuple[int, ...]) -> Iterator[tuple[int, int | bytes]]:
-    """Yield number and value of the fields of a message; raise ValueError where it is none.
-
-    wanted: of other fields that hold bytes the value is not read.
-    """
-    while (tag := _varint(file)) is not None:
-        number, kind = tag >> 3, tag & 7
-        if kind == 0:
-            yield number, _varint(file) or 0
-        elif kind == 2:
-            length = _varint(file) or 0
-            if number in wanted:
-                yield number, file.read(length)
-            else:
-                file.seek(length, os.SEEK_CUR)
-        elif kind in (1, 5):
-            file.seek(8 if kind == 1 else 4, os.SEEK_CUR)
-        else:
-            raise ValueError(f"field {number} is of the unknown kind {kind}")
-
-
-def _varint(file: IO[bytes]) -> int | None:
-    value = shift = 0
-    while byte := file.read(1):
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number is too long")
+    mark = b"\x0a" + bytes([len(domain)]) + domain.encode() + b"\x10"
+    with contextlib.ExitStack() as stack:
+        contents: bytes | mmap.mmap = b""
+        if isinstance(model, bytes):
+            contents = model
+        elif os.path.getsize(model):
+            file = stack.enter_context(open(model, "rb"))
+            contents = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        place = contents.rfind(mark)  # it stands behind the graph
+        number = contents[place + len(mark) : place + len(mark) + 10] if place >= 0 else b""
+    version = 0
+    for shift, byte in enumerate(number):
+        version |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            return version
     return None
 
 
@@ -245,7 +218,7 @@ def distrust(path: str | os.PathLike, metadata: dict) -> str:
 def warn_unless_verified(path: str | os.PathLike, metadata: dict) -> None:
     """Give a `Notice` where what `path` computes is not proven; see `distrust`."""
     if why := distrust(path, metadata):
-        warnings.warn(f"{os.fspath(path)} {why}", Notice, 3)
+        warnings.warn(f"{os.fspath(path)} {why}: its results are not proven", Notice, 3)
 
 
 def cache_folder() -> Path:

@@ -21,6 +21,18 @@ _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())  # a folder can be another 
 _UNFINISHED = re.compile(rf"\..*\.litedetr-{re.escape(_HOST)}-(\d+)-[^.]*")
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raise LiteDetrError unless `folder` is a folder that files can be made in."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        state = "is not a directory" if folder.exists() else "does not exist"
+        raise LiteDetrError(f"The output directory {folder} {state}. Make it first, or choose another.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LiteDetrError(
+            f"The output directory {folder} is not writable. Choose another, or change its permissions."
+        )
+
+
 @contextlib.contextmanager
 def replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name in the folder of `path`; it becomes `path` when the block ends, and vanishes if it fails.

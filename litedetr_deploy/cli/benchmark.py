@@ -10,7 +10,6 @@ from ..errors import LiteDetrError
 from ..export import limits
 from . import _checks, _options
 from ._console import Stages, guarded, print_json
-from .evaluate import ImageStages
 from .latency import DEFAULT, latency, names
 
 benchmark = typer.Typer(no_args_is_help=True, help="Measure what a detector costs.")
@@ -101,11 +100,11 @@ def precision(
             "leave int8 out of --precisions."
         )
     _checks.checkpoint(checkpoint)
-    images = calibration and limits.calibration_images(calibration, None)
+    images = calibration and limits.Int8(calibration).chosen()
     if output:
         _checks.writable_directory(output.parent)
     models.mkdir(parents=True, exist_ok=True)
-    with ImageStages() as stage:
+    with Stages() as stage:
         stage("load PyTorch and the checkpoint")
         import litedetr_deploy as ld
 

@@ -32,6 +32,7 @@ class Detector(nn.Module):
     """DINO, Deformable DETR or H-DETR, with a full-scale or an interleaved encoder.
 
     class_names: of every label, where they are known.
+    forced_variant: what `load_model` was told to overrule, None for nothing.
     Sources: Lite DETR (arXiv 2303.07335), DINO (arXiv 2203.03605), Deformable DETR (arXiv 2010.04159), H-DETR (arXiv
     2207.13080); official models/dino/dino.py and deformable_transformer.py, models/deformable_detr.py.
     """
@@ -40,6 +41,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.class_names: tuple[str, ...] | None = None
+        self.forced_variant: str | None = None
         dim = config.hidden_dim
         swin = config.backbone in SWINS
         self.backbone = SwinTransformer(config.backbone, config.window_size) if swin else ResNet(config.backbone)
@@ -69,7 +71,7 @@ class Detector(nn.Module):
     def forward(
         self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Detects objects.
+        """Detect objects.
 
         images [N, 3, H, W], normalised with ImageNet's mean and deviation; pixel_mask [N, H, W], True = padding
         at the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -13,8 +12,10 @@ import numpy as np
 
 from .. import __version__
 from ..errors import LiteDetrError
+from ..machine import usable_cores
 from ..ops import native, schema
 from .session import create_session, import_onnxruntime, register_ops
+from .tensorrt import MODULES, import_tensorrt
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing on the CPU needs it
 
@@ -22,47 +23,18 @@ OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing o
 PACKAGES = (
     ("numpy", ("numpy",), True, "pip install numpy"),
     ("pillow", ("pillow",), True, "pip install pillow"),
-    (
-        "onnxruntime",
-        ("onnxruntime", "onnxruntime-gpu"),
-        True,
-        "runs the models: pip install litedetr-deploy[onnxruntime]",
-    ),
+    ("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), True,
+     "runs the models: pip install litedetr-deploy[onnxruntime]"),
     ("torch", ("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
     ("onnx", ("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
     ("pycocotools", ("pycocotools",), False, "evaluate needs it: pip install litedetr-deploy[evaluate]"),
     ("openvino", ("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
-    (
-        "tensorrt",
-        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-lean-cu13"),
-        False,
-        "engines for NVIDIA GPUs: pip install litedetr-deploy[tensorrt]",
-    ),
-    (
-        "tensorrt-rtx",
-        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-        False,
-        "engines for RTX GPUs, built with or without one: pip install litedetr-deploy[tensorrt-rtx]",
-    ),
     ("cuda-bindings", ("cuda-bindings",), False, "runs engines: pip install litedetr-deploy[gpu]"),
-)
+)  # fmt: skip
 CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimdhp",
-    "asimddp",
-    "sve",
-    "i8mm",
-    "bf16",
-)
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,6 +53,11 @@ def inspect_environment() -> list[Finding]:
     return [*_packages(), *_libraries(), *_onnxruntime(), *_cpu(), *_gpu()]
 
 
+def broken(findings: list[Finding]) -> list[str]:
+    """Return the names of what must be mended before models run on the CPU."""
+    return [finding.name for finding in findings if finding.state == BROKEN]
+
+
 def _packages():
     yield Finding("packages", "litedetr-deploy", OK, __version__)
     yield Finding("packages", "python", OK, f"{platform.python_version()} on {platform.platform()}")
@@ -90,6 +67,11 @@ def _packages():
             yield Finding("packages", name, OK, versions[0])
         else:
             yield Finding("packages", name, BROKEN if needed else ABSENT, "not installed", remedy)
+    for backend in MODULES:  # as `litedetr build` imports it: a folder of that name is not the package
+        try:
+            yield Finding("packages", backend, OK, import_tensorrt(backend).__version__)
+        except LiteDetrError as error:
+            yield Finding("packages", backend, ABSENT, "not installed", f"builds and runs engines: {error}")
 
 
 def _version(distribution):
@@ -197,8 +179,7 @@ def _cpu():
     fields = {key.strip(): value.strip() for key, _, value in lines}
     flags = fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
     yield Finding("CPU", "model", OK, fields.get("model name") or platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("CPU", "cores for this process", OK, str(cores))
+    yield Finding("CPU", "cores for this process", OK, str(usable_cores()))
     yield Finding("CPU", "features", OK, " ".join(name for name in CPU_FEATURES if name in flags) or "not known")
 
 

@@ -1,4 +1,4 @@
-"""Images in: files and arrays to RGB pictures, and pictures to what a detector takes."""
+"""Images in: files and arrays to RGB images, and those to what a detector takes."""
 
 import os
 from pathlib import Path
@@ -22,9 +22,9 @@ RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
 
 
 def find_images(paths) -> list[Path]:
-    """Return a list of the files that `paths` (one path, or several) stand for; a directory gives the pictures in it.
+    """Return a list of the files that `paths` (one path, or several) stand for; a directory gives the images in it.
 
-    Raises LiteDetrError for a path that does not exist and for a directory without a picture.
+    Raises LiteDetrError for a path that does not exist and for a directory without an image.
     """
     found = []
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
@@ -32,7 +32,7 @@ def find_images(paths) -> list[Path]:
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
                 raise LiteDetrError(
-                    f"The directory {path} holds no picture ({', '.join(sorted(SUFFIXES))}). Give "
+                    f"The directory {path} holds no image ({', '.join(sorted(SUFFIXES))}). Give "
                     "one that does, or name the files."
                 )
             found += inside
@@ -58,7 +58,7 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
     path = Path(source)
     if not path.is_file():
         state = "is a directory" if path.is_dir() else "does not exist"
-        raise LiteDetrError(f"The image {path} {state}. Give the path of a picture.")
+        raise LiteDetrError(f"The image {path} {state}. Give the path of an image.")
     try:
         with Image.open(path) as image:
             image.load()

@@ -1,13 +1,12 @@
 """Sessions: the one place that starts an inference engine, with the attention ops registered."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .. import artifact
-from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, damaged, parse_metadata
+from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, damaged, opset_version, parse_metadata
 from ..errors import LiteDetrError, not_installed
 from ..machine import bounded_threads
 from ..ops import native, schema
@@ -17,7 +16,7 @@ _CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
 
 def create_session(
-    onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None, options=None
+    onnx: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None, options=None
 ):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
@@ -38,7 +37,7 @@ def create_session(
     options = options or ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = bounded_threads(threads)
-    check_opset(name, artifact.opset_versions(onnx))
+    check_opset(name, opset_version(onnx, schema.DOMAIN))
     options.log_severity_level = 3  # its warnings are about its own optimisations
 
     no_library = None
@@ -66,7 +65,7 @@ def create_session(
     return session
 
 
-def open_session(artifact: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
+def open_session(artifact: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None):
     """Return the session that runs `artifact`: a TensorRT engine (.plan, .engine), else an ONNX model.
 
     providers, threads: of ONNX Runtime, as `create_session` takes them; an engine has neither.
@@ -187,16 +186,16 @@ def _external_data(name, message):
     return LiteDetrError(f"{name} keeps its weights in a file {what} ({message}). {remedy}.")
 
 
-def check_opset(name: object, versions: Mapping[str, int]) -> None:
+def check_opset(name: object, version: int | None) -> None:
     """Raise LiteDetrError where a model imports another version of the attention ops than this package has.
 
-    versions: domain -> version of the model's opset imports.
+    version: of the model's opset import of their domain; None where there is none.
     """
-    version = versions.get(schema.DOMAIN, schema.VERSION)
-    if version != schema.VERSION:
+    if version not in (None, schema.VERSION):
         raise LiteDetrError(
             f"{name} imports version {version} of the opset {schema.DOMAIN!r}; this package has version "
-            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made it."
+            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made "
+            "it."
         )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Backend -> its Python module, and what installs it.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
 CONTEXTS = 4  # input shapes that are kept ready at a time
-MAGIC = (b"ftrt", b"ptrt")  # what an engine begins with
+MAGIC = re.compile(rb"[a-z]trt")  # what an engine begins with: ftrt, ptrt, vtrt
 
 # What an engine's failure to load means, by what TensorRT 10 and 11 say; the first that is found.
 _FAILURES = (
@@ -48,7 +48,7 @@ def import_tensorrt(backend: str):
         if not hasattr(found, "__version__"):  # Python imports any folder of that name
             raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
         return found
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise LiteDetrError(
             f"{module} cannot be imported ({error}). Install it with "
             f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack."
@@ -81,12 +81,12 @@ def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
         library = native.library("tensorrt")
     except FileNotFoundError as error:
         raise LiteDetrError(str(error)) from error
-    if registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is None:
-        if registry.load_library(str(library)) is None:
-            raise LiteDetrError(
-                f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
-                "`pip install --force-reinstall .` in the source folder."
-            )
+    is_loaded = registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is not None
+    if not is_loaded and registry.load_library(str(library)) is None:
+        raise LiteDetrError(
+            f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
+            "`pip install --force-reinstall .` in the source folder."
+        )
     return library
 
 
@@ -102,10 +102,10 @@ def read_record(engine: str | os.PathLike) -> dict:
     """
     path = record_path(engine)
     with open(engine, "rb") as file:
-        beginning = file.read(len(MAGIC[0]))
+        beginning = file.read(4)
     if not beginning:
         raise LiteDetrError(f"{engine} is empty. Copy it again, or build it again with `litedetr build`.")
-    if not path.exists() and beginning not in MAGIC:
+    if not path.exists() and not MAGIC.fullmatch(beginning):
         raise LiteDetrError(
             f"{engine} is not a TensorRT engine: it begins with {beginning!r}, and {path.name}, which `litedetr build` "
             "writes beside an engine, is not there. Copy both files again, or build the engine again."
@@ -211,16 +211,16 @@ class TensorRTSession:
             if record:
                 raise
             raise LiteDetrError(
-                f"{artifact} has no {record_path(artifact).name} beside it, which says what it was built with. Copy that "
-                f"file as well, if `litedetr build` made the engine; if trtexec did: {error}"
+                f"{artifact} has no {record_path(artifact).name} beside it, which says what it was built with. Copy "
+                f"that file as well, if `litedetr build` made the engine; if trtexec did: {error}"
             ) from error
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
         runtime: tensorrt.Runtime = trt.Runtime(self._logger)
-        if backend == "tensorrt" and not record.get("plugin_inside"):
-            # Without a record nobody knows whether the engine needs them.
-            if self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt")):
-                load_plugins(runtime.get_plugin_registry())
+        # Without a record nobody knows whether the engine needs them.
+        needs_plugins = self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt"))
+        if backend == "tensorrt" and needs_plugins and not record.get("plugin_inside"):
+            load_plugins(runtime.get_plugin_registry())
         self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
         self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
 

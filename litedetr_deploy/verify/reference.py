@@ -166,9 +166,9 @@ def make_image(path: Path, image_size: tuple[int, int]) -> Reference:
 
 def _draw(image_size: tuple[int, int]) -> np.ndarray:
     from ..runtime.images import prepare
-    from ..runtime.sample import sample_images
+    from .probes import drawn_image
 
-    return prepare(sample_images(1)[0], "stretch", image_size).pixels[None]
+    return prepare(drawn_image(), "stretch", image_size).pixels[None]
 
 
 def _save(path: Path, arrays: dict) -> None:

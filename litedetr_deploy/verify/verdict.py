@@ -103,9 +103,12 @@ class Verdict:
         """One line for people."""
         if self.status == VERIFIED:
             worst = self.worst
-            return f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance ({worst.case}, {worst.quantity})"
+            return (
+                f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance "
+                f"({worst.case}, {worst.quantity})"
+            )
         if self.status == FAILED:
-            return f"VERIFICATION FAILED, it does not agree with {self.against}: {self.why}"
+            return f"VERIFICATION FAILED against {self.against}: {self.why}"
         if self.status == CANNOT_TELL:
             return f"CANNOT TELL whether it agrees with {self.against}: {self.why}"
         return "not verified" + (f": {self.skipped}" if self.skipped else "")

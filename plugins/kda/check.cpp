@@ -55,7 +55,8 @@ kda_status check_sizes(const kda_arguments* a, const char* kernels, int32_t dim_
   KDA_REQUIRE(a->dtype == KDA_FLOAT32 || a->dtype == KDA_FLOAT16 || a->dtype == KDA_BFLOAT16,
               "value has dtype %d; it must be 0 (float32), 1 (float16) or 2 (bfloat16)", a->dtype);
   KDA_REQUIRE(a->offset_dtype == a->dtype || a->offset_dtype == KDA_FLOAT32,
-              "sampling_offsets has dtype %d (%s); it must be float32 or the dtype of value, %s", a->offset_dtype,
+              "sampling_offsets is %s where value is %s; it must be float32 or the type of value: cast the offsets to "
+              "float32, or export the model again",
               dtype_name(a->offset_dtype), dtype_name(a->dtype));
   KDA_REQUIRE(a->spatial_shapes, "spatial_shapes is NULL; it must point to [%d, 2] int64", a->num_levels);
   if (a->batch > 0 && a->num_queries > 0) {

@@ -333,32 +333,60 @@ KDA_INLINE void prefetch(const void* tensor, int64_t offset, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(row + bytes - 1), kWrite, 3);
 }
 
-/* A chunk of queries, of one head in the workspace, of all heads in place.  kVectors: vectors in a token, or 0 to ask
- * the plan; kFour: four levels of four points; kShared: the key is the value and the samples are kept from the logits
- * to the output. */
+/* What is the same for all queries of a chunk, and the steps that a query takes.  kVectors: vectors in a token, or 0 to
+ * ask the plan; kFour: four levels of four points; kShared: the key is the value and the samples are kept from the
+ * logits to the output; kInPlace: the value is read as it came. */
 template <int kVectors, bool kFour, bool kShared, bool kInPlace>
-void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t begin, int64_t end) {
+struct Attention {
   static_assert(kVectors > 0 || !kShared, "samples are kept in an array of fixed size");
-  const kda_arguments* a = plan->arguments;
-  const int num_samples = kFour ? 16 : a->num_levels * a->num_points;
-  const int64_t dim = a->head_dim;
-  const int64_t vectors = kVectors ? kVectors : plan->stride / kLanes, stride = vectors * kLanes;
-  const int64_t num_heads = a->num_heads;
-  /* Floats from a token of a map to the next, and from a head's map to the next head's. */
-  const int32_t token = static_cast<int32_t>(kInPlace ? num_heads * dim : stride);
-  const int64_t map = kInPlace ? plan->item * a->num_tokens * token : head * plan->tokens * stride;
-  const float* const values = (kInPlace ? static_cast<const float*>(a->value) : plan->value) + map;
-  const float* const keys = kInPlace ? values : plan->key + map;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
-  const int64_t query_bytes = (a->key_aware ? dim : num_samples) * bytes_of(a->dtype);
-  const int64_t output_bytes = dim * bytes_of(a->dtype);
-  const int64_t offset_bytes = 2 * num_samples * bytes_of(a->offset_dtype);
+  static constexpr int kKept = kShared ? kMost<kFour> * kVectors * kLanes : 1; /* floats of a query's kept samples */
 
+  /* Constants where they can be, which loops are unrolled by. */
+  KDA_INLINE int count_samples() const { return kFour ? 16 : a->num_levels * a->num_points; }
+  KDA_INLINE int64_t count_vectors() const { return kVectors ? kVectors : plan->stride / kLanes; }
+  KDA_INLINE int64_t stride() const { return count_vectors() * kLanes; }
+  /* Floats from a token of a map to the next. */
+  KDA_INLINE int32_t token() const { return static_cast<int32_t>(kInPlace ? num_heads * dim : stride()); }
+
+  const Plan* const plan;
+  const kda_arguments* const a = plan->arguments;
+  const Lanes* const lanes;
+  const int64_t num_heads = a->num_heads, dim = a->head_dim;
+  /* Floats from row to row of a level. */
   const int64_t pitches[4] = {lanes->pitch[0], lanes->pitch[4], lanes->pitch[8], lanes->pitch[12]};
-  const auto pitch_of = [&](int p) { return kFour ? pitches[p / 4] : lanes->pitch[p]; };
-  const auto key_of = [&](int64_t head) { return kInPlace ? values + head * dim : keys; };
+  const float* const values; /* the map of the chunk's head, or in place the first head's */
+  const float* const keys;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
+  /* Bytes of a (query, head). */
+  const int64_t query_bytes = (a->key_aware ? dim : count_samples()) * bytes_of(a->dtype);
+  const int64_t output_bytes = dim * bytes_of(a->dtype);
+  const int64_t offset_bytes = 2 * count_samples() * bytes_of(a->offset_dtype);
 
-  const auto locate_query = [&](int64_t row, int64_t head, Samples<kFour>* samples) {
+  KDA_INLINE Attention(const Plan* plan_, const Lanes* lanes_, int64_t head)
+      : plan(plan_),
+        lanes(lanes_),
+        values(kInPlace ? static_cast<const float*>(a->value) + plan->item * a->num_tokens * token()
+                        : plan->value + head * plan->tokens * stride()),
+        keys(kInPlace ? values : plan->key + head * plan->tokens * stride()) {}
+
+  KDA_INLINE const float* map_of(const float* map, int64_t head) const { return kInPlace ? map + head * dim : map; }
+
+  /* Where the corners of sample `p` lie in a map. */
+  KDA_INLINE void find(const float* map, const Samples<kFour>* samples, int p, const float** corners) const {
+    find_corners<kFour, kInPlace>(map, token(), kFour ? pitches[p / 4] : lanes->pitch[p], samples, p, corners);
+  }
+
+  /* Asks for the rows of a later query, which the hardware does not see coming. */
+  KDA_INLINE void prefetch_rows(int64_t row, int64_t head) const {
+    const int64_t cell = row * num_heads + head;
+    prefetch<0>(a->sampling_offsets, cell * offset_bytes, offset_bytes);
+    prefetch<0>(a->query, cell * query_bytes, query_bytes);
+    prefetch<1>(a->output, cell * output_bytes, output_bytes);
+  }
+
+  /* Step 1: where the samples of a (query, head) read; the far ones are asked for. */
+  KDA_INLINE void locate(int64_t row, int64_t head, Samples<kFour>* samples) const {
+    const int num_samples = count_samples();
     const int64_t first = (row * num_heads + head) * num_samples * 2;
     const float* reference = a->reference_points + row * a->num_levels * a->reference_width;
     alignas(64) float buffer[2 * kMaxSamples + 2 * kLanes];
@@ -370,74 +398,93 @@ void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t be
       for (int i = 0; i < 2 * kLanes; i += kLanes) store(buffer + 2 * num_samples + i, Floats{});
       read(a->sampling_offsets, a->offset_dtype, first, 2 * num_samples, buffer);
     }
-    locate_samples<kFour, kInPlace>(a, lanes, token, reference, offset, samples);
-    /* In place they come from anywhere in the value; of the workspace, the first level is too large for a near cache.
-     */
+    locate_samples<kFour, kInPlace>(a, lanes, token(), reference, offset, samples);
+    /* In place they come from anywhere in the value; in the workspace only the first level is too large for a near
+     * cache. */
     const int num_far = kInPlace ? num_samples : kFour ? 4 : a->num_points;
     for (int p = 0; p < num_far; ++p) {
       const float* corners[4];
-      find_corners<kFour, kInPlace>(key_of(head), token, pitch_of(p), samples, p, corners);
+      find(map_of(keys, head), samples, p, corners);
       for (const float* corner : corners) {
-        for (int64_t d = 0; d < stride; d += 16) __builtin_prefetch(corner + d, 0, 3);
+        for (int64_t d = 0; d < stride(); d += 16) __builtin_prefetch(corner + d, 0, 3);
       }
     }
-  };
-  /* Sampled keys against the query: logits into `weight`, and shared samples into `kept`. */
-  const auto score = [&](int64_t row, int64_t head, const Samples<kFour>* samples, float* weight, float* kept) {
+  }
+
+  /* Step 2: the logits, <query, sampled key> / sqrt(D) or as given, into `weight`; shared samples into `kept`. */
+  KDA_INLINE void score(int64_t row, int64_t head, const Samples<kFour>* samples, float* weight, float* kept) const {
+    const int num_samples = count_samples();
     const int64_t cell = row * num_heads + head;
     if (!a->key_aware) {
       read(a->query, a->dtype, cell * num_samples, num_samples, weight);
-      return;
+    } else if constexpr (kVectors > 0) {
+      score_fixed(cell, map_of(keys, head), samples, weight, kept);
+    } else {
+      score_any(cell, map_of(keys, head), samples, weight);
     }
-    const float* key = key_of(head);
-    alignas(64) float query_buffer[kVectors ? kVectors * kLanes : kLanes];
+  }
+
+  /* For tokens of a fixed number of vectors: the query stays in registers. */
+  KDA_INLINE void score_fixed(int64_t cell, const float* map, const Samples<kFour>* samples, float* weight,
+                              float* kept) const {
+    const int num_samples = count_samples();
+    alignas(64) float query_buffer[kVectors * kLanes];
     const float* query = query_buffer;
-    if (kVectors && dim == stride) {
+    if (dim == stride()) {
       query = view(a->query, a->dtype, cell * dim, dim, query_buffer);
-    } else if (kVectors) {
-      for (int64_t v = 0; v < vectors; ++v) store(query_buffer + v * kLanes, Floats{});
+    } else {
+      for (int v = 0; v < kVectors; ++v) store(query_buffer + v * kLanes, Floats{});
       read(a->query, a->dtype, cell * dim, dim, query_buffer);
     }
-    Floats query_vectors[kVectors ? kVectors : 1];
+    Floats query_vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) query_vectors[v] = load(query + v * kLanes);
     for (int first = 0; first < num_samples; first += kLanes) {
       Floats products[kLanes] = {};
-      if constexpr (kVectors > 0) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const int p = first + i;
-          if (!kFour && p >= num_samples) break;
-          const float* corners[4];
-          find_corners<kFour, kInPlace>(key, token, pitch_of(p), samples, p, corners);
+      for (int i = 0; i < kLanes; ++i) {
+        const int p = first + i;
+        if (!kFour && p >= num_samples) break;
+        const float* corners[4];
+        find(map, samples, p, corners);
 #pragma GCC unroll 16
-          for (int64_t v = 0; v < vectors; ++v) {
-            const Floats sample = interpolate<kFour>(corners, v * kLanes, samples, p);
-            if (kShared) store(kept + (p * vectors + v) * kLanes, sample);
-            products[i] = v == 0 ? query_vectors[0] * sample : products[i] + query_vectors[v] * sample;
-          }
-        }
-      } else {
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
-          store(query_buffer, Floats{});
-          read(a->query, a->dtype, cell * dim + v * kLanes, rest, query_buffer);
-          for (int i = 0; i < kLanes && first + i < num_samples; ++i) {
-            const int p = first + i;
-            const float* corners[4];
-            find_corners<kFour, kInPlace>(key, token, pitch_of(p), samples, p, corners);
-            products[i] += load(query_buffer) * interpolate<kFour>(corners, v * kLanes, samples, p);
-          }
+        for (int v = 0; v < kVectors; ++v) {
+          const Floats sample = interpolate<kFour>(corners, v * kLanes, samples, p);
+          if (kShared) store(kept + (p * kVectors + v) * kLanes, sample);
+          products[i] = v == 0 ? query_vectors[0] * sample : products[i] + query_vectors[v] * sample;
         }
       }
       store(weight + first, reduce_rows<kLanes>(products, Sum()) * scale);
     }
-  };
+  }
 
-  /* Sum of the values by `weight`, times `factor`. */
-  const auto finish = [&](int64_t row, int64_t head, const Samples<kFour>* samples, const float* weight,
-                          const float* kept, float factor) {
+  /* For tokens of any size: a vector of the query at a time. */
+  KDA_INLINE void score_any(int64_t cell, const float* map, const Samples<kFour>* samples, float* weight) const {
+    const int num_samples = count_samples();
+    const int64_t vectors = count_vectors();
+    alignas(64) float query[kLanes];
+    for (int first = 0; first < num_samples; first += kLanes) {
+      Floats products[kLanes] = {};
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t rest = dim - v * kLanes < kLanes ? dim - v * kLanes : kLanes;
+        store(query, Floats{});
+        read(a->query, a->dtype, cell * dim + v * kLanes, rest, query);
+        for (int i = 0; i < kLanes && first + i < num_samples; ++i) {
+          const float* corners[4];
+          find(map, samples, first + i, corners);
+          products[i] += load(query) * interpolate<kFour>(corners, v * kLanes, samples, first + i);
+        }
+      }
+      store(weight + first, reduce_rows<kLanes>(products, Sum()) * scale);
+    }
+  }
+
+  /* Step 4, after the softmax: the output, the sum of the values by `weight`, times `factor`. */
+  KDA_INLINE void sum(int64_t row, int64_t head, const Samples<kFour>* samples, const float* weight, const float* kept,
+                      float factor) const {
+    const int num_samples = count_samples();
+    const int64_t vectors = count_vectors();
     const int64_t cell = row * num_heads + head;
-    const float* value = kInPlace ? values + head * dim : values;
+    const float* map = map_of(values, head);
     /* Every weight is spread once for all the vectors; eight sums at a time hide the multiply-adds' latency. */
     constexpr int kTogether = kVectors == 0 ? 1 : kVectors < 8 ? kVectors : 8, kSums = 8 / kTogether;
     for (int64_t first = 0; first < vectors; first += kTogether) {
@@ -449,7 +496,7 @@ void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t be
           const int p = q + i;
           if (!kFour && p >= num_samples) break;
           const float* corners[4];
-          if (!kShared) find_corners<kFour, kInPlace>(value, token, pitch_of(p), samples, p, corners);
+          if (!kShared) find(map, samples, p, corners);
 #pragma GCC unroll 8
           for (int v = 0; v < kTogether; ++v) {
             sums[i][v] += weight[p] * (kShared ? load(kept + (p * vectors + first + v) * kLanes)
@@ -464,11 +511,17 @@ void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t be
         write(a->output, a->dtype, cell * dim + done, rest, sums[0][v] * factor);
       }
     }
-  };
+  }
+};
 
-  /* Queries go in blocks, whose long chains of dependent operations (the dot products' trees, the softmax) run side by
-   * side; before a block's samples are interpolated, the next one's are located. */
-  constexpr int kBlock = kInPlace ? 1 : 4, kKept = kShared ? kMost<kFour> * kVectors * kLanes : 1;
+/* A chunk of queries, of one head in the workspace, of all heads in place.  Queries go in blocks, whose long chains of
+ * dependent operations (the dot products' trees, the softmax) run side by side; before a block's samples are
+ * interpolated, the next one's are located. */
+template <int kVectors, bool kFour, bool kShared, bool kInPlace>
+void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t begin, int64_t end) {
+  typedef Attention<kVectors, kFour, kShared, kInPlace> Steps;
+  const Steps steps(plan, lanes, head);
+  constexpr int kBlock = kInPlace ? 1 : 4;
   struct Block {
     Samples<kFour> samples[kBlock];
     int64_t row[kBlock], head[kBlock];
@@ -476,40 +529,35 @@ void attend_chunk(const Plan* plan, const Lanes* lanes, int64_t head, int64_t be
   } blocks[2];
   Block *now = &blocks[0], *next = &blocks[1];
   alignas(64) float weight_array[kBlock][kMost<kFour>] = {};
-  alignas(64) float kept_array[kBlock][kKept];
+  alignas(64) float kept_array[kBlock][Steps::kKept];
   float factors[kBlock];
-  float (*weight)[kMost<kFour>] = weight_array, (*kept)[kKept] = kept_array;
+  float (*weight)[kMost<kFour>] = weight_array, (*kept)[Steps::kKept] = kept_array;
   /* Opaque to the compiler, which would otherwise spread every weight from a register by two shuffles, where a load
    * from memory spreads it for nothing. */
   __asm__("" : "+r"(weight), "+r"(kept));
 
-  const int64_t first_row = plan->item * a->num_queries;
+  const int64_t num_queries = steps.a->num_queries, first_row = plan->item * num_queries;
   int64_t query = begin;
-  const auto locate_block = [&](Block* block) {
-    for (block->count = 0; block->count < kBlock && query < end; ++block->count) {
-      const int64_t row = first_row + (kInPlace ? query : plan->order[query]);
-      if (!kInPlace) {
-        const int64_t later = plan->order[query + kAhead < a->num_queries ? query + kAhead : query];
-        const int64_t ahead = (first_row + later) * num_heads + head;
-        prefetch<0>(a->sampling_offsets, ahead * offset_bytes, offset_bytes);
-        prefetch<0>(a->query, ahead * query_bytes, query_bytes);
-        prefetch<1>(a->output, ahead * output_bytes, output_bytes);
-      }
-      block->row[block->count] = row;
-      block->head[block->count] = head;
-      locate_query(row, head, &block->samples[block->count]);
-      if (kInPlace) head = head + 1 < num_heads ? head + 1 : 0;
-      query += !kInPlace || head == 0;
-    }
-  };
   now->count = 0;
   do {
-    locate_block(next); /* written once: a second copy of this code made the rest of the loop slower */
-    for (int i = 0; i < now->count; ++i) score(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i]);
-    softmax<kBlock>(weight, num_samples, factors); /* of a block that is not full, some rows for nothing */
+    /* Locate the next block. */
+    for (next->count = 0; next->count < kBlock && query < end; ++next->count) {
+      const int64_t row = first_row + (kInPlace ? query : plan->order[query]);
+      if (!kInPlace) {
+        steps.prefetch_rows(first_row + plan->order[query + kAhead < num_queries ? query + kAhead : query], head);
+      }
+      next->row[next->count] = row;
+      next->head[next->count] = head;
+      steps.locate(row, head, &next->samples[next->count]);
+      if (kInPlace) head = head + 1 < steps.num_heads ? head + 1 : 0;
+      query += !kInPlace || head == 0;
+    }
+    /* Attend this one. */
+    for (int i = 0; i < now->count; ++i) steps.score(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i]);
+    softmax<kBlock>(weight, steps.count_samples(), factors); /* of a block that is not full, some rows for nothing */
     __asm__ volatile("" : : : "memory");
     for (int i = 0; i < now->count; ++i) {
-      finish(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i], factors[i]);
+      steps.sum(now->row[i], now->head[i], &now->samples[i], weight[i], kept[i], factors[i]);
     }
     Block* const done = now;
     now = next;

@@ -1,8 +1,8 @@
 /* KeyAwareDeformAttn and MSDeformAttn (domain litedetr) as ONNX Runtime custom ops, for the CPU and for CUDA.
  *
- * This file checks types and shapes and calls plugins/kda; the same ops are described in
- * litedetr_deploy/ops/schema.py.  It is written against ONNX Runtime's C API, whose functions are reached through the
- * table that the runtime hands over, so nothing of ONNX Runtime is linked.  No exception leaves it.
+ * This file translates between ONNX Runtime and plugins/kda; plugins/op.h describes the ops and says who checks what.
+ * It is written against ONNX Runtime's C API, whose functions are reached through the table that the runtime hands
+ * over, so nothing of ONNX Runtime is linked.  No exception leaves it.
  */
 #include <onnxruntime_c_api.h>
 
@@ -15,8 +15,8 @@
 #include <tuple>
 #include <utility>
 
-#include "kda.h"
 #include "../op.h"
+#include "kda.h"
 
 namespace {
 
@@ -26,8 +26,6 @@ using namespace litedetr;
  * load the library as well. */
 constexpr uint32_t kApiVersion = 18;
 static_assert(kApiVersion <= ORT_API_VERSION, "the ONNX Runtime headers are older than 1.18");
-
-constexpr const char* kDomain = "litedetr";
 
 constexpr size_t kAlignment = 64;
 
@@ -49,10 +47,10 @@ struct Op : OrtCustomOp {
   const char* name() const { return op_name(key_aware); }
   const char* input_name(size_t input) const { return litedetr::input_name(key_aware, input); }
   ONNXTensorElementDataType input_type(size_t input) const {
-    switch (input) {
-      case kReferencePoints: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-      case kSamplingOffsets: return offset_type;
-      case kSpatialShapes: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    switch (kInputs[input].type) {
+      case 'F': return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      case 'I': return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+      case 'U': return offset_type;
       default: return type;
     }
   }
@@ -117,8 +115,7 @@ OrtStatus* error_of(const Op& op, kda_status status, const Message& message) {
 
 struct Kernel {
   const Op* op;
-  int32_t num_heads;
-  int32_t num_points;
+  kda_arguments arguments; /* of which the types and attributes are known */
   OrtAllocator* allocator; /* ONNX Runtime's arena for the CPU; the CUDA kernels need no memory */
 };
 
@@ -128,19 +125,43 @@ OrtStatus* read_attribute(const Op& op, const OrtKernelInfo* info, const char* n
     op.api->ReleaseStatus(status);
     return error(op, ORT_INVALID_ARGUMENT, "the attribute %s (int) is missing", name);
   }
-  if (number < 1 || number > INT32_MAX) {
-    return error(op, ORT_INVALID_ARGUMENT, "the attribute %s is %lld; it should be at least 1", name,
-                 static_cast<long long>(number));
-  }
   *value = static_cast<int32_t>(number);
-  return nullptr;
+  if (*value == number) return nullptr;
+  return error(op, ORT_INVALID_ARGUMENT, "the attribute %s is %lld; it should fit into 32 bits", name,
+               static_cast<long long>(number));
+}
+
+/* ONNX Runtime has one description of an op for all versions of its domain, and does not tell a custom op which one the
+ * model imports: what is checked here is the version that the node carries for TensorRT.  (Python's create_session
+ * reads the model's imports.) */
+OrtStatus* check_version(const Op& op, const OrtKernelInfo* info) {
+  char version[16] = "";
+  size_t size = sizeof version;
+  if (OrtStatus* status = op.api->KernelInfoGetAttribute_string(info, "plugin_version", version, &size)) {
+    op.api->ReleaseStatus(status); /* there is none, or it is longer */
+    if (size <= sizeof version) return nullptr;
+  }
+  if (size == 2 && version[0] == '0' + kOpVersion) return nullptr; /* 2: with the final zero */
+  return error(op, ORT_NOT_IMPLEMENTED,
+               "plugin_version is '%s'; this library has version %d of the op: export the model again, or install the "
+               "litedetr-deploy that made it",
+               version, kOpVersion);
 }
 
 OrtStatus* create_kernel(const OrtCustomOp* custom_op, const OrtApi*, const OrtKernelInfo* info, void** created) {
   const Op& op = *static_cast<const Op*>(custom_op);
-  Kernel kernel = {&op, 0, 0, nullptr};
-  RETURN_IF_ERROR(read_attribute(op, info, "num_heads", &kernel.num_heads));
-  RETURN_IF_ERROR(read_attribute(op, info, "num_points", &kernel.num_points));
+  Kernel kernel = {&op, smallest_arguments(op.key_aware), nullptr};
+  RETURN_IF_ERROR(check_version(op, info));
+  kda_arguments* arguments = &kernel.arguments;
+  for (const auto& attribute : kAttributes) {
+    RETURN_IF_ERROR(read_attribute(op, info, attribute.name, &(arguments->*attribute.value)));
+  }
+  arguments->dtype = dtype_of(op.type);
+  arguments->offset_dtype = dtype_of(op.offset_type);
+  Message message;
+  const auto check = op.cuda ? kda_cuda_check : kda_cpu_check;
+  const kda_status status = check(arguments, message.characters, sizeof message.characters);
+  if (status != KDA_OK) return error_of(op, status, message);
   if (!op.cuda) RETURN_IF_ERROR(op.api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &kernel.allocator));
   *created = new (std::nothrow) Kernel(kernel);
   if (*created) return nullptr;
@@ -193,15 +214,10 @@ OrtStatus* read_arguments(const Kernel& kernel, OrtKernelContext* context, kda_a
     shapes[input] = tensors[input].shape;
   }
 
-  *arguments = {};
-  arguments->key_aware = op.key_aware;
-  arguments->num_heads = kernel.num_heads;
-  arguments->num_points = kernel.num_points;
+  *arguments = kernel.arguments;
   Message message;
   const kda_status status = check_shapes(shapes, tensors[kKey].data, arguments, &message);
   if (status != KDA_OK) return error_of(op, status, message);
-  arguments->dtype = dtype_of(op.type);
-  arguments->offset_dtype = dtype_of(op.offset_type);
   arguments->query = tensors[kQuery].data;
   arguments->key = tensors[kKey].data;
   arguments->value = tensors[kValue].data;
@@ -322,6 +338,7 @@ Op make_op(const OrtApi* api, bool cuda, bool key_aware, ONNXTensorElementDataTy
   op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
   op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   op.GetStartVersion = [](const OrtCustomOp*) { return kOpVersion; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return kOpVersion; };
   op.InferOutputShapeFn = infer_shape;
   op.CreateKernelV2 = create_kernel;
   op.KernelComputeV2 = cuda ? compute_cuda : compute_cpu;
@@ -332,24 +349,26 @@ Op make_op(const OrtApi* api, bool cuda, bool key_aware, ONNXTensorElementDataTy
 /* The ops of one ONNX Runtime (a process may hold two) and the domain that lists them.  Sessions keep pointers to both,
  * so a registration lives as long as the process. */
 struct Registration {
-  Op ops[20];
+  Op ops[36];
   OrtCustomOpDomain* domain = nullptr;
 
   OrtStatus* fill(const OrtApi* api) {
     constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     constexpr auto kBfloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-    constexpr ONNXTensorElementDataType kTypes[5][2] = {
-        {kFloat, kFloat}, {kHalf, kHalf}, {kHalf, kFloat}, {kBfloat, kBfloat}, {kBfloat, kFloat}};
     RETURN_IF_ERROR(api->CreateCustomOpDomain(kDomain, &domain));
     Op* op = ops;
-    for (bool cuda : {false, true}) {
-      /* A library without CUDA kernels leaves all nodes to the CPU; an ONNX Runtime without CUDA ignores these ops. */
-      if (cuda && !kHasCuda) break;
-      for (bool key_aware : {true, false}) {
-        for (const auto& types : kTypes) {
-          *op = make_op(api, cuda, key_aware, types[0], types[1]);
-          RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op++));
+    for (bool key_aware : {true, false}) {
+      for (bool cuda : {false, true}) {
+        /* A library without CUDA kernels leaves all nodes to the CPU; an ONNX Runtime without CUDA ignores these ops.
+         */
+        if (cuda && !kHasCuda) break;
+        /* Those that do not go together too: create_kernel says so better than ONNX Runtime, which finds no kernel. */
+        for (auto type : {kFloat, kHalf, kBfloat}) {
+          for (auto offset_type : {kFloat, kHalf, kBfloat}) {
+            *op = make_op(api, cuda, key_aware, type, offset_type);
+            RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op++));
+          }
         }
       }
     }

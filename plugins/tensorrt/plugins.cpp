@@ -1,6 +1,7 @@
 /* KeyAwareDeformAttn and MSDeformAttn as TensorRT plugins, from one source for TensorRT 10.3 to 11.x.
  *
- * This file checks fields, types and shapes and calls plugins/kda.  TensorRT loads it by its two entry points, at the
+ * This file translates between TensorRT and plugins/kda; plugins/op.h describes the ops and says who checks what.
+ * TensorRT loads it by its two entry points, at the
  * end (trtexec --dynamicPlugins, IPluginRegistry::loadLibrary); nothing registers itself, and nothing of libnvinfer is
  * linked: TensorRT is reached through the objects that it hands over.  Nothing here throws; what fails says why through
  * TensorRT's logger and returns a failing status.
@@ -13,10 +14,11 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <new>
 
-#include "kda.h"
 #include "../op.h"
+#include "kda.h"
 
 #if NV_TENSORRT_MAJOR < 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR < 3)
 #error "the TensorRT headers are older than 10.3"
@@ -26,8 +28,7 @@ namespace {
 
 using namespace litedetr;
 
-constexpr const char* kPluginVersion = "1"; /* kOpVersion, as TensorRT wants it */
-static_assert(kOpVersion == 1, "kPluginVersion is the version of the ops");
+constexpr char kPluginVersion[] = {'0' + kOpVersion, 0};
 constexpr const char* kPluginNamespace = "";
 
 /* Grows when the fields that an engine stores change. */
@@ -96,11 +97,11 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuild,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  /* num_inputs: 5, 6 with a key, or 0 if not known yet. */
-  Plugin(bool key_aware, int32_t num_heads, int32_t num_points, int32_t num_inputs) noexcept
-      : key_aware_(key_aware), num_heads_(num_heads), num_points_(num_points), num_inputs_(num_inputs) {
+  /* arguments: with the attributes; num_inputs: 5, 6 with a key, or 0 if not known yet. */
+  Plugin(const kda_arguments& arguments, int32_t num_inputs) noexcept
+      : arguments_(arguments), key_aware_(arguments.key_aware), num_inputs_(num_inputs) {
     snprintf(timing_cache_id_, sizeof timing_cache_id_, "%s-%s num_heads=%d num_points=%d", name(), kPluginVersion,
-             num_heads, num_points);
+             arguments.num_heads, arguments.num_points);
   }
 
   /* -- IPluginV3 */
@@ -115,7 +116,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   }
 
   nvinfer1::IPluginV3* clone() noexcept override {
-    Plugin* copy = new (std::nothrow) Plugin(key_aware_, num_heads_, num_points_, num_inputs_);
+    Plugin* copy = new (std::nothrow) Plugin(arguments_, num_inputs_);
     if (!copy) log_error(name(), "out of memory");
     return copy;
   }
@@ -141,6 +142,10 @@ class Plugin final : public nvinfer1::IPluginV3,
                 static_cast<int>(type));
       return kFailure;
     }
+    kda_arguments arguments = arguments_;
+    arguments.dtype = dtype_of(type);
+    arguments.offset_dtype = dtype_of(input_types[kSamplingOffsets]);
+    if (!check(arguments)) return kFailure;
     output_types[0] = type;
     return kSuccess;
   }
@@ -169,23 +174,22 @@ class Plugin final : public nvinfer1::IPluginV3,
     const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     const nvinfer1::DataType storage = tensors[kQuery].desc.type;
-    switch (position) {
-      case kQuery: return is_storage(storage);
-      case kReferencePoints: return tensor.type == nvinfer1::DataType::kFLOAT;
-      case kSamplingOffsets: return tensor.type == storage || tensor.type == nvinfer1::DataType::kFLOAT;
-      case kSpatialShapes: return tensor.type == nvinfer1::DataType::kINT64;
-      default: return tensor.type == storage; /* value, key, output */
+    switch (position < num_inputs ? kInputs[position].type : 'T') {
+      case 'F': return tensor.type == nvinfer1::DataType::kFLOAT;
+      case 'I': return tensor.type == nvinfer1::DataType::kINT64;
+      case 'U': return tensor.type == storage || tensor.type == nvinfer1::DataType::kFLOAT;
+      default: return tensor.type == storage && is_storage(storage);
     }
   }
 
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t num_inputs,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t num_outputs) noexcept override {
     if (!check_counts(num_inputs, num_outputs)) return kFailure;
-    Shape shapes[kNumInputs];
-    for (int32_t i = 0; i < num_inputs; ++i) shapes[i] = shape_of(inputs[i].desc.dims);
     num_inputs_ = num_inputs;
-    kda_arguments arguments;
-    return check(shapes, &arguments) ? kSuccess : kFailure;
+    kda_arguments arguments; /* the types are not settled yet in a weakly typed network */
+    return read_shapes([&](int32_t i) -> auto& { return inputs[i].desc.dims; }, &arguments) && check(arguments)
+               ? kSuccess
+               : kFailure;
   }
 
   /* There are no tactics: one kernel serves a combination of types and shapes.  What is left to time is the type, in
@@ -199,15 +203,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     if (!check_counts(num_inputs, num_outputs)) return kFailure;
     num_inputs_ = num_inputs;
     kda_arguments arguments;
-    if (!read_inputs(inputs, &arguments)) return kFailure;
-    /* What the kernels take is theirs to say.  They want addresses, which there are none of yet, and read none. */
-    alignas(256) static char somewhere[256];
-    arguments.query = arguments.value = arguments.sampling_offsets = arguments.output = somewhere;
-    arguments.key = num_inputs_ == kNumInputs ? somewhere : nullptr;
-    arguments.reference_points = reinterpret_cast<const float*>(somewhere);
-    arguments.spatial_shapes = reinterpret_cast<const int64_t*>(somewhere);
-    Message message;
-    return report(kda_cuda_check(&arguments, message.characters, sizeof message.characters), message);
+    return read_inputs(inputs, &arguments) && check(arguments) ? kSuccess : kFailure;
   }
 
   int32_t enqueue(const nvinfer1::PluginTensorDesc* input_descriptions, const nvinfer1::PluginTensorDesc*,
@@ -237,9 +233,10 @@ class Plugin final : public nvinfer1::IPluginV3,
       return nvinfer1::PluginField(field_name, value, nvinfer1::PluginFieldType::kINT32, 1);
     };
     fields_[0] = field("serialization_version", &kSerializationVersion);
-    fields_[1] = field("num_heads", &num_heads_);
-    fields_[2] = field("num_points", &num_points_);
-    fields_[3] = field("num_inputs", &num_inputs_);
+    for (size_t i = 0; i < std::size(kAttributes); ++i) {
+      fields_[1 + i] = field(kAttributes[i].name, &(arguments_.*kAttributes[i].value));
+    }
+    fields_[1 + std::size(kAttributes)] = field("num_inputs", &num_inputs_);
     return &serialized_;
   }
 
@@ -265,33 +262,35 @@ class Plugin final : public nvinfer1::IPluginV3,
     return kFailure;
   }
 
-  /* Checks the shapes and sets the sizes of the arguments. */
-  bool check(const Shape (&shapes)[kNumInputs], kda_arguments* arguments) const {
-    *arguments = {};
-    arguments->key_aware = key_aware_;
-    arguments->num_heads = num_heads_;
-    arguments->num_points = num_points_;
+  bool check(const kda_arguments& arguments) const {
+    Message message;
+    return report(kda_cuda_check(&arguments, message.characters, sizeof message.characters), message) == kSuccess;
+  }
+
+  /* Everything of the arguments but types and addresses. */
+  template <typename DimsOf>
+  bool read_shapes(DimsOf dims_of, kda_arguments* arguments) const {
+    Shape shapes[kNumInputs];
+    for (int32_t i = 0; i < num_inputs_; ++i) shapes[i] = shape_of(dims_of(i));
+    *arguments = arguments_;
     Message message;
     return report(check_shapes(shapes, num_inputs_ == kNumInputs, arguments, &message), message) == kSuccess;
   }
 
   /* Everything of the arguments but the addresses. */
   bool read_inputs(const nvinfer1::PluginTensorDesc* inputs, kda_arguments* arguments) const {
-    Shape shapes[kNumInputs];
-    for (int32_t i = 0; i < num_inputs_; ++i) shapes[i] = shape_of(inputs[i].dims);
-    if (!check(shapes, arguments)) return false;
+    if (!read_shapes([&](int32_t i) -> auto& { return inputs[i].dims; }, arguments)) return false;
     arguments->dtype = dtype_of(inputs[kValue].type);
     arguments->offset_dtype = dtype_of(inputs[kSamplingOffsets].type);
     return true;
   }
 
+  const kda_arguments arguments_; /* of which the attributes are known */
   const bool key_aware_;
-  const int32_t num_heads_;
-  const int32_t num_points_;
   int32_t num_inputs_; /* enqueue is not told, and needs it to know whether there is a key */
   char timing_cache_id_[96];
-  nvinfer1::PluginField fields_[4];
-  const nvinfer1::PluginFieldCollection serialized_{4, fields_};
+  nvinfer1::PluginField fields_[2 + std::size(kAttributes)];
+  const nvinfer1::PluginFieldCollection serialized_{static_cast<int32_t>(std::size(fields_)), fields_};
 };
 
 /* ---- The creators --------------------------------------------------------------------------------------------- */
@@ -313,44 +312,49 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
       log_error(getPluginName(), "there are no fields; num_heads and num_points are needed");
       return nullptr;
     }
-    int32_t version = 0, num_heads = 0, num_points = 0, num_inputs = 0;
+    const auto read = [&](const char* field, int32_t* value) { return read_field(*fields, field, value); };
+    int32_t num_inputs = 0;
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME) {
-      if (!read_field(*fields, "serialization_version", kSerializationVersion, kSerializationVersion, &version) ||
-          !read_field(*fields, "num_inputs", 0, kNumInputs, &num_inputs)) {
+      int32_t version = 0;
+      if (!read("serialization_version", &version)) return nullptr;
+      if (version != kSerializationVersion) {
+        log_error(getPluginName(),
+                  "the field serialization_version is %d; this library reads %d: build the engine again", version,
+                  kSerializationVersion);
+        return nullptr;
+      }
+      if (!read("num_inputs", &num_inputs)) return nullptr;
+      if (num_inputs < 0 || num_inputs > kNumInputs) {
+        log_error(getPluginName(), "the field num_inputs is %d; it should be 0 to %d", num_inputs, kNumInputs);
         return nullptr;
       }
     }
-    if (!read_field(*fields, "num_heads", 1, INT32_MAX, &num_heads) ||
-        !read_field(*fields, "num_points", 1, KDA_MAX_POINTS, &num_points)) {
+    kda_arguments arguments = smallest_arguments(key_aware_);
+    for (const auto& attribute : kAttributes) {
+      if (!read(attribute.name, &(arguments.*attribute.value))) return nullptr;
+    }
+    Message message;
+    if (kda_cuda_check(&arguments, message.characters, sizeof message.characters) != KDA_OK) {
+      log_error(getPluginName(), "%s", message.characters);
       return nullptr;
     }
-    Plugin* plugin = new (std::nothrow) Plugin(key_aware_, num_heads, num_points, num_inputs);
+    Plugin* plugin = new (std::nothrow) Plugin(arguments, num_inputs);
     if (!plugin) log_error(getPluginName(), "out of memory");
     return plugin;
   }
 
  private:
   /* A field of one int32.  Others, such as the node's plugin_version and plugin_namespace, are let pass. */
-  bool read_field(const nvinfer1::PluginFieldCollection& fields, const char* name, int32_t lowest, int32_t highest,
-                  int32_t* value) const {
+  bool read_field(const nvinfer1::PluginFieldCollection& fields, const char* name, int32_t* value) const {
     for (int32_t i = 0; i < fields.nbFields; ++i) {
       const nvinfer1::PluginField& field = fields.fields[i];
       if (!field.name || strcmp(field.name, name) != 0) continue;
-      if (field.type != nvinfer1::PluginFieldType::kINT32 || field.length != 1 || !field.data) {
-        log_error(getPluginName(), "the field %s has the TensorRT type %d and %d values; it should be one kINT32 (5)",
-                  name, static_cast<int>(field.type), field.data ? field.length : 0);
-        return false;
+      if (field.type == nvinfer1::PluginFieldType::kINT32 && field.length == 1 && field.data) {
+        memcpy(value, field.data, sizeof *value);
+        return true;
       }
-      memcpy(value, field.data, sizeof *value);
-      if (*value >= lowest && *value <= highest) return true;
-      if (highest == INT32_MAX) {
-        log_error(getPluginName(), "the field %s is %d; it should be at least %d", name, *value, lowest);
-      } else if (lowest == highest) {
-        log_error(getPluginName(), "the field %s is %d; this library reads %d: build the engine again", name, *value,
-                  lowest);
-      } else {
-        log_error(getPluginName(), "the field %s is %d; it should be %d to %d", name, *value, lowest, highest);
-      }
+      log_error(getPluginName(), "the field %s has the TensorRT type %d and %d values; it should be one kINT32 (5)",
+                name, static_cast<int>(field.type), field.data ? field.length : 0);
       return false;
     }
     log_error(getPluginName(), "the field %s (one int32) is missing", name);
@@ -358,8 +362,8 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
   }
 
   const bool key_aware_;
-  const nvinfer1::PluginField fields_[2] = {{"num_heads", nullptr, nvinfer1::PluginFieldType::kINT32, 1},
-                                            {"num_points", nullptr, nvinfer1::PluginFieldType::kINT32, 1}};
+  const nvinfer1::PluginField fields_[2] = {{kAttributes[0].name, nullptr, nvinfer1::PluginFieldType::kINT32, 1},
+                                            {kAttributes[1].name, nullptr, nvinfer1::PluginFieldType::kINT32, 1}};
   const nvinfer1::PluginFieldCollection announced_{2, fields_};
 };
 

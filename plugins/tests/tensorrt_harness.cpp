@@ -217,10 +217,9 @@ void test_creator(nvinfer1::IPluginCreatorV3One* creator, const std::string& op)
   constexpr TensorRTPhase kBuild = TensorRTPhase::kBUILD, kRuntime = TensorRTPhase::kRUNTIME;
   refuses({{{"num_points", 4}}, {}, {}}, kBuild, "the field num_heads (one int32) is missing");
   refuses({{{"num_heads", 8}}, {}, {}}, kBuild, "the field num_points (one int32) is missing");
-  refuses({{{"num_heads", 0}, {"num_points", 4}}, {}, {}}, kBuild, "the field num_heads is 0; it should be at least 1");
-  refuses({{{"num_heads", -8}, {"num_points", 4}}, {}, {}}, kBuild,
-          "the field num_heads is -8; it should be at least 1");
-  refuses({{{"num_heads", 8}, {"num_points", 9}}, {}, {}}, kBuild, "the field num_points is 9; it should be 1 to 8");
+  refuses({{{"num_heads", 0}, {"num_points", 4}}, {}, {}}, kBuild, "num_heads is 0; it must be at least 1");
+  refuses({{{"num_heads", -8}, {"num_points", 4}}, {}, {}}, kBuild, "num_heads is -8; it must be at least 1");
+  refuses({{{"num_heads", 8}, {"num_points", 9}}, {}, {}}, kBuild, "num_points is 9; the kernels take at most 8");
   refuses({{{"num_heads", 8}, {"num_points", 4}}, {}, {}}, kRuntime,
           "the field serialization_version (one int32) is missing");
   refuses({{{"serialization_version", 2}, {"num_heads", 8}, {"num_points", 4}, {"num_inputs", 5}}, {}, {}}, kRuntime,
@@ -337,6 +336,12 @@ void test_output(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
   CHECK(logger.take() ==
             std::string(node.op) + ": value has the TensorRT type 2; it should be kFLOAT (0), kHALF (1) or kBF16 (7)",
         "%s", node.op);
+  types = row(node, DataType::kFLOAT, DataType::kHALF);
+  CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) != 0, "%s", node.op);
+  CHECK(logger.take() == std::string(node.op) +
+                             ": sampling_offsets is float16 where value is float32; it must be float32 or the type of "
+                             "value: cast the offsets to float32, or export the model again",
+        "%s", node.op);
 
   Size sizes[6][4];
   std::vector<nvinfer1::DimsExprs> inputs(node.num_inputs);
@@ -389,35 +394,39 @@ void test_shapes(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
 
   const char* query = node.key_aware() ? "query" : "attention_logits";
   const std::string third = node.key_aware() ? "16" : "24";
-  const auto refuses = [&](size_t input, std::initializer_list<int64_t> sizes, const std::string& message) {
-    std::vector<Dims> shapes = good;
-    shapes[input] = dims(sizes);
+  const auto refuses_all = [&](const std::vector<Dims>& shapes, const std::string& message) {
     for (const bool at_build : {true, false}) {
       CHECK((at_build ? configure(plugin, shapes) : change_shape(plugin, shapes, types)) != 0, "%s", message.c_str());
       const std::string text = logger.take();
       CHECK(text == std::string(node.op) + ": " + message, "logged '%s', expected '%s'", text.c_str(), message.c_str());
     }
   };
+  const auto refuses = [&](size_t input, std::initializer_list<int64_t> sizes, const std::string& message) {
+    std::vector<Dims> shapes = good;
+    shapes[input] = dims(sizes);
+    refuses_all(shapes, message);
+  };
   refuses(0, {2, 5, 15}, query + (" has shape [2, 5, 15]; it should be [2, 5, " + third + "]"));
   refuses(0, {3, 5, node.key_aware() ? 16 : 24},
           query + (" has shape [3, 5, " + third + "]; it should be [2, 5, " + third + "]"));
   refuses(0, {2, 5}, query + std::string(" has shape [2, 5]; it should have 3 dimensions"));
   refuses(1, {2, 50, 15}, "value has 15 channels; they should divide by the 2 heads");
-  refuses(2, {2, 5, 3, 3}, "reference_points has shape [2, 5, 3, 3]; the last size should be 2 or 4");
+  refuses(2, {2, 5, 3, 3}, "reference_points has a last dimension of 3; it must be 2 (x, y) or 4 (x, y, w, h)");
   refuses(2, {2, 4, 3, 2}, "reference_points has shape [2, 4, 3, 2]; it should be [2, 5, 3, 2]");
   refuses(3, {2, 5, 46}, "sampling_offsets has shape [2, 5, 46]; it should be [2, 5, 48]");
   refuses(4, {3, 3}, "spatial_shapes has shape [3, 3]; it should be [3, 2]");
-  refuses(4, {9, 2}, "spatial_shapes has 9 levels; the kernels take at most 8");
   if (node.num_inputs == 6) refuses(5, {2, 49, 16}, "key has shape [2, 49, 16]; it should be [2, 50, 16]");
 
-  /* What only the kernels know: heads of 6 channels. */
+  /* What only the kernels know: heads of 6 channels, and nine levels. */
   std::vector<Dims> narrow = good;
   if (node.key_aware()) narrow[0] = dims({2, 5, 12});
   for (const size_t i : {size_t{1}, good.size() - 1}) narrow[i].d[2] = 12;
   if (node.num_inputs == 6) narrow[5].d[2] = 12;
-  CHECK(change_shape(plugin, narrow, types) != 0, "%s", node.op);
-  logged = logger.take();
-  CHECK(logged.find(": head_dim is 6; ") != std::string::npos, "%s", logged.c_str());
+  refuses_all(narrow, "head_dim is 6; the CUDA kernels take multiples of 8");
+  std::vector<Dims> deep = good;
+  if (!node.key_aware()) deep[0] = dims({2, 5, 72});
+  deep[2] = dims({2, 5, 9, 2}), deep[3] = dims({2, 5, 144}), deep[4] = dims({9, 2});
+  refuses_all(deep, "spatial_shapes has 9 levels; the kernels take at most 8");
 }
 
 void test_serialization(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {

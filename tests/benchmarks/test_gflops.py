@@ -132,6 +132,7 @@ def test_paper_rows_parse():
     assert len(PUBLISHED) == 19
 
 
+@pytest.mark.slow
 def test_exported_model(tmp_path):
     model = ld.load_model(variant="lite-dino-r26n")
     ld.export_onnx(model, tmp_path / "model.onnx", image_size=(192, 256), verify=False)

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 import litedetr_deploy as ld
 from litedetr_deploy import cli
+from litedetr_deploy.artifact import METADATA_KEY
 from litedetr_deploy.assets.shapes import CLASS_NAMES
-from litedetr_deploy.model.checkpoints.official import METADATA_KEY, official_key
+from litedetr_deploy.model.checkpoints.official import official_key
 
 SMALL = {"encoder_layers": 4, "num_expansion": 2, "decoder_layers": 1, "num_classes": len(CLASS_NAMES)}
 
@@ -26,6 +27,7 @@ def checkpoint(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_table(checkpoint, tmp_path):
     output = tmp_path / "precision"
     result = CliRunner().invoke(cli.app, [

@@ -1,0 +1,97 @@
+"""State dicts under other people's keys, translated by rules that are read both ways."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+# (their key, our key): the first that fits counts, both ways.  `*` is the same text on both sides; where our key is
+# None, inference does not read theirs.
+Rules = list[tuple[str, str | None]]
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def ours(key: str, rules: Rules) -> str | None:
+    """Return our key for theirs, None where inference does not read it; a key that no rule fits stays as it is."""
+    return _translate(key, rules)
+
+
+def theirs(key: str, rules: Rules) -> str:
+    """Return their key for ours."""
+    return _translate(key, ((our, their) for their, our in rules if our is not None)) or key
+
+
+def _translate(key: str, pairs: Iterable[tuple[str, str | None]]) -> str | None:
+    for source, target in pairs:
+        before, star, after = source.partition("*")
+        if key == source:
+            return target
+        if star and len(key) > len(before + after) and key.startswith(before) and key.endswith(after):
+            return target and target.replace("*", key[len(before) : len(key) - len(after)])
+    return key
+
+
+@dataclass
+class Weights:
+    """The tensors of a checkpoint, by our keys.
+
+    names: the checkpoint's own key of every tensor.
+    different: keys of the checkpoint that should hold what another key of it holds, and do not.
+    """
+
+    rules: Rules
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    different: list[str] = field(default_factory=list)
+
+    @classmethod
+    def translated(cls, state_dict: Mapping[str, Tensor], rules: Rules) -> Weights:
+        weights = cls(rules)
+        for name, value in state_dict.items():
+            key = ours(name, rules)
+            if key is None:
+                continue
+            if key not in weights.tensors:
+                weights.tensors[key], weights.names[key] = value, name
+            elif not _same(weights.tensors[key], value):
+                weights.different.append(name)
+        return weights
+
+    def having(self, pattern: str) -> list[str]:
+        """Return our keys that fit `pattern`, in which `*` stands for anything."""
+        return [key for key in self.tensors if fnmatchcase(key, pattern)]
+
+    def count(self, prefix: str) -> int:
+        """Return how many different numbers follow `prefix` in our keys, as those of layers do."""
+        numbers = {key.removeprefix(prefix).split(".")[0] for key in self.tensors if key.startswith(prefix)}
+        return sum(number.isdecimal() for number in numbers)
+
+    def size(self, pattern: str) -> int:
+        """Return the first dimension that most tensors of `pattern` have, so that one that is missing or wrong does not
+        decide; 0 where none has any."""
+        sizes = Counter(value.shape[0] for key in self.having(pattern) if (value := self.tensors[key]).ndim)
+        return sizes.most_common(1)[0][0] if sizes else 0
+
+
+def some(names: Iterable[object], limit: int = 4) -> str:
+    """Return the first names as text, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Return whether `tensor` is of a type that weights can have."""
+    return tensor.dtype in _TYPES and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or not (is_weight(a) and is_weight(b)):
+        return False
+    return a.data_ptr() == b.data_ptr() or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
