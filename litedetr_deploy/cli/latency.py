@@ -144,15 +144,20 @@ def latency(
     store = Cache(cache, checkpoint, variant)
     if dry_run:
         rows = plans.plan_rows(plan, store, unchecked)
-        print_json({"plan": rows, "cache": str(cache)}) if as_json else print(*plans.plan_table(rows, store), sep="\n")
+        if as_json:
+            print_json({"plan": rows, "cache": str(cache)})
+        else:
+            print(*plans.plan_table(rows, store), sep="\n")
         return
     if prepare:
         with Stages() as stage:
             store.progress = stage
             files = store.prepare(plan)
-        made = {"files": list(map(str, files)), "bytes": sum(map(os.path.getsize, files))}
-        text = f"{cache}: {len(files)} files, {made['bytes'] / 1e6:.0f} MB, are ready for {len(plan)} contenders"
-        print_json(made) if as_json else print(text)
+        size = sum(map(os.path.getsize, files))
+        if as_json:
+            print_json({"cache": str(cache), "files": list(map(str, files)), "bytes": size})
+        else:
+            print(f"{cache}: {len(files)} files, {size / 1e6:.0f} MB, are ready for {len(plan)} contenders")
         return
     settings = measuring.Settings(seconds, at_once)
     run = measuring.Run(plan, store, settings, output, unchecked)
