@@ -314,7 +314,7 @@ def onnx_model(size: Size, attention: str) -> bytes:
 
 
 def onnxruntime_call(attention: str, problem: Problem, threads: int):
-    from .. import create_session  # which needs numpy
+    from ..runtime.session import create_session  # which needs numpy
 
     session = create_session(onnx_model(problem.size, attention), threads=threads)
     feed = {name: tensor.numpy() for name, tensor in problem.inputs.items()}

@@ -102,7 +102,7 @@ def precision(
             "leave int8 out of --precisions."
         )
     _checks.checkpoint(checkpoint)
-    images: list = calibration and limits.Int8(calibration).chosen()
+    images: Any = calibration and limits.Int8(calibration).chosen()
     if output:
         _checks.writable_directory(output.parent)
     models.mkdir(parents=True, exist_ok=True)
