@@ -25,11 +25,14 @@ class Cache:
     """The folder and what is in it.  Copied to a machine without PyTorch it serves there.
 
     checkpoint: the weights that artifacts were made from, as `Weights.source`; variant: of a checkpoint that cannot
-        tell; progress: called with what is being made.
+        tell; build: makes an engine of a graph, given both paths and the batch; progress: called with what is made.
     """
 
-    def __init__(self, folder: Path, checkpoint: str | None = None, variant: str | None = None):
-        self.folder, self.checkpoint, self.chosen_variant = folder, checkpoint, variant
+    def __init__(
+        self, folder: Path, checkpoint: str | None = None, variant: str | None = None,
+        build: Callable[[Path, Path, int], object] | None = None,
+    ):  # fmt: skip
+        self.folder, self.checkpoint, self.chosen_variant, self._build = folder, checkpoint, variant, build
         self.progress: Callable[[str], None] = lambda stage: None
         self._weights: dict[str, Weights] = {}
         self._references: dict[Path, Reference] = {}
@@ -112,11 +115,9 @@ class Cache:
         if spec.way.engine == "pytorch" or path.is_file():
             return path
         graph = self._export(spec)
-        if path != graph:
-            from .. import build_engine
-
+        if path != graph and self._build:
             self.progress(f"{spec.model}: build the engine")
-            build_engine(graph, path, batch=[spec.batch] * 3, verify=False)
+            self._build(graph, path, spec.batch)
         return path
 
     def _export(self, spec: Spec) -> Path:

@@ -134,7 +134,7 @@ class _OnnxRuntime(Engine):
         super().__init__(job, images)
         from ..runtime.session import create_session
 
-        self._providers = ["CPUExecutionProvider"]
+        self._providers: list = ["CPUExecutionProvider"]
         if self.spec.device == "cuda":
             self._providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # FP32 is what the row says
         self._session = create_session(job.file, self._providers, self.spec.threads)
@@ -290,7 +290,7 @@ class _PyTorch(Engine):
         return output
 
     def device_seconds(self) -> float | None:
-        return self._events and self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else None
 
     def outputs(self) -> dict[str, np.ndarray]:
         values = {name: value.cpu() for name, value in self.call().items()}

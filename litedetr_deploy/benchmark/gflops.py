@@ -31,11 +31,13 @@ ITEMS = {  # of the encoder, by their headings
 }
 
 
-def count(model: str, image_size: tuple[int, int] | None = None, variant: str | None = None, **options) -> dict:
+def count(
+    model: str, image_size: tuple[int, int] | None = None, variant: str | None = None, force_variant: bool = False
+) -> dict:
     """Return the counts of a variant, a checkpoint or an .onnx model, as `FlopCount.to_dict` has them.
 
     image_size: (height, width); the paper's, or the ONNX model's own, when not given.
-    variant, options: as `load_model` takes them, of a checkpoint.
+    variant, force_variant: of a checkpoint, as `load_model` takes them.
     """
     from ..model.flops import PAPER_SIZE, count_flops
 
@@ -44,9 +46,9 @@ def count(model: str, image_size: tuple[int, int] | None = None, variant: str | 
 
         return count_onnx_flops(model, image_size).to_dict()
     if model in assets.NAMES or Path(model).exists():
-        from ..model.checkpoints.official import load_model
+        from ..model.checkpoints import load_model
 
-        config = load_model(model, variant, **options).config
+        config = load_model(model, variant, force_variant).config
     elif variant:
         raise LiteDetrError(f"The checkpoint {model} does not exist. Check the path, or give the variant alone.")
     else:

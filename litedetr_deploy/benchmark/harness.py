@@ -7,10 +7,12 @@ the report, and the others go on.  Imports neither numpy nor PyTorch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..artifact import Store
 from ..errors import LiteDetrError
@@ -33,7 +35,7 @@ class Result:
     """
 
     name: str
-    subject: object = None
+    subject: Any = None
     status: str = INTERRUPTED
     trouble: str = ""  # why it is not MEASURED
     seconds: list[float] = field(default_factory=list)  # of every timed call, in their order
@@ -68,7 +70,7 @@ class Contender:
     """
 
     name = key = ""
-    subject: object = None  # what the report says about it
+    subject: Any = None  # what the report says about it
     images = 1  # a call
     _last = math.inf  # seconds of the last call
 
@@ -189,7 +191,7 @@ def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Setti
     for contender, result in each("first timed call"):
         with _troubles(result):
             for cold in (False, True)[: 1 + settings.cold]:
-                time_once = lambda contender=contender, cold=cold: contender.time(cold)  # noqa: E731
+                time_once = functools.partial(contender.time, cold)
                 counts[pairs.index((contender, result)), cold] = timing.repetitions(time_once, settings.seconds)
     turns = timing.interleave(counts)
     if turns:
@@ -216,7 +218,7 @@ def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Setti
                 middle = Watched.median(watched[result.name])
                 result.parts, result.encoder_operators = middle.parts, middle.encoder_operators
             if sensors:
-                result.power = power.watch(sensors, lambda contender=contender: contender.keep_running(POWER_SECONDS))
+                result.power = power.watch(sensors, functools.partial(contender.keep_running, POWER_SECONDS))
             contender.finish(result)
             result.status = MEASURED
 

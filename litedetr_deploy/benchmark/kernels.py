@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,12 +178,12 @@ class Problem:
     @functools.cached_property
     def pytorch_answer(self) -> tuple[Tensor, float]:
         wanted, tolerance = self.answer
-        attend = functools.partial(official.key_aware_deform_attn, **self._rest)
-        error = largest_difference(attend(**self._few(self.inputs)), wanted)
+        given: dict[str, Any] = self._few(self.inputs) | self._rest
+        error = largest_difference(official.key_aware_deform_attn(**given), wanted)
         return wanted, max(tolerance, self.PYTORCH_TOLERANCE * error)
 
     @property
-    def _rest(self) -> dict:
+    def _rest(self) -> dict[str, Any]:
         return {"spatial_shapes": self.spatial_shapes.cpu(), "num_heads": HEADS, "num_points": POINTS}
 
     def _answer(self, definition: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -221,7 +222,7 @@ class Rival:
     """
 
     name: str
-    make: Callable[[Problem, int], Callable[[], object]]
+    make: Callable[[Problem, int], Callable[[], Any]]
     packages: tuple[str, ...] = ()
     plain: bool = False
     pytorch: bool = False
@@ -232,7 +233,8 @@ class Attention(harness.Contender):
 
     def __init__(self, rival: Rival, problem: Problem, threads: int | None):
         self.name, self.subject, self.images = rival.name, (problem.size, threads), problem.size.batch
-        self.rival, self.problem, self.threads, self._call = rival, problem, threads, None
+        self.rival, self.problem, self.threads = rival, problem, threads
+        self._call: Callable[[], Any] = None
 
     def missing(self) -> str:
         return missing_packages(self.rival.packages)
@@ -265,7 +267,7 @@ class Attention(harness.Contender):
             torch.cuda.empty_cache()
 
 
-def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """Return the call as a CUDA graph: a replay costs the host the same whatever the call is made of."""
     call()  # what the first call loads and compiles cannot be captured
     graph = torch.cuda.CUDAGraph()
@@ -312,7 +314,7 @@ def onnx_model(size: Size, attention: str) -> bytes:
 
 
 def onnxruntime_call(attention: str, problem: Problem, threads: int):
-    from .. import create_session  # which needs numpy
+    from ..runtime.session import create_session  # which needs numpy
 
     session = create_session(onnx_model(problem.size, attention), threads=threads)
     feed = {name: tensor.numpy() for name, tensor in problem.inputs.items()}
@@ -356,7 +358,7 @@ def official_call(problem: Problem, threads: int, once: bool = False, attend=off
 def compiled_call(problem: Problem, threads: int):
     torch._dynamo.reset()  # else every size counts as a recompilation of the same function, and few are allowed
     # Named, so that code that was compiled for another number of threads is not taken from inductor's disk cache.
-    options = {"cpp.threads": threads}
+    options: dict[str, Any] = {"cpp.threads": threads}
     compiled = torch.compile(official.key_aware_deform_attn, fullgraph=True, dynamic=False, options=options)
     return official_call(problem, threads, once=True, attend=compiled)
 
@@ -677,7 +679,7 @@ def _run(options: argparse.Namespace) -> int:
     names = [rival.name for rival in RIVALS[options.device]] + [DEFORMABLE_DETR] * bool(options.deformable_detr)
     names = chosen(options.only, names, "--only")
     sizes = [SIZES[name] for name in chosen(options.sizes, SIZES, "--sizes")]
-    thread_counts = [None]
+    thread_counts: list = [None]
     if on_cpu:
         thread_counts = counts(
             options.threads or ",".join(map(str, range(1, 1 + min(2, timing.usable_cores())))), "--threads"

@@ -51,7 +51,8 @@ class Detector(harness.Contender):
 
     def __init__(self, spec: Spec, cache: Cache, unchecked: bool = False):
         self.subject, self.name, self.key, self.images = spec, spec.name, spec.key, spec.batch
-        self._cache, self._unchecked, self._worker = cache, unchecked, None
+        self._cache, self._unchecked = cache, unchecked
+        self._worker: Worker | None = None
 
     def missing(self) -> str:
         return why_missing(self.subject, self._cache, self._unchecked)
@@ -260,7 +261,9 @@ def _tables(group: Sequence[Result]) -> list[str]:
     add("By part, ms:", parts, watched, lambda result: [_milliseconds(result.parts.get(part)) for part in parts])
 
     encoders = [result for result in timed if result.encoder_operators]
-    most = functools.reduce(Counter.__or__, (Counter(result.encoder_operators) for result in encoders), Counter())
+    most: Counter[str] = Counter()
+    for result in encoders:
+        most |= Counter(result.encoder_operators)
     least = max((sum(result.encoder_operators.values()) for result in encoders), default=0) / 100
     names = [name for name, seconds in most.most_common() if seconds >= least]
 

@@ -21,7 +21,7 @@ from ..ops import torch_op
 def official_attention() -> Iterator[None]:
     """Run models with the official arithmetic in place of our ops, in all threads."""
     ours = torch_op.key_aware_deform_attn, torch_op.ms_deform_attn
-    torch_op.key_aware_deform_attn, torch_op.ms_deform_attn = key_aware_deform_attn, ms_deform_attn
+    torch_op.key_aware_deform_attn, torch_op.ms_deform_attn = key_aware_deform_attn, ms_deform_attn  # type: ignore
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ class Watched:
     @classmethod
     def median(cls, calls: Sequence[Watched]) -> Watched:
         operators = [call.encoder_operators for call in calls]
-        names = None if None in operators else sorted(set().union(*operators))
-        return cls(medians([call.parts for call in calls], PARTS), names and medians(operators, names))
+        known = None if None in operators else medians(operators, sorted(set().union(*operators)))
+        return cls(medians([call.parts for call in calls], PARTS), known)
 
 
 def medians(runs: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str, float]:
@@ -111,7 +111,7 @@ class _Clock:
 
     def start(self) -> None:
         self._synchronize()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._stack, self._between = [], OTHER
         self._since = time.perf_counter()
 

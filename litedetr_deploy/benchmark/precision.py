@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 
 from ..artifact import load_onnx
 from ..evaluate.data import Dataset
-from ..evaluate.evaluate import Evaluation, evaluate
+from ..evaluate.evaluate import Evaluation, Options, evaluate
 from ..evaluate.match import compare_detections
 from ..export.export import export_onnx
+from ..export.limits import Int8
 from ..model.detector import Detector
 from ..model.session import TorchSession
 from ..runtime.images import prepare
@@ -76,23 +78,22 @@ def measure(
 ) -> tuple[Evaluation, list[Exported]]:
     """Export `model` into `folder` in every precision and attention; return PyTorch's evaluation in FP32, and them.
 
-    calibration: images for INT8 (paths, PIL images or arrays).  seconds: of timed calls, for each.
+    calibration: images for INT8, as `Int8` takes them.  seconds: of timed calls, for each.
     progress: as `evaluate` calls it.
     """
-    options = {"image_size": image_size, "resize": "stretch", "progress": progress}
-    base = evaluate(TorchSession(model, threads), dataset, **options)
+    options = Options(image_size=image_size, resize="stretch", threads=threads)
+    base = evaluate(TorchSession(model, threads), dataset, options, progress)
     pixels, _, size = prepare(dataset.load(dataset.images[0]), "stretch", image_size)
     feed = {"images": pixels[None], "orig_target_sizes": np.array([size], np.int64)}
     graphs, contenders = [], []
     for attention, precision in ((attention, precision) for attention in attentions for precision in precisions):
         path = folder / f"{attention}-{precision}.onnx"
-        made = export_onnx(
-            model, path, attention, precision, image_size, calibration=calibration if precision == "int8" else None,
-            progress=lambda stage, name=path.stem: progress(f"{name}: {stage}", 0, None),
-        )  # fmt: skip
+        say = functools.partial(_say, progress, path.stem)
+        int8 = Int8(calibration) if precision == "int8" else None
+        made = export_onnx(model, path, attention, precision, image_size, int8=int8, progress=say)
         runs = precision != "bf16"
         artifact = path if runs else OnnxSession(float_twin(load_onnx(path)).SerializeToString(), threads=threads)
-        found = evaluate(artifact, dataset, threads=threads, **options)
+        found = evaluate(artifact, dataset, options, progress)
         apart = compare_detections(base.detections, found.detections)
         ap = found.metrics["AP"]
         graph = Exported(
@@ -103,9 +104,13 @@ def measure(
         if runs:
             contenders.append(_Session(graph, OnnxSession(path, threads=threads), feed))
     settings = harness.Settings(seconds, at_once=len(contenders))
-    for result in harness.measure(contenders, settings, lambda stage: progress(f"time {stage}", 0, None)):
+    for result in harness.measure(contenders, settings, functools.partial(_say, progress, "time")):
         result.subject.median = result.median if result.seconds else None
     return base, graphs
+
+
+def _say(progress: Callable[..., None], what: str, stage: str) -> None:
+    progress(f"{what}: {stage}", 0, None)
 
 
 def table(base: Evaluation, graphs: Sequence[Exported]) -> list[str]:

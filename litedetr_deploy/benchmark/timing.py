@@ -78,7 +78,7 @@ def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
     raise RuntimeError("the call waits for the device, so that its time between two events is not the device's alone")
 
 
-def repetitions(time_once: Callable[[], float], budget: float) -> int:
+def repetitions(time_once: Callable[[], object], budget: float) -> int:
     """Return how many timed calls fit into `budget` seconds, by one try, with all that `time_once` does around them."""
     start = time.perf_counter()
     time_once()

@@ -1,7 +1,7 @@
 """litedetr benchmark: what a detector costs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,14 +51,16 @@ def gflops(
         from ..benchmark import gflops as counting
 
         if table:
-            found = counting.count_published(stage)
+            found: Any = counting.count_published(stage)
+            lines = counting.published_table(found)
         else:
             stage("count")
-            found = counting.count(model, image_size, variant, **_forced(force_variant))
+            found = counting.count(model, image_size, variant, force_variant)
+            lines = counting.count_table(model, found)
     if as_json:
         print_json(found)
     else:
-        print(*(counting.published_table(found) if table else counting.count_table(model, found)), sep="\n")
+        print(*lines, sep="\n")
 
 
 @benchmark.command()
@@ -100,7 +102,7 @@ def precision(
             "leave int8 out of --precisions."
         )
     _checks.checkpoint(checkpoint)
-    images = calibration and limits.Int8(calibration).chosen()
+    images: Any = calibration and limits.Int8(calibration).chosen()
     if output:
         _checks.writable_directory(output.parent)
     models.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def precision(
         from ..benchmark import precision as measuring
         from ..evaluate.data import drawn_shapes, read_coco
 
-        model = ld.load_model(checkpoint, variant, **_forced(force_variant))
+        model = ld.load_model(checkpoint, variant, force_variant)
         stage("read the annotations" if data else "draw the shapes")
         dataset = read_coco(data, None, count) if data else drawn_shapes(count)
         if images is None:
@@ -129,7 +131,3 @@ def precision(
             print("wrote", ", ".join(map(str, paths)))
     if not all(graph.verified for graph in graphs):
         raise typer.Exit(1)
-
-
-def _forced(force_variant):
-    return {"force_variant": True} if force_variant else {}

@@ -43,7 +43,7 @@ class Weights:
     def model(self):
         import torch
 
-        from ..model.checkpoints.official import load_model
+        from ..model.checkpoints import load_model
 
         if not self.random:
             return load_model(self.source, self.variant)
@@ -183,7 +183,7 @@ def run_pytorch(model, images: np.ndarray, indices: np.ndarray | None = None, dt
     from ..model.deployed import Deployed
 
     normalised = Deployed(model, "raw").normalise(torch.from_numpy(images), None)
-    indices = None if indices is None else torch.from_numpy(indices.astype(np.int64))
+    forced = None if indices is None else torch.from_numpy(indices.astype(np.int64))
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
-        values = model(normalised, None, indices)
+        values = model(normalised, None, forced)
     return {name: values[name].float().numpy() for name in QUANTITIES} | {INDICES: values[INDICES].numpy()}
