@@ -238,6 +238,14 @@ def test_types_of_floating_point_are_taken(official, shipped):
         assert all(value.dtype == torch.float32 for value in model.state_dict().values())
 
 
+def test_nan_is_no_difference_between_copies(official):
+    """A weight that is NaN is for verification to find; its copies under other keys are equal."""
+    value = official["class_embed.0.bias"].clone()
+    value[3] = torch.nan
+    model = ld.load_model(official | {f"class_embed.{layer}.bias": value.clone() for layer in range(3)}, H3)
+    assert model.class_embed.bias.isnan().sum() == 1
+
+
 # Training arguments
 
 
@@ -412,6 +420,19 @@ def test_a_file_can_be_saved_over_itself(tmp_path, shipped):
     ld.save_checkpoint(shipped, path)
     ld.save_checkpoint(ld.load_model(path), path)
     assert torch.equal(ld.load_model(path).level_embed, shipped.level_embed)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_parts_of_one_memory_are_saved_alone(tmp_path, official, shipped, suffix):
+    memory = torch.cat([value.flatten() for value in official.values()])
+    parts = memory.split([value.numel() for value in official.values()])
+    views = {key: part.view(value.shape) for (key, value), part in zip(official.items(), parts)}
+    views["transformer.enc_output.weight"] = official["transformer.enc_output.weight"].t().contiguous().t()
+    path = tmp_path / f"model{suffix}"
+    ld.save_checkpoint(ld.load_model(views, H3), path)
+    assert path.stat().st_size < 1.1 * memory.nbytes
+    loaded = ld.load_model(path).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in shipped.state_dict().items())
 
 
 def test_metadata_of_a_saved_file(tmp_path, shipped):

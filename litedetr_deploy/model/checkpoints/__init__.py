@@ -94,7 +94,10 @@ def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
     }
     if model.class_names:
         arguments["class_names"] = list(model.class_names)
-    tensors = {official.official_key(key, config): value.detach() for key, value in model.state_dict().items()}
+    tensors = {  # copies: those of a checkpoint can be parts of one memory, which safetensors refuses
+        official.official_key(key, config): value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
     write_checkpoint(path, tensors, arguments)
 
 
@@ -137,7 +140,7 @@ def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
         found = {key: value for key, value in found.items() if ".query_proj." not in key}
     if config.family == "h-detr" and "tgt_embed.weight" in found:
         # The others belong to its one-to-many branch.
-        found["tgt_embed.weight"] = found["tgt_embed.weight"][: config.num_queries].clone()
+        found["tgt_embed.weight"] = found["tgt_embed.weight"][: config.num_queries]
     types = [f"{weights.names[key]} ({value.dtype})" for key, value in found.items() if not is_weight(value)]
     if types:
         raise LiteDetrError(
