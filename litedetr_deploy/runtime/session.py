@@ -216,14 +216,14 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
         )
 
     kind = metadata.get("outputs")
-    if kind in _OUTPUTS and not _OUTPUTS[kind] <= set(outputs):
+    if isinstance(kind, str) and kind in _OUTPUTS and not _OUTPUTS[kind] <= set(outputs):
         refuse("outputs are", f"{kind!r}, {', '.join(sorted(_OUTPUTS[kind]))}", ", ".join(sorted(outputs)))
     if "pixel_mask" in metadata and bool(metadata["pixel_mask"]) != ("pixel_mask" in inputs):
         refuse("pixel_mask is", metadata["pixel_mask"], "no such input" if metadata["pixel_mask"] else "that input")
     if "image_size" in metadata and "images" in inputs:
         sides = [side if isinstance(side, int) else None for side in inputs["images"][2:]]
         wanted = metadata["image_size"] or ([None, None] if fixed else sides)
-        if list(wanted) != sides:
+        if wanted != sides:
             found = "x".join("any" if side is None else str(side) for side in sides)
             refuse("image_size is", metadata["image_size"] or "dynamic", f"images of {found}")
     names = metadata.get("class_names")
