@@ -20,14 +20,16 @@ def create_session(
 ):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
-    onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
-    providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
-    threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core, when
-        not given.
-    options: `onnxruntime.SessionOptions` to go on from, for instance with profiling enabled.
+    Args:
+        onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
+        providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
+        threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core,
+            when not given.
+        options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
 
-    Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
-    damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
+    Raises:
+        LiteDetrError: when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
+            damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
     """
     name = "the given bytes" if isinstance(onnx, bytes) else os.fspath(onnx)
     if not isinstance(onnx, bytes):
@@ -205,8 +207,11 @@ _OUTPUTS = {"detections": {"labels", "boxes", "scores"}, "raw": {"pred_logits", 
 def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mapping | Collection, fixed=True) -> None:
     """Raise LiteDetrError where a model's metadata contradicts its graph.
 
-    inputs, outputs: name -> shape; an int where a size is fixed.
-    fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
+    Args:
+        name: of the model, for the message.
+        metadata: what `litedetr export` wrote.
+        inputs, outputs: name -> shape; an int where a size is fixed.
+        fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
     """
 
     def refuse(what, said, found):
