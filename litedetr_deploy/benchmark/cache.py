@@ -25,11 +25,18 @@ class Cache:
     """The folder and what is in it.  Copied to a machine without PyTorch it serves there.
 
     checkpoint: the weights that artifacts were made from, as `Weights.source`; variant: of a checkpoint that cannot
-        tell; progress: called with what is being made.
+        tell; build_engine: that of this package, for TensorRT; progress: called with what is being made.
     """
 
-    def __init__(self, folder: Path, checkpoint: str | None = None, variant: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: str | None = None,
+        variant: str | None = None,
+        build_engine: Callable | None = None,
+    ):
         self.folder, self.checkpoint, self.chosen_variant = folder, checkpoint, variant
+        self._build_engine = build_engine
         self.progress: Callable[[str], None] = lambda stage: None
         self._weights: dict[str, Weights] = {}
         self._references: dict[Path, Reference] = {}
@@ -113,10 +120,8 @@ class Cache:
             return path
         graph = self._export(spec)
         if path != graph:
-            from .. import build_engine
-
             self.progress(f"{spec.model}: build the engine")
-            build_engine(graph, path, batch=[spec.batch] * 3, verify=False)
+            self._build_engine(graph, path, batch=[spec.batch] * 3, verify=False, allow_unverified=True)
         return path
 
     def _export(self, spec: Spec) -> Path:

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import create_session
 from ..errors import LiteDetrError
 from ..ops import native, reference, torch_op
 from . import harness, official, report, timing
@@ -313,6 +312,8 @@ def onnx_model(size: Size, attention: str) -> bytes:
 
 
 def onnxruntime_call(attention: str, problem: Problem, threads: int):
+    from ..runtime.session import create_session  # which needs numpy
+
     session = create_session(onnx_model(problem.size, attention), threads=threads)
     feed = {name: tensor.numpy() for name, tensor in problem.inputs.items()}
     return lambda: session.run(None, feed)[0]
@@ -502,7 +503,7 @@ COLUMNS = {  # of the tables: their headings, by the names in the JSON report
 def case_table(case: Sequence[Result], machine: dict) -> list[str]:
     """Return the lines of a case's section."""
     found = [numbers(result, case, machine) for result in case]
-    columns = [name for name in COLUMNS if any(name in each for each in found)]
+    columns = [name for name in COLUMNS if any(name in each for each in found)] or ["median_ms"]
     rows = []
     for result, each in zip(case, found):
         name = result.name + (" (better)" if result is better_openvino(case) else "")

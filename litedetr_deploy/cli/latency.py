@@ -140,8 +140,9 @@ def latency(
         _checks.writable_directory(output.parent)
     from ..benchmark import latency as measuring
     from ..benchmark.cache import Cache
+    from ..engine.build import build_engine
 
-    store = Cache(cache, checkpoint, variant)
+    store = Cache(cache, checkpoint, variant, build_engine)
     if dry_run:
         rows = plans.plan_rows(plan, store, unchecked)
         print_json({"plan": rows, "cache": str(cache)}) if as_json else print(*plans.plan_table(rows, store), sep="\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import LiteDetrError
 
@@ -131,7 +132,7 @@ class DetectorConfig:
 
     @property
     def name(self) -> str:
-        """The variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
+        """Return the variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
         base = f"{self.family}-{self.backbone}"
         if not self.is_lite:
             return base
@@ -159,10 +160,10 @@ def parse_variant(variant: str, **overrides) -> DetectorConfig:
     Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Lite models are key-aware and have the
     small feed-forward network; full-scale ones have neither.
     """
-    match = _VARIANT.fullmatch(variant.strip().replace(" ", "-"))
+    match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:
         raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
-    fields = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
+    fields: dict[str, Any] = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
     fields |= _FAMILY_FIELDS[fields["family"]] | _BACKBONE_FIELDS.get(fields["backbone"], {})
     if fields["family"] == "h-detr":
         fields["window_size"] = 7  # its Swin-L too

@@ -13,7 +13,7 @@ from .resnet import fold_frozen_batch_norm
 
 
 class TorchSession:
-    """Runs what `export_onnx` exports, before it is exported: of dynamic size, with a pixel mask (see OnnxSession).
+    """Run what `export_onnx` exports, before it is exported: of dynamic size, with a pixel mask (see OnnxSession).
 
     model: as `load_model` returns it.
     threads: of PyTorch, in the whole process; PyTorch's choice when not given.

@@ -237,7 +237,7 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
             f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
             "the model again."
         )
-    classes = outputs["pred_logits"][-1] if isinstance(outputs, Mapping) and "pred_logits" in outputs else None
+    classes = outputs["pred_logits"][-1] if isinstance(outputs, Mapping) and outputs.get("pred_logits") else None
     if names and isinstance(classes, int) and classes != len(names):
         refuse("class_names are", len(names), f"{classes} classes")
 

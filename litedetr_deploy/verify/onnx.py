@@ -102,7 +102,7 @@ def verify_onnx(
     # ONNX Runtime's CPU has few kernels for bfloat16.
     graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto)
     regions = find_regions(proto, model)
-    values = {value for region in regions for value in region.values}
+    values = set().union(*(region.values for region in regions))
     probed = _Graph(typed.float_twin(proto) if half else proto, values)
     for size in [graph.size] if graph.size else DYNAMIC_SIZES:
         name = "" if graph.size else f"{size[0]}x{size[1]}, "
@@ -132,7 +132,7 @@ def verify_onnx(
         if precision in ("fp16", "int8"):
             wanted = _run_pytorch(model, probes[0], outputs["topk_indices"])
             _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
-        compare_regions(verdict, case, regions, outputs, seen, model, half)
+        compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
     return verdict
 
 
@@ -141,6 +141,7 @@ class _Graph:
 
     def __init__(self, proto: onnx.ModelProto, values: Iterable[str] = ()):
         proto = copy.deepcopy(proto)
+        del proto.metadata_props[:]  # it describes the graph without further outputs
         graph = proto.graph
         shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.input}
         self.inputs, self.masked = shapes.keys(), "pixel_mask" in shapes

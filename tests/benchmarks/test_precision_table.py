@@ -42,7 +42,7 @@ def test_the_table(checkpoint, tmp_path):
     assert fp32["verified"] and bf16["verified"]
     assert fp32["ap"] == pytest.approx(contents["pytorch"]["metrics"]["AP"] - fp32["ap_lost"], abs=1e-12)
     assert fp32["median"] > 0 and bf16["median"] is None  # there are no kernels to time
-    assert "| op | fp32 |" in (tmp_path / "precision.md").read_text()
+    assert "| op        |      fp32 |" in (tmp_path / "precision.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,9 @@ def test_the_table(checkpoint, tmp_path):
     [
         (["--precisions", "fp8"], "precision is 'fp8'"),
         (["--attentions", "gridsample"], "precision is 'bf16' and attention 'gridsample'"),
-        (["--image-size", "dynamic"], "a time needs a size"),
-        (["--data", "coco"], "INT8 needs pictures"),
+        (["--image-size", "dynamic"], "it must be known"),
+        (["--data", "coco"], "INT8 needs images"),
+        (["--threads", "100000"], "--threads is 100000"),
         (["--output", "nowhere/precision"], "nowhere does not exist"),
     ],
 )
