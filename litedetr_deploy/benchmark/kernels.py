@@ -604,9 +604,11 @@ def draw(results: Sequence[Result], machine: dict, path: Path) -> None:
         colours = {result.name: report.COLOURS[result.name != OUR_OP] for result in case}
         report.draw_bars(axes, [result.name for result in case], bars, colours)
         axes.set_title(case_title(case), fontsize=10)
-        if any(bars):
+        if timed := [result.median * 1e3 for result in case if result.seconds]:
             axes.set_xscale("log")
-            axes.margins(x=0.2)
+            axes.set_xlim(min(timed) / 2, max(timed) * 3)  # room for the texts behind the bars
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("median, milliseconds, log scale", fontsize=8)
     for axes in panels:
         axes.set_visible(False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import assets
-from ..artifact import ENGINE_SUFFIXES, SUFFIXES, check_file, distrust
+from ..artifact import ENGINE_SUFFIXES, SUFFIXES, check_file, warn_unless_verified
 from ..errors import LiteDetrError
 from ..export import limits
 from ..model.config import parse_variant
@@ -122,6 +122,8 @@ def make_plan(
     An artifact has its own attention, precision and, where it is fixed, size; ONNX Runtime runs an .onnx, OpenVINO as
     well where it is among `backends`.
 
+    Gives a `Notice` for an artifact that was not verified.
+
     Raises:
         LiteDetrError: an option names what does not exist, or asks for more threads or memory than this machine has.
     """
@@ -142,6 +144,12 @@ def make_plan(
                 f"Batches of {batch} images of {height}x{width} need more than {needed >> 30} GiB, and this machine "
                 f"has {memory_bytes() >> 30}. Choose a smaller batch or image size."
             )
+    for model in dict.fromkeys(models):
+        if Path(model).suffix.lower() in SUFFIXES:
+            check_file(model, "an artifact; `litedetr export` makes one")
+            warn_unless_verified(model, artifact_metadata(Path(model)))
+        else:
+            _check_name(model)
     if device == "cuda":
         threads = threads[:1]  # of the host: they do not matter
     specs = []
@@ -149,7 +157,6 @@ def make_plan(
         if Path(model).suffix.lower() in SUFFIXES:
             specs += _artifact_specs(model, backends, batch, size, device, count)
         else:
-            _check_name(model)
             for precision, backend in itertools.product(precisions, backends):
                 specs.append(Spec(model, backend, precision, batch, size, device, count))
     return list(dict.fromkeys(specs))  # an artifact of fixed size came once for every size
@@ -157,7 +164,6 @@ def make_plan(
 
 def _artifact_specs(model, backends, batch, size, device, threads) -> list[Spec]:
     path = Path(model)
-    check_file(path, "an artifact; `litedetr export` makes one")
     metadata = artifact_metadata(path)
     attention, precision = metadata.get("attention", "op"), metadata.get("precision", "fp32")
     size = tuple(metadata.get("image_size") or size)
@@ -176,13 +182,6 @@ def artifact_metadata(path: Path) -> dict:
     from ..runtime.session import OnnxSession
 
     return OnnxSession(path).metadata
-
-
-def distrusted(specs: Sequence[Spec]) -> dict[str, str]:
-    """Return why artifacts of a plan are not proven to be right, by their paths."""
-    paths = dict.fromkeys(spec.model for spec in specs if spec.is_artifact)
-    reasons = {path: distrust(path, artifact_metadata(Path(path))) for path in paths}
-    return {path: reason for path, reason in reasons.items() if reason}
 
 
 def _check_name(model: str) -> None:

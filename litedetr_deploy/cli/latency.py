@@ -1,7 +1,6 @@
 """litedetr benchmark latency: how fast detectors are on this machine, whole and by part."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -134,8 +133,6 @@ def latency(
         device,
         _numbers(threads, "--threads") if threads else [usable_cores()],
     )
-    for path, reason in plans.distrusted(plan).items():
-        print(f"warning: {path} {reason}.", file=sys.stderr)
     if output:
         _checks.writable_directory(output.parent)
     from ..benchmark import latency as measuring
