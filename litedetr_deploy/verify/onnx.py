@@ -18,6 +18,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -321,13 +322,13 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
         "reference_points": rng.random((n, queries, config.num_levels, 4)),
         "sampling_offsets": rng.standard_normal((n, queries, samples * 2)) * 2,
     }
-    feed = {}
+    feed: dict[str, Any] = {}
     for name, array in arrays.items():
         array[2] = array[0]
         feed[name] = torch.from_numpy(array).to(torch.float32 if name == "reference_points" else dtype)
     feed["spatial_shapes"] = shapes
     op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
-    attributes = {"num_heads": config.num_heads, "num_points": config.decoder_points}
+    attributes: dict[str, Any] = {"num_heads": config.num_heads, "num_points": config.decoder_points}
     session = create_session(_one_node(op_type, feed, attributes))
     arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in feed.items()}
     output = session.run(None, arrays)[0]
@@ -350,7 +351,7 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
     verdict.add(case, "identical rows, bit for bit", largest(output[0] - output[2]), 0.0)
 
 
-def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, int]) -> bytes:
+def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, Any]) -> bytes:
     """A model of the op alone, whose floats come and go as float32 and are cast to the op's types inside."""
     helper, kinds = onnx.helper, onnx.TensorProto
     types = {torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.bfloat16: kinds.BFLOAT16}

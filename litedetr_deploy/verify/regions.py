@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,10 @@ WRONG = 1.01  # times offsets or logits: must be noticed
 # What an output may be off by, root mean square, as a part of it: so many times what the definition itself is off by in
 # float32, so many epsilons of float32 and, where it is stored in half, of the half type.
 SPREADS, FLOOR, HALF_FLOOR = 4, 8, 0.75
-_FUNCTIONS = {schema.KEY_AWARE: reference.key_aware_deform_attn, schema.PLAIN: reference.ms_deform_attn}
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    schema.KEY_AWARE: reference.key_aware_deform_attn,
+    schema.PLAIN: reference.ms_deform_attn,
+}
 # Input of the op -> the Linear that makes it.
 _PROJECTIONS = {
     "query": "query_proj",
