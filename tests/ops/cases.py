@@ -242,7 +242,7 @@ def assert_spreads_right(shape: Shape, inputs: dict[str, Tensor], output: Tensor
 
 
 def put_samples_nowhere(inputs: dict[str, Tensor], name: str, number: float) -> None:
-    """Write `number` into some coordinates of 'reference_points' or 'sampling_offsets', in turn x and y, centre and box."""
+    """Write `number` into some of 'reference_points' or 'sampling_offsets': x and y, centre and box in turn."""
     coordinates = inputs[name].view(-1)
     coordinates[::5] = number
 
