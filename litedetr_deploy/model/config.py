@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, nearest
 
 FAMILIES = ("dino", "deformable-detr", "h-detr")
 BACKBONES = ("r50", "r101", "r26n", "swin-t", "swin-l")
@@ -162,7 +162,11 @@ def parse_variant(variant: str, **overrides) -> DetectorConfig:
     """
     match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:
-        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
+        base = re.split(r"-h\d", str(variant).lower())[0]
+        names = [
+            f"{lite}{family}-{backbone}" for lite in ("lite-", "") for family in FAMILIES for backbone in BACKBONES
+        ]
+        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.{nearest(base, names)}")
     fields: dict[str, Any] = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
     fields |= _FAMILY_FIELDS[fields["family"]] | _BACKBONE_FIELDS.get(fields["backbone"], {})
     if fields["family"] == "h-detr":
