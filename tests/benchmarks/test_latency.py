@@ -131,8 +131,12 @@ def test_what_is_missing_is_said(cache, monkeypatch):
     absent = {"torch", "openvino"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
     assert not plan.why_missing(make_spec(), cache)  # exported, and with PyTorch's outputs
-    assert "the export needs torch" in plan.why_missing(make_spec("onnxruntime-gather"), cache)
-    assert "needs openvino" in plan.why_missing(make_spec("openvino-gather"), cache)
+    assert "torch is not installed: pip install litedetr-deploy[export]" in plan.why_missing(
+        make_spec("onnxruntime-gather"), cache
+    )
+    assert "openvino, torch are not installed: pip install litedetr-deploy[benchmark,export]" in plan.why_missing(
+        make_spec("openvino-gather"), cache
+    )
     assert "cuda only" in plan.why_missing(make_spec("pytorch-graph"), cache)
     assert "fp32 only" in plan.why_missing(make_spec("openvino-gather", precision="fp16"), cache)
 
