@@ -136,8 +136,6 @@ def make_plan(
             raise LiteDetrError(f"The {name} {unknown[0]!r} does not exist. Choose from {', '.join(known)}.")
     check_threads(threads)
     for batch, (height, width) in itertools.product(batches, image_sizes):
-        if batch < 1:
-            raise LiteDetrError(f"A batch size is {batch}; it must be 1 or more.")
         limits.check("op", "fp32", (height, width), "raw", limits.FIRST_OPSET)
         if (needed := batch * height * width * BYTES_PER_PIXEL) > memory_bytes():
             raise LiteDetrError(

@@ -100,7 +100,6 @@ def test_a_plan_has_every_combination_and_groups_what_is_compared():
         ({"backends": ["onnx"]}, "'onnx'"),
         ({"precisions": ["fp8"]}, "'fp8'"),
         ({"device": "tpu"}, "'tpu'"),
-        ({"batches": [0]}, "batch size is 0"),
         ({"models": ["lite-dino-r5"]}, "'lite-dino-r5'"),
         ({"models": ["missing.onnx"]}, "missing.onnx does not exist"),
         ({"image_sizes": [(32, 32)]}, "32x32"),
@@ -169,6 +168,7 @@ def test_dry_run(litedetr, cache):
         (["--threads", "100000"], "--threads is 100000"),
         (["--image-sizes", "dynamic"], "image size is 'dynamic'"),
         (["--batch-sizes", ""], "--batch-sizes is ''"),
+        (["--batch-sizes", "0"], "--batch-sizes is '0'"),
     ],
 )
 def test_wrong_use(litedetr, arguments, says):
