@@ -171,7 +171,8 @@ def test_two_processes_of_torchrun_train_one_student(material, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         EXAMPLES / "distill.py", teacher, "--variant", "lite-dino-r26n-h3l1-2+1x3", "--images", folder, "--output",
-        tmp_path / "run", "--steps", "4", "--batch-size", "2", "--shortest", "96", "--precision", "fp32", "--workers", "0",
+        tmp_path / "run", "--steps", "4", "--batch-size", "2", "--shortest", "96", "--precision", "fp32",
+        "--workers", "0",
     ]  # fmt: skip
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
