@@ -1,19 +1,33 @@
-# make demo: set up everything and see it work.  make test: the tests.  Both can be run again at no cost.
+# make demo: set up everything and see it work.  make check: format, lint and types.  make test, make test-slow: the tests.
+# All of them can be run again at no cost.
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(shell find plugins tools -type f -not -path 'plugins/tests/*')
 JOBS := $(shell nproc)
+PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test aarch64 benchmark rtx clean
+.PHONY: demo check test test-slow aarch64 benchmark rtx clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed-tests build/tests/.built
-	ctest --test-dir build/tests --output-on-failure
-	$(BIN)/python -m pytest -n 2
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'plugins/*.h' 'plugins/*.cpp' 'plugins/*.cu' 'plugins/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+# What a change needs at once: some minutes on two cores.
+test: $(VENV)/.installed-dev build/tests/.built
+	ctest --test-dir build/tests --output-on-failure --label-exclude slow
+	$(PYTEST) -m 'not slow'
+
+# The rest: exports and golden outputs of whole R50 detectors, sanitizers and emulation for every instruction set.
+test-slow: $(VENV)/.installed-dev build/tests/.built-slow
+	ctest --test-dir build/tests --output-on-failure --label-regex slow
+	$(PYTEST) -m slow
 
 # The CPU kernels as a Jetson's processor runs them: cross-compiled, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user).
 aarch64:
@@ -25,7 +39,7 @@ benchmark: $(VENV)/.installed-benchmark
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results/kernels
 
 # A whole Lite-DINO R50 in every precision, built ahead of time for RTX GPUs: ten minutes, and a few GB of memory.
-rtx: $(VENV)/.installed-tests
+rtx: $(VENV)/.installed-dev
 	$(BIN)/python tools/build_rtx.py
 
 $(VENV)/.created:
@@ -37,8 +51,8 @@ $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 	$(PIP) --editable '.[evaluate,export]'
 	touch $@
 
-$(VENV)/.installed-tests: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
 	@# What it depends on is TensorRT itself, gigabytes that a type check does not need.
 	$(PIP) --no-deps 'tensorrt-stubs>=10.13,<11'
 	touch $@
@@ -49,6 +63,11 @@ $(VENV)/.installed-benchmark: $(VENV)/.installed
 
 build/tests/.built: $(NATIVE) $(wildcard plugins/tests/*)
 	cmake -S . -B build/tests -DLITEDETR_TESTS=ON -DLITEDETR_SANITIZE=ON
+	cmake --build build/tests -j $(JOBS)
+	touch $@
+
+build/tests/.built-slow: build/tests/.built
+	cmake -S . -B build/tests -DLITEDETR_SLOW_TESTS=ON
 	cmake --build build/tests -j $(JOBS)
 	touch $@
 

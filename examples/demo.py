@@ -1,5 +1,5 @@
-"""The whole way through on this machine: the detector that comes with the package, exported, verified, run on
-generated scenes and measured."""
+"""Go the whole way on this machine: export the detector that comes with the package, verify it, run it on generated
+scenes, and measure its AP and latency."""
 
 import subprocess
 import sys
@@ -30,8 +30,8 @@ def main():
         run("litedetr-export", DETECTOR, "-o", path, "--image-size", f"{SIZE}x{SIZE}", "--attention", attention)
 
     dataset = drawn_shapes(SCENES_MEASURED)
-    picture = FOLDER / "detections.jpg"
-    save(contact_sheet(ld.Detector(models["op"]), dataset), picture)
+    sheet = FOLDER / "detections.jpg"
+    save(contact_sheet(ld.Detector(models["op"]), dataset), sheet)
 
     table = Table("", "AP", "AP50", "ms an image", title=f"{SCENES_MEASURED} generated scenes of {SIZE}x{SIZE}")
     with Progress(console=Console(stderr=True)) as progress:
@@ -42,15 +42,18 @@ def main():
         }.items():
             task = progress.add_task(name, total=None)
             report = evaluate(
-                artifact, dataset, progress=lambda _, done, total: progress.update(task, completed=done, total=total)
+                artifact,
+                dataset,
+                progress=lambda _, done, total, task=task: progress.update(task, completed=done, total=total),
             )
             metrics, latency = report.metrics, report.latency_ms["median"]
             table.add_row(name, f"{metrics['AP']:.3f}", f"{metrics['AP50']:.3f}", f"{latency:.1f}")
     Console().print(table)
-    print(f"The models: {', '.join(map(str, models.values()))}\nThe picture: {picture}")
+    print(f"The models: {', '.join(map(str, models.values()))}\nThe image: {sheet}")
 
 
 def contact_sheet(detector, dataset) -> Image.Image:
+    """Return some scenes with the boxes that `detector` finds, side by side."""
     columns, rows = SCENES_SHOWN
     sheet = Image.new("RGB", (columns * SIZE, rows * SIZE))
     scenes = [dataset.load(entry) for entry in dataset.images[: columns * rows]]
@@ -60,7 +63,7 @@ def contact_sheet(detector, dataset) -> Image.Image:
 
 
 def run(command, *arguments):
-    """A command of this package, as a user types it."""
+    """Run a command of this package as a user types it; end with its exit status where it fails."""
     print("$", command, *arguments, flush=True)
     status = subprocess.run([Path(sys.executable).parent / command, *map(str, arguments)]).returncode
     if status:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import LiteDetrError
+from .errors import LiteDetrError, Notice, not_installed
 from .files import replaced_when_done
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def sha256(path: str | os.PathLike) -> str:
 def damaged(path: str | os.PathLike, why: object) -> LiteDetrError:
     """Return the error for a file that is no ONNX model or a damaged one."""
     return LiteDetrError(
-        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it again."
+        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it "
+        "again."
     )
 
 
@@ -63,9 +66,7 @@ def import_onnx():
     try:
         import onnx
     except ImportError as error:
-        raise LiteDetrError(
-            f"onnx cannot be imported ({error}). Install it with `pip install litedetr-deploy[export]`."
-        ) from error
+        raise (not_installed(error, "Reading an ONNX graph") or error) from error
     return onnx
 
 
@@ -104,7 +105,8 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
             )
         if not file.is_file():
             raise LiteDetrError(
-                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there too."
+                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there "
+                "too."
             )
         end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < end:
@@ -112,6 +114,29 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
                 f"{file}, the weights of {path}, has {file.stat().st_size:,} bytes, and {tensor.name!r} ends at byte "
                 f"{end:,}: it is cut short. Copy it again."
             )
+
+
+def opset_version(model: str | os.PathLike | bytes, domain: str) -> int | None:
+    """Return the version of the opset `domain` that an ONNX model, a path or bytes, imports; None where it does not.
+
+    Needs no package onnx: OperatorSetIdProto is found as it is serialized, 1: domain, 2: version as a varint.
+    """
+    mark = b"\x0a" + bytes([len(domain)]) + domain.encode() + b"\x10"
+    with contextlib.ExitStack() as stack:
+        contents: bytes | mmap.mmap = b""
+        if isinstance(model, bytes):
+            contents = model
+        elif os.path.getsize(model):
+            file = stack.enter_context(open(model, "rb"))
+            contents = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        place = contents.rfind(mark)  # it stands behind the graph
+        number = contents[place + len(mark) : place + len(mark) + 10] if place >= 0 else b""
+    version = 0
+    for shift, byte in enumerate(number):
+        version |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            return version
+    return None
 
 
 def parse_metadata(text: str, path: object) -> dict:
@@ -162,9 +187,11 @@ def _digest_place(contents: bytearray) -> slice | None:
 
 
 def _digest_without(contents: bytearray, place: slice) -> str:
-    blank = bytearray(contents)
-    blank[place] = NO_DIGEST.encode()
-    return hashlib.sha256(blank).hexdigest()
+    view = memoryview(contents)
+    digest = hashlib.sha256(view[: place.start])
+    digest.update(NO_DIGEST.encode())
+    digest.update(view[place.stop :])
+    return digest.hexdigest()
 
 
 def distrust(path: str | os.PathLike, metadata: dict) -> str:
@@ -174,17 +201,24 @@ def distrust(path: str | os.PathLike, metadata: dict) -> str:
     """
     if not metadata:
         return "was not made by this package, and nothing was verified"
-    verification = metadata.get("verification") or {}
-    verdict = verification.get("verdict", NOT_VERIFIED)
-    if verdict == FAILED:
-        return f"failed its verification ({verification.get('why', 'see the report beside it')})"
-    if verdict == CANNOT_TELL:
-        return f"was not verified: the comparison cannot tell right from wrong ({verification.get('why', '')})"
+    verification = metadata.get("verification")
+    verification = verification if isinstance(verification, dict) else {}
+    verdict, why = verification.get("verdict"), verification.get("why")
     if verdict != VERIFIED:
-        return "was not verified"
+        text = {
+            FAILED: "failed its verification",
+            CANNOT_TELL: "was not verified: the comparison cannot tell right from wrong",
+        }.get(str(verdict), "was not verified")
+        return f"{text} ({why})" if why else text
     if Path(path).suffix.lower() == ".onnx" and not is_sealed(path):
         return "was rewritten after it was verified"
     return ""
+
+
+def warn_unless_verified(path: str | os.PathLike, metadata: dict) -> None:
+    """Give a `Notice` where what `path` computes is not proven; see `distrust`."""
+    if why := distrust(path, metadata):
+        warnings.warn(f"{os.fspath(path)} {why}: its results are not proven", Notice, 3)
 
 
 def cache_folder() -> Path:

@@ -26,6 +26,7 @@ CASES = [
     ("lite_dino_r50_h3l1_6p1x1", "batch2"),
     ("dino_r50_4scale_full_nokda", "batch2"),
 ]
+FAST_CASES = {CASES[0], CASES[3]}  # one a family
 
 
 class Golden:

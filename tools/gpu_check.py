@@ -1,4 +1,4 @@
-"""Builds, checks and times the CUDA kernels on a machine with a GPU, nvcc, cmake and torch; nothing is installed.
+"""Build, check and time the CUDA kernels on a machine with a GPU, nvcc, cmake and torch; nothing is installed.
 
     python tools/gpu_check.py [--results FOLDER] [--build FOLDER] [--deformable-detr FOLDER] [--skip-timing]
 

@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from trainee import Trainee
 
-from litedetr_deploy import __version__
+from litedetr_deploy import __version__, load_model
+from litedetr_deploy.artifact import METADATA_KEY
 from litedetr_deploy.assets.shapes import CLASS_NAMES, TRAIN_SEED, scene
 from litedetr_deploy.files import replaced_when_done
-from litedetr_deploy.model.checkpoints.official import METADATA_KEY, load_model, official_key
+from litedetr_deploy.model.checkpoints.official import official_key
 from litedetr_deploy.model.config import parse_variant
 from litedetr_deploy.model.deployed import IMAGENET_MEAN, IMAGENET_STD
 
@@ -64,8 +65,8 @@ def side_at(progress: float) -> int:
     for share, side in STAGES:
         progress -= share
         if progress < -1e-9:
-            break
-    return side
+            return side
+    return STAGES[-1][1]
 
 
 def collate(scenes):

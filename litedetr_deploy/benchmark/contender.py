@@ -1,7 +1,7 @@
-"""A detector ready to be timed: one in a process of its own, with the threads and the memory to itself.
+"""A detector ready to be timed, in a process of its own, with the threads and the memory to itself.
 
-`Worker` starts the process and talks to it; what a row needs beyond the engine is in `Job`.  The process ends when
-the other end of its pipe does.
+`Worker` starts the process and talks to it; `Job` says what runs there.  The process ends when the other end of its
+pipe does.
 """
 
 from __future__ import annotations
@@ -10,39 +10,41 @@ import contextlib
 import multiprocessing
 import re
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..artifact import load_onnx
 from ..errors import LiteDetrError
 from ..verify.reference import INDICES, LOGITS, SCORES, Weights
-from . import timing
+from .harness import Contender
+from .packages import is_installed
 from .parts import Watched, onnxruntime_parts, torch_parts
-from .plan import Row
+from .plan import Spec
 
-# A shorter call is preceded by an untimed one, so that the processor's caches and clock are as in steady use.
-SHORT = 0.3
 PROBES = (SCORES, INDICES)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row and what its process needs."""
+    """What a process needs.
 
-    row: Row
-    file: Path  # the artifact; not read by PyTorch
-    images: Path  # .npz with `images` [1, 3, H, W]
-    weights: Weights | None = None  # of PyTorch
+    file: the artifact, which PyTorch does not read; images: an .npz with `images` [1, 3, H, W]; weights: of PyTorch.
+    """
+
+    spec: Spec
+    file: Path
+    images: Path
+    weights: Weights | None = None
 
 
-class WorkerFailed(Exception):
+class WorkerFailed(LiteDetrError):
     """The message is one line."""
 
 
 class Worker:
-    """A contender in a process of its own.  A context manager; raises WorkerFailed where the process fails."""
+    """An engine in a process of its own, loaded and run once.  Raises WorkerFailed where that, or `ask`, fails."""
 
     def __init__(self, job: Job):
         context = multiprocessing.get_context("spawn")
@@ -50,48 +52,22 @@ class Worker:
         self._process = context.Process(target=_serve, args=(other, job), daemon=True)
         self._process.start()
         other.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def ready(self) -> None:
-        """Waits until it is loaded and has run once."""
-        self._receive()
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Of the picture, as `Reference.check` takes them."""
-        return self._ask("outputs")
-
-    def time(self) -> tuple[float, float | None]:
-        """Seconds of one call, and of those how many the CUDA device worked on it, where that can be told."""
-        return self._ask("time")
-
-    def memory(self) -> int | None:
-        """Bytes: the most that was resident in its process."""
-        return self._ask("memory")
-
-    def parts(self, calls: int) -> Watched | None:
-        """The median of so many calls, None where the engine does not tell."""
-        return self._ask("parts", calls)
-
-    def keep_running(self, seconds: float) -> tuple[int, float]:
-        """Calls one after another for so long: images, and seconds."""
-        return self._ask("keep_running", seconds)
+    def ask(self, question: str, *arguments):
+        """Return what the method `question` of the engine returns."""
+        with contextlib.suppress(OSError):  # it ended; `_receive` says why
+            self._pipe.send((question, *arguments))
+        return self._receive()
 
     def close(self) -> None:
         self._pipe.close()
         self._process.terminate()
         self._process.join()
-
-    def _ask(self, question: str, *arguments):
-        try:
-            self._pipe.send((question, *arguments))
-        except OSError:
-            pass  # it ended; the reason is below
-        return self._receive()
 
     def _receive(self):
         try:
@@ -109,14 +85,14 @@ class Worker:
 def _serve(pipe, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one
     try:
-        contender = open_contender(job)
-        contender.call()
-        contender.call()
-        contender.peak = peak_memory()  # before a check and a profile add to it
+        engine = open_engine(job)
+        engine.call()
+        engine.call()
+        engine.peak = peak_memory()  # before a check and a profile add to it
         pipe.send((True, None))
         while True:
             question, *arguments = pipe.recv()
-            pipe.send((True, getattr(contender, question)(*arguments)))
+            pipe.send((True, getattr(engine, question)(*arguments)))
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:
@@ -126,71 +102,44 @@ def _serve(pipe, job: Job) -> None:
 
 
 def peak_memory() -> int | None:
-    """Bytes that were resident in this process at most."""
+    """Return the bytes that were resident in this process at most."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) << 10 if found else None
 
 
-def open_contender(job: Job) -> Contender:
+def open_engine(job: Job) -> Engine:
     with np.load(job.images) as file:
-        images = np.repeat(file["images"], job.row.batch, axis=0)
-    return _ENGINES[job.row.way.engine](job, images)
+        images = np.repeat(file["images"], job.spec.batch, axis=0)
+    return _ENGINES[job.spec.way.engine](job, images)
 
 
-class Contender:
-    """call: runs the detector once and waits for its outputs."""
+class Engine(Contender):
+    """A detector in this process, ready to be called.  outputs: by name, as `Reference.check` takes them."""
 
     peak: int | None = None
-    _last = np.inf  # seconds of the last call
 
     def __init__(self, job: Job, images: np.ndarray):
-        self.job, self.row, self.images = job, job.row, images
-
-    def call(self):
-        raise NotImplementedError
+        self.job, self.spec, self.images = job, job.spec, job.spec.batch
 
     def outputs(self) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
-    def time(self) -> tuple[float, float | None]:
-        time.sleep(timing.REST)
-        if self._last < SHORT:
-            self.call()
-        start = time.perf_counter()
-        output = self.call()  # kept, so that freeing it is not timed
-        self._last = time.perf_counter() - start
-        del output
-        return self._last, self.device_seconds()
-
-    def device_seconds(self) -> float | None:
-        return None
-
     def memory(self) -> int | None:
         return self.peak
 
-    def parts(self, calls: int) -> Watched | None:
-        return None
 
-    def keep_running(self, seconds: float) -> tuple[int, float]:
-        start, calls = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - start) < seconds or not calls:
-            self.call()
-            calls += 1
-        return calls * self.row.batch, elapsed
-
-
-class _OnnxRuntime(Contender):
+class _OnnxRuntime(Engine):
     def __init__(self, job: Job, images: np.ndarray):
         super().__init__(job, images)
         from ..runtime.session import create_session
 
-        self._providers = ["CPUExecutionProvider"]
-        if self.row.device == "cuda":
+        self._providers: list = ["CPUExecutionProvider"]
+        if self.spec.device == "cuda":
             self._providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # FP32 is what the row says
-        self._session = create_session(job.file, self._providers, self.row.threads)
+        self._session = create_session(job.file, self._providers, self.spec.threads)
         self._feed = _feed({value.name for value in self._session.get_inputs()}, images)
-        self._binding = self._bind() if self.row.device == "cuda" else None
+        self._binding = self._bind() if self.spec.device == "cuda" else None
 
     def _bind(self):
         """Inputs and outputs that stay on the device: copies over the bus are the application's choice."""
@@ -214,33 +163,29 @@ class _OnnxRuntime(Contender):
         return dict(zip(names, session.run(names, self._feed)))
 
     def _probed(self):
-        """A session on the same graph that gives PROBES as well; None where it has none, or onnx is missing."""
-        try:
-            import onnx
-        except ImportError:
+        """Return a session on the same graph that gives PROBES as well; None where it has none, or onnx is missing."""
+        if not is_installed("onnx"):
             return None
+        import onnx
+
         from ..runtime.session import create_session
 
-        proto = onnx.load(self.job.file)
+        proto = load_onnx(self.job.file)
         known = {name for node in proto.graph.node for name in node.output}
         if not set(PROBES) <= known:
             return None
         there = {output.name for output in proto.graph.output}
         wanted = [name for name in (*PROBES, LOGITS, "pred_boxes") if name in known and name not in there]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        return create_session(proto.SerializeToString(), self._providers, self.row.threads)
+        return create_session(proto.SerializeToString(), self._providers, self.spec.threads)
 
     def parts(self, calls: int) -> Watched | None:
-        if self.row.device != "cpu":  # the profile of the CUDA provider times launches
+        if self.spec.device != "cpu" or not is_installed("onnx"):  # the CUDA provider's profile times launches
             return None
-        try:
-            import onnx  # noqa: F401
-        except ImportError:
-            return None
-        return onnxruntime_parts(self.job.file, self._feed, calls, self.row.threads)
+        return onnxruntime_parts(self.job.file, self._feed, calls, self.spec.threads)
 
 
-class _OpenVino(Contender):
+class _OpenVino(Engine):
     def __init__(self, job: Job, images: np.ndarray):
         super().__init__(job, images)
         self._compiled = self._compile()
@@ -256,7 +201,7 @@ class _OpenVino(Contender):
             there = {name for value in model.outputs for name in value.get_names()}
             model.add_outputs([name for name in probes if name not in there])
         settings = {
-            "INFERENCE_NUM_THREADS": self.row.threads,
+            "INFERENCE_NUM_THREADS": self.spec.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
         }
@@ -271,7 +216,7 @@ class _OpenVino(Contender):
         return {name: np.array(values[value]) for value in compiled.outputs for name in value.get_names()}
 
 
-class _TensorRt(Contender):
+class _TensorRt(Engine):
     """With the copies over the bus: the session takes and gives arrays of the host."""
 
     def __init__(self, job: Job, images: np.ndarray):
@@ -288,7 +233,7 @@ class _TensorRt(Contender):
         return {name: np.array(value) for name, value in self.call().items()}
 
 
-class _PyTorch(Contender):
+class _PyTorch(Engine):
     def __init__(self, job: Job, images: np.ndarray):
         super().__init__(job, images)
         import torch
@@ -298,20 +243,20 @@ class _PyTorch(Contender):
         from .official import official_attention
 
         self._torch = torch
-        torch.set_num_threads(self.row.threads)
+        torch.set_num_threads(self.spec.threads)
         torch.backends.cudnn.allow_tf32 = False  # FP32 is what the row says
-        model = job.weights.model.to(self.row.device)
+        model = job.weights.model.to(self.spec.device)
         fold_frozen_batch_norm(model)  # as the export does
-        self._deployed = Deployed(model, "raw").eval().to(self.row.device)
-        self._run = torch.compile(self._deployed, dynamic=False) if self.row.way.mode == "compile" else self._deployed
-        self._input = torch.from_numpy(images).to(self.row.device)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.row.precision)
+        self._deployed = Deployed(model, "raw").eval().to(self.spec.device)
+        self._run = torch.compile(self._deployed, dynamic=False) if self.spec.way.mode == "compile" else self._deployed
+        self._input = torch.from_numpy(images).to(self.spec.device)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.spec.precision)
         # Weights that were cast outside of a CUDA graph would be gone when it runs.
-        keep = self.row.way.mode != "graph"
-        self._cast = lambda: torch.autocast(self.row.device, half, enabled=half is not None, cache_enabled=keep)
-        self._attention = official_attention if self.row.way.attention == "official" else contextlib.nullcontext
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.row.device == "cuda" else None
-        self._graph = self._capture() if self.row.way.mode == "graph" else None
+        keep = self.spec.way.mode != "graph"
+        self._cast = lambda: torch.autocast(self.spec.device, half, enabled=half is not None, cache_enabled=keep)
+        self._attention = official_attention if self.spec.way.attention == "official" else contextlib.nullcontext
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.spec.device == "cuda" else None
+        self._graph = self._capture() if self.spec.way.mode == "graph" else None
 
     def _capture(self):
         torch = self._torch
@@ -345,14 +290,14 @@ class _PyTorch(Contender):
         return output
 
     def device_seconds(self) -> float | None:
-        return self._events and self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else None
 
     def outputs(self) -> dict[str, np.ndarray]:
         values = {name: value.cpu() for name, value in self.call().items()}
         return {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in values.items()}
 
     def parts(self, calls: int) -> Watched | None:
-        if self.row.way.mode:  # compiled as one
+        if self.spec.way.mode:  # compiled as one
             return None
         wait = self._torch.cuda.synchronize if self._events else lambda: None
         return Watched(torch_parts(self._deployed.detector, self._forward, calls, wait))

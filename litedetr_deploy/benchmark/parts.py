@@ -12,38 +12,27 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..artifact import load_onnx
 from .timing import percentile
 
-BACKBONE, PROJECTIONS, ENCODER, SELECTION, DECODER, HEADS, POST, OTHER = PARTS = (
-    "backbone",
-    "projections",
-    "encoder",
-    "query selection",
-    "decoder",
-    "heads",
-    "post-processing",
-    "other",
-)
-_MODULES = {
-    "backbone": BACKBONE,
-    "input_proj": PROJECTIONS,
-    "encoder": ENCODER,
-    "enc_output": SELECTION,
-    "enc_output_norm": SELECTION,
-    "enc_out_class_embed": SELECTION,
-    "enc_out_bbox_embed": SELECTION,
-    "tgt_embed": SELECTION,
-    "pos_trans": SELECTION,
-    "pos_trans_norm": SELECTION,
-    "decoder": DECODER,
-    "class_embed": HEADS,
-    "bbox_embed": HEADS,
+PARTS = (
+    "backbone", "projections", "encoder", "query selection", "decoder", "heads", "post-processing", "other",
+)  # fmt: skip
+BACKBONE, PROJECTIONS, ENCODER, SELECTION, DECODER, HEADS, POST, OTHER = PARTS
+_CHILDREN = {  # of the detector, by their part
+    BACKBONE: "backbone",
+    PROJECTIONS: "input_proj",
+    ENCODER: "encoder",
+    SELECTION: "enc_output enc_output_norm enc_out_class_embed enc_out_bbox_embed tgt_embed pos_trans pos_trans_norm",
+    DECODER: "decoder",
+    HEADS: "class_embed bbox_embed",
 }
+_MODULES = {name: part for part, names in _CHILDREN.items() for name in names.split()}
 _ROOT = "detector"  # the name of the detector in the exported module
 _NCHWC = "_nchwc"  # what ONNX Runtime appends to an output, for the name of a convolution or pooling in blocked layout
 FINAL_VALUES = ("pred_logits", "pred_boxes")
@@ -59,12 +48,12 @@ class Watched:
     @classmethod
     def median(cls, calls: Sequence[Watched]) -> Watched:
         operators = [call.encoder_operators for call in calls]
-        names = None if None in operators else sorted(set().union(*operators))
-        return cls(medians([call.parts for call in calls], PARTS), names and medians(operators, names))
+        known = None if None in operators else medians(operators, sorted(set().union(*operators)))
+        return cls(medians([call.parts for call in calls], PARTS), known)
 
 
 def medians(runs: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """Seconds of each of the names that takes any, in their order."""
+    """Return the median seconds of each of the names that takes any, in their order."""
     middle = {name: percentile([run.get(name, 0.0) for run in runs], 50) for name in names}
     return {name: seconds for name, seconds in middle.items() if seconds}
 
@@ -75,8 +64,10 @@ def medians(runs: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str,
 def torch_parts(
     detector, call: Callable[[], object], runs: int, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Seconds of every part of `call`, which runs `detector` once; the arithmetic between two modules belongs to the
-    one before, but to 'other' (positions and reference points) before the encoder.
+    """Return the seconds of every part of `call`, which runs `detector` once.
+
+    The arithmetic between two modules belongs to the one before, but to 'other' (positions and reference points) before
+    the encoder.
 
     synchronize: waits for the device, at every border of two parts.
     """
@@ -108,7 +99,7 @@ class _Clock:
 
     def start(self) -> None:
         self._synchronize()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._stack, self._between = [], OTHER
         self._since = time.perf_counter()
 
@@ -136,8 +127,7 @@ class _Clock:
 
 
 def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = None) -> Watched:
-    """The medians of some calls, from the profile of ONNX Runtime on the CPU."""
-    import onnx
+    """Return the medians of some calls, from the profile of ONNX Runtime on the CPU."""
     import onnxruntime
 
     from ..runtime.session import create_session
@@ -152,13 +142,13 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
         for _ in range(runs + 1):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
-        exported, run = (onnx.load(file, load_external_data=False).graph for file in (path, optimised))
+        exported, run = (load_onnx(file, weights=False).graph for file in (path, optimised))
         parts = parts_of_nodes(run, parts_of_values(exported))
     return Watched.median(parts_of_runs(events, parts)[1:])  # the first warms up
 
 
 def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[Watched]:
-    """Every run of a profile; `parts`: of every node by its name."""
+    """Return what every run of a profile took; `parts`: of every node by its name."""
     whole = [event for event in events if event["name"] == "model_run"]
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     results = []
@@ -176,57 +166,44 @@ def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[Watched]:
 
 
 def parts_of_values(graph) -> dict[str, str]:
-    """The part that computes each value of an exported graph."""
+    """Return the part that computes each value of an exported graph."""
     parts = parts_of_nodes(graph)
     return {output: parts[node.name] for node in graph.node for output in node.output if output}
 
 
 def parts_of_nodes(graph, known: dict[str, str] | None = None) -> dict[str, str]:
-    """The part of every node, by its name, of an ONNX graph in topological order.
+    """Return the part of every node, by its name, of an ONNX graph in topological order.
 
-    known: of values that the graph was made from.
+    A node that says nothing itself belongs to the post-processing behind the heads, to the projections behind them as
+    long as their levels are not joined, else to the part that alone uses its outputs, else to the one before.
+
+    known: parts of values that the graph was made from.
     """
-    known = known or {}
-    own = [_own_part(node, known) for node in graph.node]
-    forward, levels, finished = {}, {}, set(FINAL_VALUES)  # by value
-    before, level_sets, after_heads = [], [], []  # by node
+    own = [_own_part(node, known or {}) for node in graph.node]
+    reached: dict[str, str] = dict.fromkeys(FINAL_VALUES, POST)  # the furthest part on the way to a value
+    before = []
     for node, part in zip(graph.node, own):
-        producers = [forward[name] for name in node.input if name in forward]
-        latest = part or max(producers, key=PARTS.index, default=None)
-        reached = set().union(*(levels.get(name, set()) for name in node.input), _levels(node))
-        final = part is None and any(name in finished for name in node.input)
-        for output in node.output:
-            levels[output] = reached
-            if latest:
-                forward[output] = latest
-            if final:
-                finished.add(output)
-        before.append(latest)
-        level_sets.append(reached)
-        after_heads.append(final)
-
-    consumers: dict[str, set[str]] = {}
+        behind = [reached[name] for name in node.input if name in reached]
+        furthest = part or max(behind, key=PARTS.index, default=None)
+        if furthest == PROJECTIONS and node.op_type == "Concat":  # it joins the levels
+            furthest = ENCODER
+        before.append(furthest)
+        if furthest:
+            reached |= {output: furthest for output in node.output if output not in FINAL_VALUES}
+    users: dict[str, set[str]] = {}
     parts = {}
-    for i in reversed(range(len(graph.node))):
-        node = graph.node[i]
-        users = set().union(*(consumers.get(output, set()) for output in node.output))
-        if own[i]:
-            part = own[i]
-        elif after_heads[i]:
-            part = POST
-        elif before[i] == PROJECTIONS and len(level_sets[i]) == 1:  # not yet joined with the other levels
-            part = PROJECTIONS
-        else:
-            part = users.pop() if len(users) == 1 else before[i] or OTHER
-        parts[node.name] = part
+    for node, mine, behind in reversed(list(zip(graph.node, own, before))):
+        after = set().union(*(users.get(output, set()) for output in node.output))
+        behind_it = behind if behind in (POST, PROJECTIONS) else after.pop() if len(after) == 1 else behind
+        part = parts[node.name] = mine or behind_it or OTHER
         if part != OTHER:
             for name in node.input:
-                consumers.setdefault(name, set()).add(part)
+                users.setdefault(name, set()).add(part)
     return parts
 
 
 def _own_part(node, known: dict[str, str]) -> str | None:
-    """What its name, its weights or its outputs tell."""
+    """Return what its name, its weights or its outputs tell."""
     values = [node.name.removesuffix(_NCHWC), *node.output]
     found = [_part_of_module(node.name.partition("/")[0]), *map(_part_of_module, node.input), *map(known.get, values)]
     return next(filter(None, found), None)
@@ -235,10 +212,3 @@ def _own_part(node, known: dict[str, str]) -> str | None:
 def _part_of_module(name: str) -> str | None:
     root, _, path = name.partition(".")
     return _MODULES.get(path.partition(".")[0]) if root == _ROOT else None
-
-
-def _levels(node) -> set[str]:
-    """Which of the projections it belongs to: 'detector.input_proj.2.0' is of level '2'."""
-    prefix = f"{_ROOT}.input_proj."
-    names = [name for name in (node.name, *node.input) if name.startswith(prefix)]
-    return {name[len(prefix) :].partition(".")[0].partition("/")[0] for name in names[:1]}

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
+from ..artifact import FAILED, VERIFIED, load_onnx
 from ..evaluate.data import Dataset
-from ..evaluate.evaluate import Evaluation, evaluate
+from ..evaluate.evaluate import Evaluation, Options, evaluate
 from ..evaluate.match import compare_detections
 from ..export.export import export_onnx
-from ..files import replaced_when_done
+from ..export.limits import Int8
 from ..model.detector import Detector
 from ..model.session import TorchSession
 from ..runtime.images import prepare
 from ..runtime.session import OnnxSession
 from ..verify.typed import float_twin
-from . import timing
-from .report import markdown_table
+from . import harness, report, timing
 
 PACKAGES = ("litedetr-deploy", "torch", "onnxruntime", "onnx", "numpy")
 COLUMNS = (
@@ -40,7 +38,7 @@ HOW = (
 
 
 @dataclass
-class Row:
+class Exported:
     """One exported graph; times in seconds."""
 
     attention: str
@@ -48,11 +46,23 @@ class Row:
     size_bytes: int
     nodes: dict[str, int]  # see ExportReport
     verified: bool
+    verdict: str  # see `Verdict.status`
     ap: float
     ap_lost: float
     score_difference: float | None  # None where nothing matches
     unmatched: int
     median: float | None = None  # None where the runtime cannot run it
+
+
+class _Session(harness.Contender):
+    """An exported graph in this process, checked by its export."""
+
+    def __init__(self, exported: Exported, session: OnnxSession, feed: dict[str, np.ndarray]):
+        self.name, self.subject = f"{exported.attention}-{exported.precision}", exported
+        self._session, self._feed = session, feed
+
+    def call(self):
+        return self._session.run(self._feed)
 
 
 def measure(
@@ -66,86 +76,68 @@ def measure(
     threads: int,
     seconds: float,
     progress: Callable[..., None] = lambda stage, done=0, total=None: None,
-) -> tuple[Evaluation, list[Row]]:
-    """Exports `model` into `folder` in every precision and attention; PyTorch's evaluation in FP32, and a row for each.
+) -> tuple[Evaluation, list[Exported]]:
+    """Export `model` into `folder` in every precision and attention; return PyTorch's evaluation in FP32, and them.
 
-    calibration: pictures for INT8 (paths, PIL images or arrays).  seconds: of timed calls, for each.
+    calibration: images for INT8, as `Int8` takes them.  seconds: of timed calls, for each.
     progress: as `evaluate` calls it.
     """
-    options = {"image_size": image_size, "resize": "stretch", "progress": progress}
-    base = evaluate(TorchSession(model, threads), dataset, **options)
-    rows, sessions = [], {}
-    for attention in attentions:
-        for precision in precisions:
-            path = folder / f"{attention}-{precision}.onnx"
-            pictures = calibration if precision == "int8" else None
-            report = export_onnx(
-                model, path, attention, precision, image_size, calibration=pictures,
-                progress=lambda stage, name=path.stem: progress(f"{name}: {stage}", 0, None),
-            )  # fmt: skip
-            if precision == "bf16":
-                artifact = OnnxSession(float_twin(onnx.load(path)).SerializeToString(), threads=threads)
-            else:
-                artifact = path
-                sessions[attention, precision] = OnnxSession(path, threads=threads)
-            found = evaluate(artifact, dataset, threads=threads, **options)
-            apart = compare_detections(base.detections, found.detections)
-            ap = found.metrics["AP"]
-            rows.append(
-                Row(
-                    attention, precision, report.size_bytes, report.nodes, report.passed, ap, base.metrics["AP"] - ap,
-                    apart["score_difference"]["largest"], sum(apart["unmatched"]),
-                )
-            )  # fmt: skip
-    medians = _time_in_turns(sessions, dataset, image_size, seconds, progress)
-    for row in rows:
-        row.median = medians.get((row.attention, row.precision))
-    return base, rows
-
-
-def _time_in_turns(sessions: dict, dataset: Dataset, image_size, seconds: float, progress) -> dict:
-    """The median of every session, on the first image."""
-    progress("time the graphs in turns", 0, None)
+    options = Options(image_size=image_size, resize="stretch", threads=threads)
+    base = evaluate(TorchSession(model, threads), dataset, options, progress)
     pixels, _, size = prepare(dataset.load(dataset.images[0]), "stretch", image_size)
     feed = {"images": pixels[None], "orig_target_sizes": np.array([size], np.int64)}
-    calls = {
-        key: lambda session=session: timing.time_call(lambda: session.run(feed)) for key, session in sessions.items()
-    }
-    taken = {key: [] for key in calls}
-    for key in timing.interleave({key: timing.repetitions(call, seconds) for key, call in calls.items()}):
-        taken[key].append(calls[key]())
-    return {key: timing.percentile(samples, 50) for key, samples in taken.items()}
+    graphs, contenders = [], []
+    for attention, precision in ((attention, precision) for attention in attentions for precision in precisions):
+        path = folder / f"{attention}-{precision}.onnx"
+        say = functools.partial(_say, progress, path.stem)
+        int8 = Int8(calibration) if precision == "int8" else None
+        made = export_onnx(model, path, attention, precision, image_size, int8=int8, progress=say)
+        runs = precision != "bf16"
+        artifact = path if runs else OnnxSession(float_twin(load_onnx(path)).SerializeToString(), threads=threads)
+        found = evaluate(artifact, dataset, options, progress)
+        apart = compare_detections(base.detections, found.detections)
+        ap = found.metrics["AP"]
+        graph = Exported(
+            attention, precision, made.size_bytes, made.nodes, made.passed, made.verdict.status, ap,
+            base.metrics["AP"] - ap, apart["score_difference"]["largest"], sum(apart["unmatched"]),
+        )  # fmt: skip
+        graphs.append(graph)
+        if runs:
+            contenders.append(_Session(graph, OnnxSession(path, threads=threads), feed))
+    settings = harness.Settings(seconds, at_once=len(contenders))
+    for result in harness.measure(contenders, settings, functools.partial(_say, progress, "time")):
+        result.subject.median = result.median if result.seconds else None
+    return base, graphs
 
 
-def table_rows(base: Evaluation, rows: Sequence[Row]) -> list[list[str]]:
-    first = next((row.median for row in rows if row.median), None)
-    table = [["PyTorch", "fp32", *["-"] * 4, f"{base.metrics['AP']:.4f}", *["-"] * 6]]
-    for row in rows:
-        nodes = [str(row.nodes[kind]) for kind in ("int8", "half", "casts")]
-        score = "-" if row.score_difference is None else f"{row.score_difference:.4f}"
-        speed = [f"{row.median * 1e3:.1f}", f"{row.median / first:.2f}"] if row.median else ["-", "-"]
-        table.append([
-            row.attention, row.precision, f"{row.size_bytes / 1e6:.1f}", *nodes, f"{row.ap:.4f}", f"{row.ap_lost:+.4f}",
-            score, str(row.unmatched), *speed, "yes" if row.verified else "NO",
+def _say(progress: Callable[..., None], what: str, stage: str) -> None:
+    progress(f"{what}: {stage}", 0, None)
+
+
+def table(base: Evaluation, graphs: Sequence[Exported]) -> list[str]:
+    first = next((graph.median for graph in graphs if graph.median), None)
+    rows = [["PyTorch", "fp32", *["-"] * 4, f"{base.metrics['AP']:.4f}", *["-"] * 6]]
+    for graph in graphs:
+        nodes = [str(graph.nodes[kind]) for kind in ("int8", "half", "casts")]
+        score = "-" if graph.score_difference is None else f"{graph.score_difference:.4f}"
+        speed = [f"{graph.median * 1e3:.1f}", f"{graph.median / first:.2f}"] if graph.median else ["-", "-"]
+        verified = {VERIFIED: "yes", FAILED: "NO"}.get(graph.verdict, graph.verdict)
+        rows.append([
+            graph.attention, graph.precision, f"{graph.size_bytes / 1e6:.1f}", *nodes, f"{graph.ap:.4f}",
+            f"{graph.ap_lost:+.4f}", score, str(graph.unmatched), *speed, verified,
         ])  # fmt: skip
-    return table
+    return report.table(COLUMNS, rows)
 
 
-def write_reports(base: Evaluation, rows: Sequence[Row], title: str, output: Path) -> list[Path]:
-    """Writes `output`.json and .md, both or none; returns their paths."""
-    machine = timing.machine(PACKAGES)
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    lines = [
-        "# Precisions", "", f"{title}. {machine['cpu']}, {machine['cores']} cores; {machine['os']}; {packages}; "
-        f"{machine['date']}.", "", HOW, "", *markdown_table(COLUMNS, table_rows(base, rows)),
-    ]  # fmt: skip
-    contents = {
-        "benchmark": "precision", "title": title, "machine": machine, "pytorch": base.to_dict(),
-        "rows": [asdict(row) for row in rows],
+def as_dict(base: Evaluation, graphs: Sequence[Exported], title: str) -> dict:
+    return {
+        "benchmark": "precision", "title": title, "machine": timing.machine(PACKAGES), "pytorch": base.to_dict(),
+        "rows": [asdict(graph) for graph in graphs],
     }  # fmt: skip
-    paths = [output.with_name(output.name + ending) for ending in (".json", ".md")]
-    with ExitStack() as stack:
-        data, text = (stack.enter_context(replaced_when_done(path)) for path in paths)
-        data.write_text(json.dumps(contents, indent=2) + "\n")
-        text.write_text("\n".join(lines) + "\n")
-    return paths
+
+
+def write_reports(base: Evaluation, graphs: Sequence[Exported], title: str, output: Path) -> list[Path]:
+    """Write `output`.json and .md, both or none; return their paths."""
+    contents = as_dict(base, graphs, title)
+    machine = report.machine_text(contents["machine"])
+    return report.write(output, contents, ["# Precisions", "", f"{title}. {machine}", "", HOW, *table(base, graphs)])

@@ -1,245 +1,105 @@
-"""Results as JSON, as Markdown and as a picture."""
+"""What all reports are made of: tables, bars, the machine in words, and the one writer of JSON, Markdown and PNG."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 
 from ..files import replaced_when_done
-from .latency import MEASURED, SCHEMA, Result
-from .parts import PARTS
 
-# Times in milliseconds; 'ratio' to the first; 'error': see HOW.
-COLUMNS = ("contender", "median", "p90", "p99", "calls", "images/s", "ratio", "encoder", "MiB", "error")
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#8d6b94", "#5f6368", "#b5838d", "#6a994e")
-HOW = (
-    "Every contender runs in a process of its own; those of a table are loaded together and called in turns, each "
-    "short call right after an untimed one of its own. Before it is timed, a contender's output on one picture is "
-    "compared with PyTorch's in float32 given the same choice of queries; 'error' is its largest difference as a "
-    "share of what is allowed. Times are in milliseconds, 'ratio' is to the first of the table, and MiB is the most "
-    "that was resident in the process, or the memory that it took of the GPU. The parts are medians of other calls, "
-    "in turns again, watched by ONNX Runtime's profile or by hooks in PyTorch; positions, which an exported graph has "
-    "as constants, are among 'other' in PyTorch. Batch norms are folded in all of them."
-)
-
-
-def groups(results: Sequence[Result]) -> list[list[Result]]:
-    return [list(group) for _, group in groupby(results, lambda result: result.row.group)]
-
-
-def group_title(group: Sequence[Result]) -> str:
-    row = group[0].row
-    where = "CUDA" if row.device == "cuda" else f"CPU, {row.threads} thread{'s' if row.threads > 1 else ''}"
-    return f"{row.image_size[0]}x{row.image_size[1]}, batch {row.batch}, {where}"
-
-
-def table_rows(group: Sequence[Result]) -> list[list[str]]:
-    """A list of cells for every result; of one without a time, its name and the reason."""
-    first = next((result.median for result in group if result.status == MEASURED), None)
-    rows = []
-    for result in group:
-        if result.status != MEASURED:
-            rows.append([result.row.contender, f"{result.status}: {result.trouble}"])
-            continue
-        figures = result.to_dict()
-        check = max((row["difference"] / row["tolerance"] for row in result.check or []), default=None)
-        memory = result.device_memory_bytes or result.memory_bytes
-        rows.append([
-            result.row.contender,
-            *(three_digits(figures[name]) for name in ("median_ms", "p90_ms", "p99_ms")),
-            str(figures["calls"]),
-            three_digits(figures["images_per_second"]),
-            f"{result.median / first:.2f}",
-            three_digits(figures["encoder_ms"]),
-            "-" if memory is None else f"{memory / 2**20:.0f}",
-            "none" if check is None else f"{check:.1%}",
-        ])  # fmt: skip
-    return rows
 
 
 def three_digits(number: float | None) -> str:
-    """At least three significant digits, without an exponent."""
+    """Return at least three significant digits, without an exponent; '-' for None."""
     if number is None:
         return "-"
     digits = 2 - math.floor(math.log10(number)) if number > 0 else 0
     return f"{number:.{max(0, digits)}f}"
 
 
-def as_dict(results: Sequence[Result], machine: dict, settings: dict) -> dict:
-    return {
-        "benchmark": "latency",
-        "schema": SCHEMA,
-        "machine": machine,
-        "settings": settings,
-        "results": [result.to_dict() for result in results],
-    }
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, padded for a terminal, with an empty one before.
+
+    A row with other than len(columns) cells, such as a contender without a time and the reason, follows as a list item.
+    """
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in ([*columns], *rows)]
+    whole = [row for row in cells if len(row) == len(columns)]
+    widths = [max(3, *(len(row[i]) for row in whole)) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = ["", line(whole[0]), line(rule), *map(line, whole[1:])] if whole[1:] else []
+    remarks = [f"- {': '.join(row)}" for row in cells if len(row) != len(columns)]
+    return lines + [""] * bool(remarks) + remarks
 
 
-def as_markdown(results: Sequence[Result], machine: dict) -> str:
+def machine_text(machine: dict) -> str:
+    """Return what a reader needs to know about a machine, as `timing.machine` describes it, in a sentence."""
+    parts = [machine.get("device", "")]
+    if gpu := machine.get("gpu"):
+        parts.append(
+            f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, compute capability {gpu['capability']}, "
+            f"{gpu['memory_gib']} GiB at {gpu['memory_gigabytes_per_second']:.0f} GB/s, {gpu['l2_mib']} MiB L2 at "
+            f"{gpu['l2_gigabytes_per_second']:.0f} GB/s (copies); CUDA {gpu['cuda']}"
+        )
+    kernel = f", our op's kernel for {machine['op_kernel']}" if "op_kernel" in machine else ""
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    device = f"{machine['device']}; " if "device" in machine else ""
     load = ", ".join(map(str, machine["load_average"]))
-    lines = [
-        "# Latency of detectors",
-        "",
-        f"{device}{machine['cpu']}, {machine['cores']} cores, our op's kernel for {machine.get('op_kernel', 'none')}; "
-        f"{machine['os']}; {packages}; {machine['date']}; load average {load}.",
-        "",
-        HOW,
-    ]
-    for group in groups(results):
-        lines += ["", f"## {group_title(group)}", "", *markdown_table(COLUMNS, table_rows(group))]
-        measured = [result for result in group if result.status == MEASURED]
-        if parts := [result for result in measured if result.parts]:
-            names = [part for part in PARTS if any(part in result.parts for result in parts)]
-            rows = [[r.row.contender, *(_milliseconds(r.parts.get(part)) for part in names)] for r in parts]
-            lines += ["", "By part, ms:", "", *markdown_table(("contender", *names), rows)]
-        if encoders := [result for result in measured if result.encoder_operators]:
-            lines += ["", "The encoder by operator, ms:", "", *_operator_table(encoders)]
-        if power := [result for result in measured if result.power]:
-            lines += [
-                "",
-                "Power, while called without a pause:",
-                "",
-                *markdown_table(POWER_COLUMNS, map(_power_row, power)),
-            ]
-        if engines := [result for result in measured if result.trtexec_ms is not None]:
-            rows = [
-                [result.row.contender, three_digits(result.median * 1e3), three_digits(result.trtexec_ms)]
-                for result in engines
-            ]
-            lines += ["", "Against trtexec, median ms:", "", *markdown_table(("contender", "here", "trtexec"), rows)]
-    if points := _known_models(results):
-        rows = [[model, three_digits(gflops), three_digits(ap)] for model, (gflops, ap) in points.items()]
-        lines += ["", "## Models", "", "GFLOPs of one image as the paper counts (multiply-adds); AP as published for "
-                  "the trained weights.", "", *markdown_table(("model", "GFLOPs", "AP"), rows)]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    parts += [f"{machine['cpu']}, {machine['cores']} cores{kernel}", machine["os"], packages, machine["date"]]
+    return "; ".join(filter(None, [*parts, f"load average {load}"])) + "."
 
 
-POWER_COLUMNS = ("contender", "watts", "J/image", "MHz", "lowest MHz", "°C", "throttling")
+def write(output: Path, contents: dict, lines: Sequence[str], draw: Callable[[Path], None] | None = None) -> list[Path]:
+    """Write `contents` as `output`.json, the Markdown `lines` as .md and, with matplotlib, what `draw` saves as .png.
+
+    All are written or none.  Returns their paths.
+    """
+    endings = (".json", ".md", *([".png"] if draw and importlib.util.find_spec("matplotlib") else []))
+    paths = [output.with_name(output.name + ending) for ending in endings]
+    with ExitStack() as stack:
+        data, text, *chart = (stack.enter_context(replaced_when_done(path)) for path in paths)
+        data.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
+        text.write_text("\n".join(lines) + "\n")
+        if chart:
+            draw(chart[0])
+    return paths
 
 
-def _power_row(result: Result) -> list[str]:
-    power = result.power
-    figures = (power[name] for name in ("watts", "joules_per_image", "clock_mhz", "lowest_clock_mhz", "temperature_c"))
-    return [result.row.contender, *map(three_digits, figures), ", ".join(power["throttling"]) or "no"]
+def draw_bars(axes, names: Sequence[str], bars: Sequence[dict[str, float]], colours: dict[str, str]) -> None:
+    """Draw one horizontal bar for each name, first on top, stacked from its parts; the total stands behind it.
 
-
-def _operator_table(results: Sequence[Result]) -> list[str]:
-    """The operators that take a hundredth of the slowest encoder, in the order of their time; the rest as one."""
-    most = Counter()
-    for result in results:
-        most |= Counter(result.encoder_operators)
-    least = max(sum(result.encoder_operators.values()) for result in results) / 100
-    names = [name for name, seconds in most.most_common() if seconds >= least]
-    rows = []
-    for result in results:
-        shown = [result.encoder_operators.get(name) for name in names]
-        rest = sum(result.encoder_operators.values()) - sum(seconds or 0.0 for seconds in shown)
-        rows.append([result.row.contender, *map(_milliseconds, shown), _milliseconds(max(0.0, rest))])
-    return markdown_table(("contender", *names, "the rest"), rows)
-
-
-def _known_models(results: Sequence[Result]) -> dict[str, tuple[float, float | None]]:
-    return {
-        f"{result.row.model}, {result.row.image_size[0]}x{result.row.image_size[1]}": (result.gflops, result.ap)
-        for result in results
-        if result.status == MEASURED and result.gflops
-    }
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else three_digits(seconds * 1e3)
-
-
-def markdown_table(columns: Sequence[str], rows) -> list[str]:
-    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    lines += [row + [""] * (len(columns) - len(row)) for row in rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def draw(results: Sequence[Result], machine: dict, path: Path) -> None:
-    """A PNG with a row of panels for every group: bars by part, latency against GFLOPs, latency against AP."""
-    from matplotlib.figure import Figure
-
-    drawn = [group for group in groups(results) if any(result.status == MEASURED for result in group)]
-    longest = max(map(len, drawn))  # its bars set the height of all
-    figure = Figure(figsize=(17, len(drawn) * max(3.6, 1.9 + 0.34 * longest)), layout="constrained")
-    panels = figure.subplots(len(drawn), 3, squeeze=False, width_ratios=(2, 1, 1))
-    backends = list(dict.fromkeys(result.row.backend for group in drawn for result in group))
-    for (bars, flops, ap), group in zip(panels, drawn):
-        measured = [result for result in group if result.status == MEASURED]
-        _draw_bars(bars, measured)
-        bars.set_title(group_title(group), fontsize=10)
-        _draw_points(flops, measured, "gflops", "GFLOPs of one image", backends)
-        _draw_points(ap, measured, "ap", "AP, published", backends)
-    figure.suptitle(
-        f"Latency of detectors: {machine.get('device') or machine['cpu']}, {machine['date'][:10]}", fontsize=11
-    )
-    figure.savefig(path, format="png", dpi=130)
-
-
-def _draw_bars(axes, measured: Sequence[Result]) -> None:
+    colours: of the parts, by their names.
+    """
+    longest = max((sum(parts.values()) for parts in bars), default=0.0)
     shown = set()
-    for place, result in enumerate(measured):
+    for place, parts in enumerate(bars):
         start = 0.0
-        whole = result.median * 1e3
-        # The watched call took another time than the median one: its shares are shown.
-        parts = result.parts or {"whole": result.median}
-        scale = whole / sum(parts.values())
-        for part, seconds in parts.items():
-            colour = COLOURS[PARTS.index(part)] if part in PARTS else "#aaaaaa"
-            label = None if part in shown else part
-            shown.add(part)
-            axes.barh(place, seconds * scale, 0.7, left=start, color=colour, label=label)
-            start += seconds * scale
-        text = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-        axes.annotate(f"{three_digits(whole)} ms", (whole, place), (3, 0), **text)
-    axes.set_yticks(range(len(measured)), [result.row.contender for result in measured], fontsize=7)
+        for name, value in parts.items():
+            label = None if name in shown else name
+            axes.barh(place, value, 0.7, left=start, color=colours.get(name, "#aaaaaa"), label=label)
+            if len(parts) > 1 and value > 0.06 * longest:
+                axes.text(start + value / 2, place, f"{value:.0f}", ha="center", va="center", color="white", fontsize=7)
+            shown.add(name)
+            start += value
+        total = three_digits(start) if parts else "no time"
+        axes.annotate(total, (start, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("median, milliseconds, by part", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(PARTS))
-    _tidy(axes, "x")
+    tidy(axes, "x")
 
 
-def _draw_points(axes, measured: Sequence[Result], name: str, label: str, backends: Sequence[str]) -> None:
-    known = [result for result in measured if getattr(result, name) is not None]
-    for backend in dict.fromkeys(result.row.backend for result in known):
-        points = sorted((getattr(r, name), r.median * 1e3) for r in known if r.row.backend == backend)
-        colour = COLOURS[backends.index(backend) % len(COLOURS)]
-        axes.plot(*zip(*points), "o-", color=colour, label=backend, markersize=4)
-    if not known:
-        axes.set_axis_off()
-        return
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(label, fontsize=8)
-    axes.set_ylabel("median, milliseconds", fontsize=8)
-    axes.legend(fontsize=6, frameon=False)
-    _tidy(axes, "both")
-
-
-def _tidy(axes, grid: str) -> None:
-    axes.tick_params(labelsize=7)
+def tidy(axes, grid: str) -> None:
+    """Take the frame off a panel; grid: 'x', 'y' or 'both'."""
+    axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def write_reports(results: Sequence[Result], machine: dict, settings: dict, output: Path) -> list[Path]:
-    """Writes `output`.json, .md and, with matplotlib and a time to show, .png: all or none; returns their paths."""
-    drawable = importlib.util.find_spec("matplotlib") and any(result.status == MEASURED for result in results)
-    paths = [output.with_name(output.name + ending) for ending in (".json", ".md", *([".png"] if drawable else []))]
-    with ExitStack() as stack:
-        data, text, *picture = (stack.enter_context(replaced_when_done(path)) for path in paths)
-        data.write_text(json.dumps(as_dict(results, machine, settings), indent=2, allow_nan=False) + "\n")
-        text.write_text(as_markdown(results, machine))
-        if picture:
-            draw(results, machine, picture[0])
-    return paths

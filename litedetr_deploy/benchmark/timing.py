@@ -1,8 +1,8 @@
 """Timing that all benchmarks share: fair repetitions, medians and percentiles, and a description of the machine.
 
-A benchmark warms its contenders up, asks `repetitions` how often each fits into its share of the time, and runs
-`time_call` on them in the order of `interleave`, so that a machine that slows down slows all of them.  On a GPU it uses
-`time_device_call`.  PyTorch and numpy are imported where they are used: a machine with a GPU may have no numpy.
+The harness asks `repetitions` how often each contender fits into its share of the time, and runs `time_call` on them in
+the order of `interleave`.  Kernels on a GPU are timed by `time_device_call`.  PyTorch and numpy are imported where they
+are used: a machine with a GPU may have no numpy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from ..errors import LiteDetrError
+from ..machine import usable_cores
 
 # Seconds of rest before a timed call.  The threads of the library that ran before keep spinning in wait for more work
 # (milliseconds in ONNX Runtime, some 20 ms in GNU OpenMP) and would take the processor from the one that is timed.
@@ -28,16 +31,16 @@ WAIT = 1_000_000  # cycles that a GPU waits for the host before a timed call, so
 LONGEST_WAIT = 1_000_000_000
 
 
-def time_call(call: Callable[[], object], cold: bool = False) -> float:
-    """Seconds of one call that the threads of others do not disturb.
+def time_call(call: Callable[[], object], cold: bool = False, warm: bool = True) -> float:
+    """Return the seconds of one call that the threads of others do not disturb.
 
-    Warm: right after an untimed call, as in a model, where what the operator reads has just been computed.  Cold: with
-    the caches full of something else.
+    cold: with the caches full of something else.  warm: right after an untimed call, as in a model, where what an
+    operator reads has just been computed.
     """
     time.sleep(REST)
     if cold:
         evict_caches()
-    else:
+    elif warm:
         call()
     start = time.perf_counter()
     output = call()  # kept, so that freeing it is not timed
@@ -47,8 +50,7 @@ def time_call(call: Callable[[], object], cold: bool = False) -> float:
 
 
 def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
-    """Seconds that one call keeps the CUDA device busy, between two events; warm and cold as in `time_call`, of the L2
-    cache.
+    """Return the seconds that one call keeps the CUDA device busy, between two events; warm, or with a cold L2 cache.
 
     The device waits before it, until the host has handed over the whole call: else the host's time would be measured.
 
@@ -76,15 +78,15 @@ def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
     raise RuntimeError("the call waits for the device, so that its time between two events is not the device's alone")
 
 
-def repetitions(time_once: Callable[[], float], budget: float) -> int:
-    """How many timed calls fit into `budget` seconds, with all that `time_once` does around its call, by one try."""
+def repetitions(time_once: Callable[[], object], budget: float) -> int:
+    """Return how many timed calls fit into `budget` seconds, by one try, with all that `time_once` does around them."""
     start = time.perf_counter()
     time_once()
     return max(FEWEST, min(MOST, int(budget / (time.perf_counter() - start))))
 
 
-def interleave(counts: dict[str, int]) -> list[str]:
-    """Every name as often as it counts, spread evenly: equal counts make a round-robin, and of unequal ones each
+def interleave(counts: dict) -> list:
+    """Return every name as often as it counts, spread evenly: equal counts make a round-robin, and of unequal ones each
     reaches any fraction of its calls when the others do."""
     turns = [((turn + 0.5) / count, name) for name, count in counts.items() for turn in range(count)]
     return [name for _, name in sorted(turns, key=lambda turn: turn[0])]
@@ -174,19 +176,38 @@ def device() -> dict:
     }
 
 
+def memory_bytes() -> int:
+    """The whole memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Return the numbers in a comma-separated list, each once; raise LiteDetrError where one is none, or below 1."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise LiteDetrError(f"{option} is {text!r}; it must be whole numbers of 1 or more, as in 1,2.")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def check_threads(counts: Iterable[int]) -> None:
+    """Raise LiteDetrError for a number of threads that this machine has no cores for: each takes memory of its own."""
+    for count in counts:
+        if not 1 <= count <= usable_cores():
+            raise LiteDetrError(f"--threads is {count}; this machine has {usable_cores()} cores: give 1 to that many.")
+
+
 def machine(packages: Sequence[str]) -> dict:
     """What a reader needs to know about the machine, as JSON types; `packages` are the distributions to name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cpu_features": [flag for flag in flags if re.match(r"avx|amx|fma|f16c|asimd|sve|i8mm|bf16", flag)],
-        "cores": cores,
+        "cores": usable_cores(),
         "cache_mib": round(cache_bytes() / (1 << 20), 1),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1),
+        "memory_gib": round(memory_bytes() / (1 << 30), 1),
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": {package: version for package in packages if (version := _version(package))},

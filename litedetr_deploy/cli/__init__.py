@@ -1,6 +1,6 @@
 """The command line: `litedetr COMMAND`, and `litedetr-export` for `litedetr export`.
 
-Exit status: 0 done, 1 a check failed, 2 wrong use or bad input, 3 a bug, 130 interrupted.
+Exit status: 0 done, 1 a check failed, 2 wrong use or bad input, 3 a bug, 130 interrupted, 143 terminated.
 """
 
 import signal
@@ -9,6 +9,7 @@ import sys
 import typer
 
 from .. import __version__
+from ._console import Terminated, report_error
 from .benchmark import benchmark
 from .build import build
 from .doctor import doctor
@@ -47,9 +48,27 @@ def options(
 
 def main(arguments=None):
     """Run `litedetr` on `arguments`, those of the process when not given; exits."""
-    # What stops a container or a job stops it as cleanly as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app(arguments, prog_name="litedetr")
+
+    def terminate(number, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no bug
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = app(arguments, prog_name="litedetr", standalone_mode=False)
+    except Exception as error:
+        # Those of wrong use have a class that depends on the version of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        message, status = error.format_message().rstrip("."), getattr(error, "exit_code", 2)
+        if message:  # none where the help was printed instead
+            command = getattr(getattr(error, "ctx", None), "command_path", "litedetr")
+            end = "" if message.endswith("?") else "."
+            report_error(f"{message}{end} See `{command} --help`.", status, "--json" in arguments)
+    sys.exit(status)
 
 
 def export_main():

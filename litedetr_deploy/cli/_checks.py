@@ -1,21 +1,18 @@
 """Checks of arguments that cost nothing, so that they come before torch is imported and before minutes of work."""
 
-import os
 import re
 from pathlib import Path
 
 from .. import assets
+from ..artifact import check_file
 from ..errors import LiteDetrError
+from ..export.limits import check_size
+from ..files import check_writable as writable_directory
 
 
 def readable_file(path, what):
     """Raise LiteDetrError unless `path` is a file that can be read; `what` names it, as in 'checkpoint'."""
-    if not path.exists():
-        raise LiteDetrError(f"The {what} {path} does not exist. Check the path.")
-    if not path.is_file():
-        raise LiteDetrError(f"The {what} {path} is not a file. Give the path of the file itself.")
-    if not os.access(path, os.R_OK):
-        raise LiteDetrError(f"The {what} {path} cannot be read: permission denied. Change its permissions or copy it.")
+    check_file(path, f"the {what}")
 
 
 def checkpoint(name):
@@ -33,25 +30,43 @@ def writable_model(path):
     writable_directory(path.parent)
 
 
-def writable_directory(path):
-    """Raise LiteDetrError unless `path` is a directory that files can be made in."""
-    if not path.is_dir():
-        state = "is not a directory" if path.exists() else "does not exist"
-        raise LiteDetrError(f"The output directory {path} {state}. Make it first, or choose another.")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise LiteDetrError(f"The output directory {path} is not writable. Choose another, or change its permissions.")
-
-
 def image_size(text):
-    """Return (height, width) for 'HEIGHTxWIDTH' and None for 'dynamic'; raise LiteDetrError for another form."""
+    """Return (height, width) for 'HEIGHTxWIDTH' or one number, a square; None for 'dynamic'.
+
+    Raises LiteDetrError for another form, and for a size that no detector takes.
+    """
     if text == "dynamic":
         return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(text).strip(), re.ASCII)
     if not match:
         raise LiteDetrError(
-            f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, or 'dynamic'."
+            f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, one number for a square, "
+            "as in 640, or 'dynamic'."
         )
-    return int(match[1]), int(match[2])
+    size = int(match[1]), int(match[2] or match[1])
+    check_size(*size)
+    return size
+
+
+def image_sizes(text):
+    """Return a list of (height, width) for sizes separated by commas; raise LiteDetrError for 'dynamic' among them."""
+    sizes = list(map(image_size, str(text).split(",")))
+    if None in sizes:
+        raise LiteDetrError(f"The image size is {text!r}; here it must be known: give it as 800x1333, or as 640.")
+    return sizes
+
+
+def batch(text):
+    """Return [smallest, best, largest] for 'SMALLEST,BEST,LARGEST' or one number; None for None."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(number) for number in str(text).split(",")]
+    except ValueError:
+        raise LiteDetrError(
+            f"the batch is {text!r}; it must be the smallest, the best and the largest, as in 1,1,4, or one number."
+        ) from None
+    return numbers * 3 if len(numbers) == 1 else numbers
 
 
 def image_files(paths):

@@ -1,23 +1,29 @@
 """What the commands share: exit statuses, progress on stderr, results on stdout."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import time
 import traceback
+import warnings
 
 import typer
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, Notice, not_installed, printable
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 INTERNAL_ERROR = 3  # 1 means that a check failed, and a bug must not look like that
 DEBUG_VARIABLE = "LITEDETR_DEBUG"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a container or a job, and does it as cleanly as Ctrl-C."""
+
+
 def guarded(command):
-    """Wrap a command: each error becomes one paragraph on stderr and its exit status.
+    """Wrap a command: each error becomes one paragraph on stderr, with --json an object on stdout, and its exit status.
 
     A KeyboardInterrupt may carry the text that says what was written before it.
     """
@@ -25,60 +31,111 @@ def guarded(command):
     @functools.wraps(command)
     def run(*arguments, **options):
         try:
-            return command(*arguments, **options)
-        except LiteDetrError as error:
-            _traceback_when_debugging()
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_status) from None
-        except KeyboardInterrupt as interrupt:
-            _traceback_when_debugging()
-            print("interrupted;", *(interrupt.args or ["nothing was written"]), file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            with _notices_on_stderr():
+                return command(*arguments, **options)
         except (typer.Exit, BrokenPipeError):  # typer ends quietly when the reader of a pipe has gone
             raise
-        except OSError as error:
-            _traceback_when_debugging()
-            print(
-                f"error: {error}. The operating system refused this: see to the disk space and to the path, and run "
-                "the command again.",
-                file=sys.stderr,
-            )
-            raise typer.Exit(LiteDetrError.exit_status) from None
-        except Exception as error:
-            _traceback_when_debugging()
-            print(
-                f"error: unexpected {type(error).__name__}: {error}. This is likely a bug; run the command again "
-                f"with {DEBUG_VARIABLE}=1 to see where it comes from.",
-                file=sys.stderr,
-            )
-            raise typer.Exit(INTERNAL_ERROR) from None
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+                traceback.print_exc()
+            text, status = _explain(error)
+            raise report_error(text, status, options.get("as_json", False)) from None
 
     return run
 
 
-def _traceback_when_debugging():
-    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
-        traceback.print_exc()
+def report_error(text, status, as_json):
+    """Print an error as `guarded` does; return the exit to raise."""
+    text = printable(text)
+    print(text if isinstance(status, _Interrupted) else f"error: {text}", file=sys.stderr)
+    if as_json:
+        print_json({"error": text, "exit_status": int(status)})
+    return typer.Exit(int(status))
+
+
+class _Interrupted(int):
+    """Exit status of what a signal has stopped, as a shell reports it: 128 + the signal's number."""
+
+
+def _explain(error: BaseException | None):
+    """Return what is said of an exception, and the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, Terminated):
+            cause = cause.__context__  # it may have been raised anew, with what was written
+        status = 128 + (signal.SIGTERM if cause else signal.SIGINT)
+        return f"interrupted; {(error.args or ['nothing was written'])[0]}", _Interrupted(status)
+    if isinstance(error, ImportError):
+        error = not_installed(error) or error
+    if isinstance(error, LiteDetrError):
+        return str(error), error.exit_status
+    if isinstance(error, MemoryError):
+        text = f"the memory is not enough ({error}). Choose a smaller image size or batch, or end what else runs."
+        return text, LiteDetrError.exit_status
+    if isinstance(error, OSError):
+        text = "The operating system refused this: check the disk space and the path, and run the command again."
+        return f"{error}. {text}", LiteDetrError.exit_status
+    return (
+        f"unexpected {type(error).__name__}: {error}. This is likely a bug; run the command again with "
+        f"{DEBUG_VARIABLE}=1 to see where it comes from."
+    ), INTERNAL_ERROR
+
+
+@contextlib.contextmanager
+def _notices_on_stderr():
+    """Print a `Notice` as one line; other warnings are shown as Python shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        show = warnings.showwarning
+
+        def print_notice(message, category, *rest, **named):
+            if issubclass(category, Notice):
+                print(f"warning: {printable(message)}.", file=sys.stderr)
+            else:
+                show(message, category, *rest, **named)
+
+        warnings.showwarning = print_notice
+        yield
 
 
 class Stages:
     """Progress of long work on stderr: call it with the name of each stage as the stage begins.
 
-    On a terminal the running stage has a spinner and its time; each finished stage leaves a line.  A context manager.
+    On a terminal the running stage has a spinner and its time, and a bar where it is called with how much is `done` of
+    a `total`; each finished stage leaves a line.  A context manager.
     """
 
     def __init__(self):
         from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        class Bar(BarColumn):
+            def render(self, task):
+                return Text("") if task.total is None else super().render(task)
+
+        class Done(ProgressColumn):
+            def render(self, task):
+                if task.total is None:
+                    return Text("")
+                if task.total <= 1:
+                    return Text(f"{task.percentage:.0f} %")
+                rate = f", {task.speed:.1f}/s" if task.speed else ""
+                left = task.time_remaining
+                time_left = "" if left is None else f", {left // 60:.0f}:{left % 60:02.0f} left"
+                return Text(f"{task.completed:.0f}/{task.total:.0f}{rate}{time_left}")
 
         self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("line" if self._console.options.ascii_only else "dots"),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
+            Bar(),
+            Done(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
+            speed_estimate_period=600,  # seconds; an image can take many
         )
         self._stage = self._task = self._began = None
 
@@ -90,10 +147,13 @@ class Stages:
         self._finish(completed=error_type is None)
         self._progress.stop()
 
-    def __call__(self, stage):
-        self._finish(completed=True)
-        self._stage, self._began = stage, time.monotonic()
-        self._task = self._progress.add_task(stage, total=None)
+    def __call__(self, stage, done=0, total=None):
+        if stage != self._stage:
+            self._finish(completed=True)
+            self._stage, self._began = stage, time.monotonic()
+            self._task = self._progress.add_task(printable(stage), total=total, completed=done)
+        else:
+            self._progress.update(self._task, completed=done, total=total)
 
     def _finish(self, completed):
         if self._stage is None:
@@ -101,7 +161,7 @@ class Stages:
         self._progress.remove_task(self._task)
         if completed:
             seconds = time.monotonic() - self._began
-            self._console.print(f"{self._stage}  {seconds:.1f} s", style="dim", markup=False)
+            self._console.print(f"{printable(self._stage)}  {seconds:.1f} s", style="dim", markup=False)
         self._stage = None
 
 
@@ -117,33 +177,45 @@ def stdout_console():
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def print_verification(rows):
-    """Print the table of a verification to stdout.
+def print_verdict(verdict, verbose=False):
+    """Print a verdict: one line where it passed, with `verbose` or where it did not the table of its rows before it.
 
-    rows: dicts with case, quantity, difference (largest absolute), tolerance and passed.
+    verdict: what `Verdict.to_dict()` gives.
     """
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
+    if verdict["rows"] and (verbose or not verdict["passed"]):
+        _print_rows(verdict["rows"])
+    print(printable(verdict["text"]))
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, align in (
-        ("case", "left"),
-        ("quantity", "left"),
-        ("largest difference", "right"),
-        ("tolerance", "right"),
-        ("verdict", "left"),
-    ):
-        table.add_column(heading, justify=align, no_wrap=heading != "case")
+
+def _print_rows(rows):
+    table = new_table("case", "quantity", "largest difference", "tolerance", "verdict")
     previous = None
     for row in rows:
-        case = escape(row["case"]) if row["case"] != previous else ""
+        case = row["case"] if row["case"] != previous else ""
+        figures = f"{row['difference']:.1e}", f"{row['tolerance']:.1e}"
+        state = row["trouble"] or ("ok" if row["passed"] else "FAILED")
         table.add_row(
-            case,
-            escape(row["quantity"]),
-            f"{row['difference']:.1e}",
-            f"{row['tolerance']:.1e}",
-            "[green]ok[/]" if row["passed"] else "[bold red]FAILED[/]",
+            *map(escaped, (case, row["quantity"], *figures)),
+            f"[{'green' if row['passed'] else 'bold red'}]{escaped(state)}[/]",
         )
         previous = row["case"]
     stdout_console().print(table)
+
+
+def new_table(first, *others):
+    """Return a table with these headings; the first column, of names, is to the left and the others to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
+
+
+def escaped(text):
+    """Return `text` as a cell of a table shows it literally."""
+    from rich.markup import escape
+
+    return escape(printable(text))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import LiteDetrError
+from ._console import report_error
 
 
 def _apply(context: typer.Context, path: Path | None):
@@ -18,8 +19,7 @@ def _apply(context: typer.Context, path: Path | None):
     try:
         context.default_map = read_recipe(path, context.command.name, options)
     except LiteDetrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_status) from None
+        raise report_error(error, error.exit_status, "--json" in sys.argv) from None
     return path
 
 

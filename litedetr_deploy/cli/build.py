@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from ..errors import LiteDetrError
+from ..errors import printable
 from . import _checks
-from ._console import Stages, guarded, print_json, print_verification
+from ._console import Stages, guarded, print_json, print_verdict
+from ._options import AsJson, ForceVariant, Images, Variant, Verbose
 from ._recipe import Recipe
 
 
@@ -31,12 +32,15 @@ def build(
     image_size: Annotated[
         str | None,
         typer.Option(
-            help="For a model of dynamic size: smallest, best and largest input, as in 480x480,800x1333,1333x1333 (height "
-            "x width).  One stands for all three.  For a checkpoint: what it is exported for."
+            "--image-size",
+            "--image-sizes",
+            help="For a model of dynamic size: smallest, best and largest input, as in 480x480,800x1333,1333x1333 "
+            "(height x width).  One stands for all three.  For a checkpoint: what it is exported for.",
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="For a checkpoint: fp32, fp16, bf16 or int8.")] = "fp32",
-    variant: Annotated[str | None, typer.Option(help="What a checkpoint holds, as in export.")] = None,
+    variant: Variant = None,
+    force_variant: ForceVariant = False,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,22 +65,19 @@ def build(
     allow_known_bad: Annotated[
         bool, typer.Option("--allow-known-bad", help="Build with a version that is known to build wrong engines.")
     ] = False,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Picture or directory of pictures to verify with; can be repeated.  Not given: drawn samples."
-        ),
-    ] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Build from a model that is not verified, or was changed since.")
+    ] = False,
+    images: Images = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the engine with the ONNX model.")
     ] = False,
     recipe: Recipe = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
 ):
-    """Build an engine, look into it, and prove that it computes what the ONNX model does."""
-    batches, sizes = _batch(batch), image_size and [_checks.image_size(size) for size in image_size.split(",")]
-    if sizes and None in sizes:
-        raise LiteDetrError("an engine has sizes that are known: give --image-size as 480x480,800x1333,1333x1333.")
+    """Build an engine, inspect it, and prove that it computes what the ONNX model does."""
+    batches, sizes = _checks.batch(batch), _checks.image_sizes(image_size) if image_size else None
     if Path(model).suffix.lower() == ".onnx":
         _checks.readable_file(Path(model), "model")
     else:
@@ -84,91 +85,44 @@ def build(
     _checks.writable_directory(output.parent)
     files = _checks.image_files(images)
 
-    with _BuildStages() as stage:
+    with Stages() as stage:
         import litedetr_deploy as ld
 
+        from ..engine.api import Options
+
+        options = Options(
+            compute_capability or (), timing_cache, workspace, optimization_level, version_compatible,
+            hardware_compatibility, tf32, batches, sizes,
+        )  # fmt: skip
         report = ld.build_engine(
-            model,
-            output,
-            backend=backend,
-            batch=batches,
-            image_size=sizes,
-            precision=precision,
-            variant=variant,
-            compute_capabilities=compute_capability or (),
-            timing_cache=timing_cache,
-            workspace=workspace,
-            optimization_level=optimization_level,
-            version_compatible=version_compatible,
-            hardware_compatibility=hardware_compatibility,
-            tf32=tf32,
-            allow_known_bad=allow_known_bad,
-            verify=not no_verify,
-            images=files,
-            progress=stage,
-        ).to_dict()
+            model, output, backend, options, precision, variant, force_variant, allow_known_bad, allow_unverified,
+            verify=not no_verify, images=files, progress=stage,
+        ).to_dict()  # fmt: skip
 
     if as_json:
         print_json(report)
     else:
-        _print(report)
+        _print(report, verbose)
     if not report["passed"]:
         raise typer.Exit(1)
 
 
-class _BuildStages(Stages):
-    """Stages, of which the build itself shows a bar."""
-
-    def __init__(self):
-        from rich.progress import BarColumn, TaskProgressColumn
-
-        super().__init__()
-        self._progress.columns += (BarColumn(), TaskProgressColumn())
-
-    def __call__(self, stage, done=0, total=None):
-        if stage != self._stage:
-            super().__call__(stage)
-        self._progress.update(self._task, completed=done, total=total)
-
-
-def _batch(text):
-    if text is None:
-        return None
-    try:
-        numbers = [int(number) for number in str(text).split(",")]
-    except ValueError:
-        raise LiteDetrError(
-            f"the batch is {text!r}; it must be the smallest, the best and the largest, as in 1,1,4, or one number."
-        ) from None
-    return numbers * 3 if len(numbers) == 1 else numbers
-
-
-def _print(report):
-    if report["verification"]:
-        print_verification(report["verification"])
+def _print(report, verbose):
     for warning in report["warnings"]:
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     for name, (smallest, best, largest) in report["shapes"].items():
         print(f"{name}: {_shape(smallest)} to {_shape(largest)}, best at {_shape(best)}")
     if (types := report["layer_types"]) is not None:
         print("layers: " + ", ".join(f"{count} {name}" for name, count in types.items()))
-        precision = report["metadata"]["precision"]
-        if precision != "fp32" and not types[precision]:
-            print(f"CHECK FAILED: the graph's precision is {precision}, and no layer of the engine has it")
+    if lost := report["lost_precision"]:
+        print(f"CHECK FAILED: the graph's precision is {lost}, and no layer of the engine has it")
     target = report["gpu"] or f"compute capability {', '.join(report['compute_capabilities'])}"
     print(
-        f"{report['path']}: {report['size_bytes'] / 1e6:.1f} MB, {report['backend']} {report['version']} for "
-        f"{target}, {report['metadata']['precision']}, made in {report['seconds']:.0f} s; {_verdict(report)}"
+        f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, {report['backend']} {report['version']} "
+        f"for {target}, {report['metadata']['precision']}, made in {report['seconds']:.0f} s"
     )
+    print_verdict(report["verdict"], verbose)
 
 
 def _shape(shape):
     return "x".join(map(str, shape))
-
-
-def _verdict(report):
-    if report["not_verified"]:
-        looked = " or inspected" if report["not_inspected"] else ""
-        return f"not verified{looked}: {report['not_verified']}"
-    failed = any(not row["passed"] for row in report["verification"])
-    return "VERIFICATION FAILED: it does not agree with the ONNX model" if failed else "verified against the ONNX model"

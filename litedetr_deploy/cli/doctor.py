@@ -2,36 +2,36 @@
 
 from dataclasses import asdict
 from itertools import groupby
-from typing import Annotated
 
 import typer
 
-from ._console import guarded, print_json, stdout_console
+from ._console import escaped, guarded, print_json, stdout_console
+from ._options import AsJson
 
-MARKS = {"ok": "[green]✓[/]", "absent": "[yellow]–[/]", "broken": "[bold red]✗[/]"}
+# In a terminal of ASCII the second.
+MARKS = {"ok": ("[green]✓[/]", "+"), "absent": ("[yellow]–[/]", "-"), "broken": ("[bold red]✗[/]", "x")}
 
 
 @guarded
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False):
+def doctor(as_json: AsJson = False):
     """Look at this machine and this installation; exit with 1 if models cannot run on the CPU."""
-    from ..runtime.environment import BROKEN, inspect_environment
+    from ..runtime.environment import broken, inspect_environment
 
     findings = inspect_environment()
-    broken = [finding.name for finding in findings if finding.state == BROKEN]
+    missing = broken(findings)
     if as_json:
-        print_json({"findings": [asdict(finding) for finding in findings], "healthy": not broken})
+        print_json({"findings": [asdict(finding) for finding in findings], "healthy": not missing})
     else:
-        _print(findings)
-        print(f"\n✗ broken: {', '.join(broken)}" if broken else "\nEverything that the CPU needs is here.")
-    if broken:
+        _print(findings, missing)
+    if missing:
         raise typer.Exit(1)
 
 
-def _print(findings):
-    from rich.markup import escape
+def _print(findings, missing):
     from rich.table import Table
 
     console = stdout_console()
+    marks = {state: pair[console.options.ascii_only] for state, pair in MARKS.items()}
     name_width = max(len(finding.name) for finding in findings)
     for topic, group in groupby(findings, key=lambda finding: finding.topic):
         console.print(f"\n[bold]{topic}[/]")
@@ -40,6 +40,8 @@ def _print(findings):
         table.add_column(min_width=name_width, no_wrap=True)
         table.add_column(overflow="fold")
         for finding in group:
-            remedy = f"\n[dim]{escape(finding.remedy)}[/]" if finding.remedy else ""
-            table.add_row(MARKS[finding.state], finding.name, escape(finding.value) + remedy)
+            remedy = f"\n[dim]{escaped(finding.remedy)}[/]" if finding.remedy else ""
+            table.add_row(marks[finding.state], finding.name, escaped(finding.value) + remedy)
         console.print(table)
+    end = f"{marks['broken']} broken: {', '.join(missing)}" if missing else "Everything that the CPU needs is here."
+    console.print(f"\n{end}")

@@ -1,18 +1,21 @@
 """litedetr benchmark latency: how fast detectors are on this machine, whole and by part."""
 
-import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..artifact import cache_folder
 from ..benchmark import plan as plans
+from ..benchmark.timing import whole_numbers
 from ..errors import LiteDetrError
-from . import _checks
-from ._console import Stages, guarded, print_json, stdout_console
+from ..machine import usable_cores
+from . import _checks, _options
+from ._console import Stages, guarded, print_json
 
+CACHE = cache_folder() / "benchmark"
+DEFAULT = "lite-dino-r50-h3l1-2+1x3"
 _BACKENDS = "; ".join(f"{name}: {backend.about}" for name, backend in plans.BACKENDS.items())
 
 
@@ -21,8 +24,8 @@ def latency(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What to measure: variants, as in lite-dino-r50-h3l1-2+1x3 (with random weights, times do not depend on "
-            "them); checkpoints; or artifacts: .onnx, .plan, .engine.  Not given: lite-dino-r50-h3l1-2+1x3.",
+            help="What to measure: variants, as in lite-dino-r50-h3l1-2+1x3 (with random weights, times do not depend "
+            f"on them); checkpoints; or artifacts: .onnx, .plan, .engine.  Not given: {DEFAULT}.",
             show_default=False,
         ),
     ] = None,
@@ -36,11 +39,22 @@ def latency(
         str, typer.Option(help=f"Of variants and checkpoints: {', '.join(plans.PRECISIONS)}, separated by commas.")
     ] = "fp32",
     image_sizes: Annotated[
-        str, typer.Option(help="HEIGHTxWIDTH in pixels, separated by commas.  Artifacts of a fixed size keep theirs.")
+        str,
+        typer.Option(
+            "--image-size",
+            "--image-sizes",
+            metavar="SIZES",
+            help="HEIGHTxWIDTH in pixels, or one number for a square; several separated by commas.  Artifacts of a "
+            "fixed size keep theirs.",
+        ),
     ] = "800x1333",
     batch_sizes: Annotated[str, typer.Option(help="Images a call, separated by commas.")] = "1",
     threads: Annotated[
-        str, typer.Option(help="Threads of the CPU, separated by commas.  Not given: one a core.", show_default=False)
+        str,
+        typer.Option(
+            help="Threads of the CPU, at most one a core, separated by commas.  Not given: one a core.",
+            show_default=False,
+        ),
     ] = "",
     seconds: Annotated[
         float, typer.Option(min=0, help="Time for the calls of each contender; a slow one takes what three calls need.")
@@ -60,24 +74,24 @@ def latency(
             "variant's name for its random weights."
         ),
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a checkpoint that cannot tell, as in export.")] = None,
+    variant: _options.Variant = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Time artifacts also where their weights are not at hand to check them.")
     ] = False,
     cache: Annotated[
         Path,
         typer.Option(
-            help="Folder of exported models and of PyTorch's outputs.  Made with --prepare on another machine and copied "
-            "here, it makes PyTorch unnecessary here."
+            help="Folder of exported models and of PyTorch's outputs.  Made with --prepare on another machine and "
+            "copied here, it makes PyTorch unnecessary here."
         ),
-    ] = plans.default_cache(),
+    ] = CACHE,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Write OUTPUT.json, OUTPUT.md and OUTPUT.png.  An interrupted run goes on when the same "
-            "command is given again.",
+            help="Write OUTPUT.json, OUTPUT.md and OUTPUT.png.  An interrupted run resumes when the same command is "
+            "given again.",
         ),
     ] = None,
     prepare: Annotated[
@@ -89,7 +103,7 @@ def latency(
             "--dry-run", help="List what would be measured and what this machine lacks for the rest; do nothing."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: _options.AsJson = False,
 ):
     """Time detectors on this machine, whole and by part, and check every one before.
 
@@ -112,140 +126,66 @@ def latency(
     Run it on a quiet machine. Ctrl-C keeps what is finished.
     """
     plan = plans.make_plan(
-        models or ["lite-dino-r50-h3l1-2+1x3"],
-        _names(backends),
-        _names(precisions),
-        _numbers(batch_sizes, "--batch-sizes"),
-        _sizes(image_sizes),
+        models or [DEFAULT],
+        names(backends),
+        names(precisions),
+        whole_numbers(batch_sizes, "--batch-sizes"),
+        _checks.image_sizes(image_sizes),
         device,
-        _numbers(threads, "--threads") if threads else [plans.usable_cores()],
+        whole_numbers(threads, "--threads") if threads else [usable_cores()],
     )
-    store = plans.Cache(cache, checkpoint)
-    if dry_run:
-        _print_plan(plan, store, unchecked)
-        return
     if output:
         _checks.writable_directory(output.parent)
     from ..benchmark import latency as measuring
-    from ..benchmark import report
+    from ..benchmark.cache import Cache
 
-    settings = measuring.Settings(seconds, at_once, variant, unchecked)
-    described = dataclasses.asdict(settings) | {"checkpoint": checkpoint}
-    if prepare:
-        _prepare(plan, store, settings, measuring.Preparation)
+    store = Cache(cache, checkpoint, variant, _build_engine)
+    if dry_run:
+        rows = plans.plan_rows(plan, store, unchecked)
+        if as_json:
+            print_json({"plan": rows, "cache": str(cache)})
+        else:
+            print(*plans.plan_table(rows, store), sep="\n")
         return
-    machine = measuring.describe_machine()
-    kept = measuring.Kept(output, measuring.fingerprint(machine, settings))
-    if len(kept):
-        print(f"going on: {len(kept)} finished in {kept.path}", file=sys.stderr)
-    results = []
+    if prepare:
+        with Stages() as stage:
+            store.progress = stage
+            files = store.prepare(plan)
+        size = sum(map(os.path.getsize, files))
+        if as_json:
+            print_json({"cache": str(cache), "files": list(map(str, files)), "bytes": size})
+        else:
+            print(f"{cache}: {len(files)} files, {size / 1e6:.0f} MB, are ready for {len(plan)} contenders")
+        return
+    settings = measuring.Settings(seconds, at_once)
+    run = measuring.Run(plan, store, settings, output, unchecked)
     try:
         with Stages() as stage:
-            measuring.measure(plan, store, settings, kept, results, stage)
-    except KeyboardInterrupt:
+            run.measure(stage)
+    finally:
         if not as_json:
-            _print_results(results, report)
-        if len(kept) and output:
-            raise KeyboardInterrupt(f"{len(kept)} finished are kept in {kept.path}: the same command goes on") from None
-        raise
-    paths = report.write_reports(results, machine, described, output) if output else []
-    kept.remove()
+            print(*measuring.tables(run.results), sep="\n")
+    paths = run.write()
     if as_json:
-        print_json(report.as_dict(results, machine, described))
-    else:
-        _print_results(results, report)
-        if paths:
-            print("wrote", ", ".join(map(str, paths)))
-    if any(result.status in (measuring.WRONG, measuring.FAILED) for result in results):
+        print_json(run.to_dict())
+    elif paths:
+        print("wrote", ", ".join(map(str, paths)))
+    if run.failed:
         raise typer.Exit(1)
-    if all(result.status == measuring.MISSING for result in results):
+    if run.nothing:
         raise LiteDetrError(
-            "Nothing could be measured: all contenders are missing on this machine, the lines above "
-            "say why. `--dry-run` lists it without running anything."
+            "Nothing could be measured: all contenders are missing on this machine, the lines above say why. "
+            "`--dry-run` lists it without running anything."
         )
 
 
-def _names(text):
+def _build_engine(graph, path, batch):
+    import litedetr_deploy as ld
+
+    # What is timed is checked before, in the engine that is timed.
+    ld.build_engine(graph, path, batch=[batch] * 3, verify=False, allow_unverified=True)
+
+
+def names(text):
+    """Return the parts of a comma-separated list, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _numbers(text, option):
-    parts = _names(text)
-    if not parts or not all(part.isdigit() for part in parts):
-        raise LiteDetrError(f"{option} is {text!r}; it must be whole numbers separated by commas, as in 1,2.")
-    return list(map(int, parts))
-
-
-def _sizes(text):
-    sizes = list(map(_checks.image_size, _names(text)))
-    if not sizes or None in sizes:
-        raise LiteDetrError(f"--image-sizes is {text!r}; a time needs a size: HEIGHTxWIDTH, as in 800x1333,640x640.")
-    return sizes
-
-
-def _print_plan(plan, store, unchecked):
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("contender", "size", "where", "state"):
-        table.add_column(heading, overflow="fold")
-    ready = 0
-    for row in plan:
-        reason = plans.why_missing(row, store, unchecked)
-        ready += not reason
-        exported = row.way.engine == "pytorch" or store.model(row).is_file()
-        state = "ready" if exported else "ready, to be exported"
-        if reason:
-            state = f"[yellow]missing:[/] {_escaped(reason)}"
-        where = row.device if row.device != "cpu" else f"cpu, {row.threads} thread{'s' if row.threads > 1 else ''}"
-        table.add_row(_escaped(row.contender), f"{row.batch}x{row.image_size[0]}x{row.image_size[1]}", where, state)
-    stdout_console().print(table)
-    print(f"{ready} of {len(plan)} can be measured here; exported models are kept in {store.folder}")
-    if extras := plans.missing_extras():
-        print("not here, and not needed:", "; ".join(extras))
-
-
-def _escaped(text):
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _prepare(plan, store, settings, preparation_class):
-    with Stages() as stage:
-        preparation = preparation_class(store, settings, stage)
-        for row in plan:
-            preparation.prepare(row)
-    files = {path for row in plan for path in (store.graph(row), store.reference(row)) if path.is_file()}
-    size = sum(os.path.getsize(path) for path in files)
-    print(f"{store.folder}: {len(files)} files, {size / 1e6:.0f} MB, are ready for {len(plan)} contenders")
-
-
-def _print_results(results, report):
-    from rich import box
-    from rich.table import Table
-
-    console = stdout_console()
-    for group in report.groups(results):
-        table = Table(
-            title=f"{report.group_title(group)}; milliseconds",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for column in report.COLUMNS:
-            table.add_column(column, justify="left" if column == report.COLUMNS[0] else "right", no_wrap=True)
-        troubles = []
-        for name, *cells in report.table_rows(group):
-            if len(cells) == 1:  # its text would widen a column of numbers
-                troubles.append(f"{name}: {cells[0]}")
-            else:
-                table.add_row(_escaped(name), *cells)
-        if table.row_count:
-            console.print(table)
-        for result in group:
-            if result.power and result.power["throttling"]:
-                troubles.append(f"{result.row.contender}: THROTTLED, {', '.join(result.power['throttling'])}")
-        for trouble in troubles:
-            console.print(trouble, style="yellow", markup=False)

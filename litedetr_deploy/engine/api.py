@@ -11,15 +11,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, nearest
 from ..files import replaced_when_done
 from ..runtime import cuda
 from ..runtime.tensorrt import deserialize, import_tensorrt, load_plugins, message_logger
@@ -36,6 +37,7 @@ HARDWARE_COMPATIBILITY = {
 PRECISIONS = {"fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
 # What the inspector calls them: 'Row major linear FP16 format', 'Half'.
 _INSPECTED = {"fp16": r"\b(fp16|half)\b", "bf16": r"\b(bf16|bfloat16)\b", "int8": r"\bint8\b"}
+RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0")  # for which TensorRT-RTX builds when nothing is said
 POLL = 0.2  # seconds between looks at the build, while Ctrl-C is waited for
 
 
@@ -43,13 +45,16 @@ POLL = 0.2  # seconds between looks at the build, while Ctrl-C is waited for
 class Options:
     """What a build can be asked for; None leaves TensorRT's default."""
 
-    compute_capabilities: tuple[str, ...] = ()  # ('8.6', '12.0'); of TensorRT-RTX
-    timing_cache: Path | None = None  # read where it exists, and written
+    compute_capabilities: Sequence[str] = ()  # ('8.6', '12.0'); of TensorRT-RTX, RTX_TARGETS when not given
+    timing_cache: str | os.PathLike | None = None  # read where it exists, and written
     workspace: float | None = None  # GiB of GPU memory that a layer may use besides its tensors
     optimization_level: int | None = None  # 0 (fastest build) to 5
     version_compatible: bool = False  # the engine runs in newer versions of TensorRT as well
     hardware_compatibility: str = "none"
     tf32: bool = False  # FP32 products may round their inputs to 10 bits
+    batch: Sequence[int] | None = None  # smallest, best and largest; 1, 1 and 4 when not given
+    # (height, width), one or the smallest, best and largest, for a graph of dynamic size
+    image_size: Sequence[tuple[int, int]] | None = None
 
     def check(self, backend: str) -> None:
         """Raise LiteDetrError for what `backend` cannot be asked for."""
@@ -57,6 +62,7 @@ class Options:
             raise LiteDetrError(
                 f"hardware_compatibility is {self.hardware_compatibility!r}; it must be "
                 f"{' or '.join(map(repr, HARDWARE_COMPATIBILITY))}."
+                f"{nearest(self.hardware_compatibility, HARDWARE_COMPATIBILITY)}"
             )
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise LiteDetrError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
@@ -75,7 +81,7 @@ class Options:
             ):
                 if given:
                     raise LiteDetrError(
-                        f"{name} is given, and backend 'tensorrt-rtx' has no such thing. Leave it out, "
+                        f"{name} is given, and is not supported by the backend 'tensorrt-rtx'. Leave it out, "
                         "or choose backend 'tensorrt'."
                     )
 
@@ -153,11 +159,15 @@ class Builder:
     def build(self, shapes: dict, options: Options, progress: Callable[[float], None]) -> bytes:
         """Return the serialized engine of the parsed network.
 
-        shapes: input -> its smallest, best and largest shape.
-        progress: called with the part that is done, 0 to 1, from another thread.
+        Ctrl-C cancels: TensorRT stops at the end of its step, and KeyboardInterrupt is raised.
 
-        Ctrl-C cancels: TensorRT stops at the end of its step, and KeyboardInterrupt is raised.  Raises LiteDetrError
-        where TensorRT fails.
+        Args:
+            shapes: input -> its smallest, best and largest shape.
+            options: what was asked for.
+            progress: called with the part that is done, 0 to 1, from another thread.
+
+        Raises:
+            LiteDetrError: where TensorRT fails.
         """
         config = self._configure(shapes, options)
         monitor = _monitor(self.trt, progress)
@@ -197,7 +207,7 @@ class Builder:
             for i, one in enumerate(options.compute_capabilities):
                 config.set_compute_capability(known[one], i)  # type: ignore[attr-defined]
         if options.timing_cache:
-            self._read_timing_cache(config, options.timing_cache)
+            self._read_timing_cache(config, Path(options.timing_cache))
         profile = self._builder.create_optimization_profile()
         for name, (smallest, best, largest) in shapes.items():
             profile.set_shape(name, smallest, best, largest)

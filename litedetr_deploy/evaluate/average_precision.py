@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 
-from ..errors import LiteDetrError
+from ..errors import not_installed
 from .data import Dataset
 
 # Our names -> places in COCOeval.stats.
@@ -17,10 +17,7 @@ def import_pycocotools():
     try:
         from pycocotools import coco, cocoeval
     except ImportError as error:
-        raise LiteDetrError(
-            f"pycocotools, which computes AP, cannot be imported ({error}). Install it with "
-            "`pip install litedetr-deploy[evaluate]`."
-        ) from error
+        raise (not_installed(error, "Computing AP") or error) from error
     return coco, cocoeval
 
 

@@ -34,7 +34,7 @@ class Dataset:
     categories: dict[int, str]  # id -> name
     images: list[dict]  # COCO's entries: id, file_name, width, height
     annotations: list[dict]  # of these images: id, image_id, category_id, bbox (x, y, width, height), area, iscrowd
-    load: Callable[[dict], Image.Image]  # an entry of `images` -> RGB picture
+    load: Callable[[dict], Image.Image]  # an entry of `images` -> RGB image
     fingerprint: str  # another one for other images or annotations
     image_size: tuple[int, int] | None = None  # (height, width) that models of dynamic size take the images at
 
@@ -42,23 +42,27 @@ class Dataset:
 def read_coco(data: str | os.PathLike, images: str | os.PathLike | None = None, count: int | None = None) -> Dataset:
     """Return the images and boxes of a COCO annotation file.
 
-    data: the annotation file (.json), or a folder that holds it as one of LAYOUTS does.
-    images: folder of the images; needed with an annotation file.
-    count: take this many images at most, the first ones.
+    Args:
+        data: the annotation file (.json), or a folder that holds it as one of LAYOUTS does.
+        images: folder of the images; needed with an annotation file.
+        count: take this many images at most, the first ones.
 
-    Raises LiteDetrError for a file that is not COCO's or contradicts itself, for boxes that are not inside their image
-    (COCO's own leave it by up to OVERHANG pixels), for missing images, and where nothing is left to evaluate.
+    Raises:
+        LiteDetrError: for a file that is not COCO's or contradicts itself, for boxes that are not inside their image
+            (COCO's own leave it by up to OVERHANG pixels), for images that are missing or outside their folder, and
+            where nothing is left to evaluate.
     """
     file, folder = _locate(Path(data), None if images is None else Path(images))
     text = _read(file)
     try:
         contents = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LiteDetrError(
             f"{file} is not JSON ({error}). Give a COCO annotation file, such as instances_val2017.json."
         ) from error
     _check_fields(contents, file)
     categories, entries, annotations = _select(contents, file, count)
+    _check_names(entries, file, folder)
     files = [(entry["file_name"], *_size_and_time(folder / entry["file_name"])) for entry in entries]
     missing = [name for name, size, _ in files if size is None]
     if missing:
@@ -70,20 +74,36 @@ def read_coco(data: str | os.PathLike, images: str | os.PathLike | None = None, 
     return Dataset(str(file), categories, entries, annotations, lambda entry: _load(folder, entry), fingerprint)
 
 
+def _check_names(entries, file, folder):
+    """Raise LiteDetrError for a file name that leads out of the folder of images; links in it may."""
+    for entry in entries:
+        name = entry["file_name"]
+        if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise LiteDetrError(
+                f"{file} has an image with the file name {name!r}, which is not inside the folder of images {folder}, "
+                "and is not read. Give the names as they are in that folder."
+            )
+
+
 def drawn_shapes(count: int | None = None) -> Dataset:
     """Return the validation set of drawn shapes, or its first `count` images."""
     scenes = [shapes.scene(index, shapes.VALIDATION_SEED) for index in range(shapes.VALIDATION_COUNT)[:count]]
-    contents = shapes.coco_annotations([objects for _, *objects in scenes])
+    contents = shapes.coco_annotations([(labels, boxes) for _, labels, boxes in scenes])
     fingerprint = hashlib.sha256(json.dumps(contents).encode())
-    for picture, *_ in scenes:
-        fingerprint.update(picture.tobytes())
+    for image, *_ in scenes:
+        fingerprint.update(image.tobytes())
+    categories, entries, annotations = _select(contents, "shapes", count)
+    size = (shapes.SIZE, shapes.SIZE)
     return Dataset(
-        "shapes",
-        *_select(contents, "shapes", count),
-        lambda entry: scenes[entry["id"]][0],
-        fingerprint.hexdigest(),
-        (shapes.SIZE, shapes.SIZE),
+        "shapes", categories, entries, annotations, lambda entry: scenes[entry["id"]][0], fingerprint.hexdigest(), size
     )
+
+
+def open_data(data: Dataset | str | os.PathLike) -> Dataset:
+    """Return `data` as a `Dataset`: one already, a COCO folder, or 'shapes', the drawn shapes."""
+    if isinstance(data, Dataset):
+        return data
+    return drawn_shapes() if data == "shapes" else read_coco(data)
 
 
 def _locate(data, images):

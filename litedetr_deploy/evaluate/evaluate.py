@@ -6,19 +6,19 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
-from ..artifact import ENGINE_SUFFIXES
-from ..errors import LiteDetrError
+from ..artifact import SUFFIXES, Store, cache_folder, sha256, warn_unless_verified
+from ..errors import LiteDetrError, not_installed
 from ..runtime.detector import Detections, Detector
 from ..runtime.session import open_session
 from .average_precision import average_precision, import_pycocotools
-from .data import Dataset
+from .data import Dataset, open_data
 from .match import compare_detections
 
 
@@ -52,66 +52,90 @@ class Comparison:
     second: Evaluation
     ap_difference: float  # of the second from the first
     detections: dict  # see compare_detections
+    tolerance: float | None = None  # of the AP difference; None lets any pass
+
+    @property
+    def passed(self) -> bool:
+        return self.tolerance is None or abs(self.ap_difference) <= self.tolerance
 
     def to_dict(self) -> dict:
-        return {
-            **self.first.to_dict(),
-            "against": self.second.to_dict(),
-            "comparison": {"ap_difference": self.ap_difference, "detections": self.detections},
-        }
+        comparison = {"ap_difference": self.ap_difference, "detections": self.detections}
+        if self.tolerance is not None:
+            comparison |= {"tolerance": self.tolerance, "passed": self.passed}
+        return {**self.first.to_dict(), "against": self.second.to_dict(), "comparison": comparison}
 
 
-def evaluate(artifact, dataset: Dataset, **options) -> Evaluation:
-    """Run `artifact` on every image of `dataset` and return its AP and latency.
+@dataclass(frozen=True)
+class Options:
+    """How artifacts are run; None leaves what fits the artifact and the data."""
 
-    artifact: path of an ONNX model or of an engine; path of a checkpoint, or the name of one that comes with this
-        package, to be run in PyTorch; or a session, which has what `OnnxSession` has.
-    options: variant: as `load_model` takes it, for a checkpoint.
-        image_size: (height, width) of the input, for a model of dynamic size; by default the data set's, if it has one.
-        resize: as `Detector.predict` takes it.  By default what fits the model.
-        batch_size: images a run at most.
-        providers: of ONNX Runtime, for an ONNX model; threads: CPU threads.
-        progress: called as progress(stage, done, total) when a stage begins and after every image of it; total is
-        None for a stage that does not count images.
+    variant: str | None = None  # of a checkpoint, as `load_model` takes it
+    force_variant: bool = False
+    image_size: tuple[int, int] | None = None  # (height, width), for a model of dynamic size; else the data set's
+    resize: str | None = None  # as `Detector.predict` takes it
+    batch_size: int = 1  # images a run at most
+    providers: Sequence[str] | None = None  # of ONNX Runtime, for an ONNX model
+    threads: int | None = None  # of the CPU
 
-    Detections are kept in the user's cache while the evaluation runs; the same one continues after an interruption.
-    Raises LiteDetrError where the model cannot be run, lacks a category of the data, or gives a NaN.
+
+def evaluate(
+    artifact,
+    data: Dataset | str | os.PathLike,
+    options: Options | None = None,
+    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+    **single,
+) -> Evaluation:
+    """Run `artifact` on every image of `data` and return its AP and latency.
+
+    Args:
+        artifact: path of an ONNX model or of an engine; path of a checkpoint, or the name of one that comes with this
+            package, to be run in PyTorch; or a session, which has what `OnnxSession` has.
+        data: a `Dataset`, the path of a COCO folder, or 'shapes'.
+        options: how it is run.
+        progress: called as progress(stage, done, total) when a stage begins and after every image of it; total is None
+            for a stage that does not count images.
+        single: fields of `options`, as in batch_size=2.
+
+    Returns:
+        The evaluation.  Detections are kept in the user's cache while it runs; the same one continues after an
+        interruption.  A file that was not verified, or was changed since, gives a `Notice`.
+
+    Raises:
+        LiteDetrError: where the model cannot be run, lacks a category of the data, or gives a NaN.
     """
-    [evaluation] = _evaluate([artifact], dataset, **options)
+    [evaluation] = _evaluate([artifact], open_data(data), replace(options or Options(), **single), progress)
     return evaluation
 
 
-def compare(artifact, other, dataset: Dataset, **options) -> Comparison:
+def compare(
+    artifact,
+    other,
+    data: Dataset | str | os.PathLike,
+    options: Options | None = None,
+    tolerance: float | None = None,
+    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+    **single,
+) -> Comparison:
     """Evaluate two artifacts as `evaluate` does and compare their detections.
 
     Where one has a fixed input size, the other takes the same if its own is dynamic; where one takes no pixel mask,
     images of a fixed size are stretched for both, unless `resize` says otherwise.
+
+    tolerance: the difference of the APs (0..1) that still passes.
     """
-    first, second = _evaluate([artifact, other], dataset, **options)
-    return Comparison(
-        first,
-        second,
-        second.metrics["AP"] - first.metrics["AP"],
-        compare_detections(first.detections, second.detections),
-    )
+    options = replace(options or Options(), **single)
+    first, second = _evaluate([artifact, other], open_data(data), options, progress)
+    found = compare_detections(first.detections, second.detections)
+    return Comparison(first, second, second.metrics["AP"] - first.metrics["AP"], found, tolerance)
 
 
-def _evaluate(
-    artifacts,
-    dataset,
-    variant=None,
-    image_size=None,
-    resize=None,
-    batch_size=1,
-    providers=None,
-    threads=None,
-    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
-):
+def _evaluate(artifacts, dataset, options: Options, progress):
     import_pycocotools()  # before the work, not after it
+    image_size, resize = options.image_size, options.resize
     sessions = []
     for artifact in artifacts:
         progress(f"load {_name(artifact)}", 0, None)
-        sessions.append(_open(artifact, variant, providers, threads))
+        sessions.append(_open(artifact, options))
     names, fixed = list(map(_name, artifacts)), list(map(_fixed_size, sessions))
     for name, size in zip(names, fixed):
         if size and image_size and size != tuple(image_size):
@@ -129,14 +153,14 @@ def _evaluate(
     ]
     modes = [detector.resize_mode(resize) for detector in detectors]
     labels = [_categories(dataset, session.metadata, name) for session, name in zip(sessions, names)]
-    settings = [variant, image_size, resize, batch_size, providers, threads]
-    kept = [_Kept(artifact, dataset, settings) for artifact in artifacts]
+    settings = asdict(replace(options, image_size=image_size, resize=resize))
+    stores = [_store(artifact, dataset, settings) for artifact in artifacts]
     evaluations = []
-    for name, detector, mode, categories, store in zip(names, detectors, modes, labels, kept):
-        _run(name, detector, dataset, categories, store, mode, batch_size, progress)
+    for name, detector, mode, categories, store in zip(names, detectors, modes, labels, stores):
+        _run(name, detector, dataset, categories, store, mode, options.batch_size, progress)
         progress(f"compute AP of {name}", 0, None)
-        evaluations.append(_summary(name, detector, dataset, store, mode, batch_size))
-    for store in kept:  # only now: an interruption of the second leaves the first done
+        evaluations.append(_summary(name, detector, dataset, store, mode, options.batch_size))
+    for store in stores:  # only now: an interruption of the second leaves the first done
         store.remove()
     return evaluations
 
@@ -162,98 +186,39 @@ class _Measured:
         return output
 
 
-class _Kept:
-    """What is done of an evaluation, on disk as one line of JSON an image until all is done.
+def _store(artifact, dataset, settings) -> Store:
+    """What is done of an evaluation: image id, as text -> what was found.
 
-    The file is in the user's cache, named after the contents of the artifact and the data and after the settings, so
+    Its file is in the user's cache, named after the contents of the artifact and the data and after the settings, so
     that a change of any begins anew.  For a session that the caller made nothing is kept.
     """
-
-    def __init__(self, artifact, dataset, settings):
-        self.done = {}  # image id -> (seconds, Detections)
-        self.path = self._file = None
-        if isinstance(artifact, (str, os.PathLike)):
-            key = json.dumps([__version__, _contents(artifact), dataset.fingerprint, *settings])
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litedetr-deploy"
-            self.path = cache / f"evaluate-{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                self._file = open(self.path, "a+b")
-            except OSError as error:
-                raise LiteDetrError(
-                    f"The cache folder {cache}, where an evaluation keeps what is done, cannot be "
-                    f"written: {error.strerror}. Set XDG_CACHE_HOME to a folder that can."
-                ) from error
-            self._read()
-        self.continued = len(self.done)
-
-    def _read(self):
-        self._file.seek(0)
-        whole = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):  # the last one of a process that was killed
-                break
-            row = json.loads(line)
-            found = Detections(
-                np.array(row["labels"], np.int64),
-                np.array(row["boxes"], np.float32).reshape(-1, 4),
-                np.array(row["scores"], np.float32),
-            )
-            self.done[row["image"]] = row["seconds"], found
-            whole += len(line)
-        self._file.truncate(whole)
-
-    def add(self, image, seconds, found):
-        self.done[image] = seconds, found
-        if self._file:
-            row = {
-                "image": image,
-                "seconds": seconds,
-                "labels": found.labels.tolist(),
-                "boxes": found.boxes.tolist(),
-                "scores": found.scores.tolist(),
-            }
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
-
-    def remove(self):
-        if self._file:
-            self._file.close()
-            self.path.unlink(missing_ok=True)
+    if not isinstance(artifact, (str, os.PathLike)):
+        return Store(None, None)
+    # Of weights that come with this package the name is enough, its version is known.
+    contents = sha256(artifact) if Path(artifact).is_file() else os.fspath(artifact)
+    identity = [__version__, contents, dataset.fingerprint, settings]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return Store(cache_folder() / f"evaluate-{name}.jsonl", identity)
 
 
-def _open(artifact, variant, providers, threads):
+def _open(artifact, options: Options):
     if hasattr(artifact, "run"):
         return artifact
-    if Path(artifact).suffix.lower() in (".onnx", *ENGINE_SUFFIXES):
-        return open_session(artifact, providers, threads)
+    if Path(artifact).suffix.lower() in SUFFIXES:
+        session = open_session(artifact, options.providers, options.threads)
+        warn_unless_verified(artifact, session.metadata)
+        return session
     try:
-        import torch  # noqa: F401
+        from ..model.checkpoints import load_model
+        from ..model.session import TorchSession
     except ImportError as error:
-        raise LiteDetrError(
-            f"{artifact} is no .onnx, .plan or .engine file, so PyTorch would run it, and PyTorch "
-            f"cannot be imported ({error}). Install it with "
-            "`pip install litedetr-deploy[export]`."
-        ) from error
-    from ..model.checkpoints.official import load_model
-    from ..model.session import TorchSession
-
-    return TorchSession(load_model(os.fspath(artifact), variant), threads)
+        what = f"{artifact} is no {', '.join(SUFFIXES)} file, so PyTorch runs it, which"
+        raise (not_installed(error, what) or error) from error
+    return TorchSession(load_model(os.fspath(artifact), options.variant, options.force_variant), options.threads)
 
 
 def _name(artifact):
     return os.fspath(artifact) if isinstance(artifact, (str, os.PathLike)) else type(artifact).__name__
-
-
-def _contents(artifact):
-    """Return a hash of the artifact's file; of weights that come with this package the name, its version is known."""
-    if not Path(artifact).is_file():
-        return os.fspath(artifact)
-    digest = hashlib.sha256()
-    with open(artifact, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fixed_size(session):
@@ -294,13 +259,14 @@ def _categories(dataset, metadata, name):
 
 def _run(name, detector, dataset, categories, store, mode, batch_size, progress):
     """Run the detector on the images that the store lacks, and add what it finds; labels become category ids."""
-    todo = [entry for entry in dataset.images if entry["id"] not in store.done]
+    todo = [entry for entry in dataset.images if str(entry["id"]) not in store.items]
     total = len(dataset.images)
     stage = f"evaluate {name}"
-    if store.continued:
-        stage += f", continued: {store.continued} of {total} images were done before"
-    progress(stage, store.continued, total)
-    stream = detector.stream((dataset.load(entry) for entry in todo), batch_size=batch_size, resize=mode)
+    if store.resumed:
+        stage += f", continued: {store.resumed} of {total} images were done before"
+    progress(stage, store.resumed, total)
+    images = (dataset.load(entry) for entry in todo)
+    stream = detector.stream(images, batch_size=batch_size, resize=mode, clip=False)
     try:
         for entry, found in zip(todo, stream):
             if not detector.session.finite:
@@ -310,19 +276,30 @@ def _run(name, detector, dataset, categories, store, mode, batch_size, progress)
                     "`litedetr verify` what it computes otherwise than its checkpoint does."
                 )
             known = np.isin(found.labels, list(categories))
-            labels = np.array([categories[label] for label in found.labels[known].tolist()], np.int64)
-            store.add(
-                entry["id"], detector.session.seconds, Detections(labels, found.boxes[known], found.scores[known])
-            )
-            progress(stage, len(store.done), total)
+            result = {
+                "seconds": detector.session.seconds,
+                "labels": [categories[label] for label in found.labels[known].tolist()],
+                "boxes": found.boxes[known].tolist(),
+                "scores": found.scores[known].tolist(),
+            }
+            store.add(str(entry["id"]), result)
+            progress(stage, len(store.items), total)
     except KeyboardInterrupt:
         where = f" and kept in {store.path}: the same command continues" if store.path else ""
-        raise KeyboardInterrupt(f"{len(store.done)} of {total} images are done{where}") from None
+        raise KeyboardInterrupt(f"{len(store.items)} of {total} images are done{where}") from None
 
 
 def _summary(name, detector, dataset, store, mode, batch_size):
-    seconds = np.array([seconds for seconds, _ in store.done.values()])
-    detections = {image: found for image, (_, found) in store.done.items()}
+    detections = {
+        entry["id"]: Detections(
+            np.array(found["labels"], np.int64),
+            np.array(found["boxes"], np.float32).reshape(-1, 4),
+            np.array(found["scores"], np.float32),
+        )
+        for entry in dataset.images
+        for found in [store.items[str(entry["id"])]]
+    }
+    seconds = np.array([found["seconds"] for found in store.items.values()])
     median, p90 = np.percentile(seconds, (50, 90)) * 1000
     return Evaluation(
         artifact=name,
@@ -335,6 +312,6 @@ def _summary(name, detector, dataset, store, mode, batch_size):
         metrics=average_precision(dataset, detections),
         latency_ms={"median": float(median), "p90": float(p90)},
         images_per_second=len(detections) / float(seconds.sum()),
-        continued=store.continued,
+        continued=store.resumed,
         detections=detections,
     )

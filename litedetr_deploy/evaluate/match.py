@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..verify.verdict import largest, mean
+
 SCORE_FLOOR = 0.05  # of the detections that are compared
 IOU_FLOOR = 0.5  # of two detections that match
 
@@ -61,6 +63,4 @@ def _iou(a, b):
 
 
 def _largest_and_mean(values):
-    if not values:
-        return {"largest": None, "mean": None}
-    return {"largest": max(values), "mean": sum(values) / len(values)}
+    return {"largest": largest(values), "mean": mean(values)} if values else {"largest": None, "mean": None}

@@ -18,9 +18,8 @@ import torch
 from torch.export import Dim
 
 from .. import __version__
-from ..artifact import METADATA_KEY
+from ..artifact import CANNOT_TELL, FAILED, METADATA_KEY, NO_DIGEST, seal
 from ..errors import LiteDetrError
-from ..evaluate.data import Dataset
 from ..files import replaced_when_done
 from ..model.deployed import OUTPUTS, PROBES, Deployed
 from ..model.detector import Detector
@@ -28,29 +27,35 @@ from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
 from ..runtime.session import OnnxSession
 from ..verify.onnx import verify_onnx
+from ..verify.verdict import Verdict
+from ..verify.weights import check_weights
 from . import graph, limits, quantize
 from . import precision as types
+from .limits import Int8
 
 TRACE_BATCH = 2  # torch.export takes a size of 1 for a constant
 
 
 @dataclass
 class ExportReport:
+    """What was made; `<path>.json` beside the model holds the same."""
+
     path: str
     size_bytes: int
     seconds: float
     attention_nodes: int
     nodes: dict[str, int]  # how many are half, float and int8, and the casts between the first two
     metadata: dict
-    verification: list[dict] = field(default_factory=list)
+    verdict: Verdict
     sensitivity: list[dict] = field(default_factory=list)  # see quantize.sensitivity
 
     @property
     def passed(self) -> bool:
-        return all(row["passed"] for row in self.verification)
+        """Whether nothing speaks against the file; one that was not to be verified passes."""
+        return self.verdict.status not in (FAILED, CANNOT_TELL)
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "verdict": self.verdict.to_dict(), "passed": self.passed}
 
 
 def export_onnx(
@@ -62,55 +67,52 @@ def export_onnx(
     outputs: str = "detections",
     pixel_mask: bool = False,
     opset: int = 17,
+    int8: Int8 | None = None,
     calibration=None,
     verify: bool = True,
-    images=None,
+    images: Sequence | None = None,
     keep_fp32: Sequence[str] = (),
-    calibration_images: int | None = None,
-    calibration_method: str = limits.CALIBRATION_METHODS[0],
-    sensitivity: bool = False,
-    ap_budget: float | None = None,
-    ap_data: Dataset | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
-    """Writes `model` as ONNX, checks the file and compares it with PyTorch.
+    """Write `model` as ONNX, check the file and compare it with PyTorch.
 
-    attention: 'op' writes one node of the domain `litedetr` for every deformable attention; 'gather' and
-        'gridsample' write standard ONNX ops.
-    precision: 'fp32'; 'fp16' and 'bf16' store in half what is safe in it and keep the islands that `precision.ISLANDS`
-        names in FP32; 'int8' quantizes the layers that bear it and is 'fp16' elsewhere.  'bf16' raises the opset to
-        22, 'int8' to 19.
-    keep_fp32: names of further modules or nodes to keep in FP32, with shell patterns: 'detector.backbone.layer4'.
-    image_size: (height, width), or None for dynamic sizes.  The batch is always dynamic.
-    outputs: 'detections' (labels, boxes in pixels, scores) or 'raw' (pred_logits, pred_boxes).
-    pixel_mask: whether the graph takes a mask of the padding.
-    calibration: for 'int8', a folder of pictures like those the model will see, or pictures (paths, PIL images or
-        arrays).  What they give is kept in `<path>.calibration.json`, and used again as long as the model, the
-        pictures and the method are the same; None uses that file alone.
-    calibration_images: how many of them to use; None: all, or 128 of more.
-    calibration_method: 'percentile', 'minmax' or 'entropy'.
-    sensitivity: whether to rank the layers by what quantizing each alone does (the report's `sensitivity`).
-    ap_budget: for 'int8', how much AP (0..1) may be lost to FP32 on `ap_data` (see `evaluate.data`): the layers that
-        `sensitivity` ranks as the worst stay 'fp16' until no more is.
-    images: pictures to verify with (paths, PIL images or arrays); None: the package draws some.
-    progress: called with the name of each stage as it begins.
+    Args:
+        model: as `load_model` returns it.
+        path: of the file; it and `<path>.json` beside it appear complete or not at all.
+        attention: 'op' writes one node of the domain `litedetr` for every deformable attention; 'gather' and
+            'gridsample' write standard ONNX ops.
+        precision: 'fp32'; 'fp16' and 'bf16' store in half what is safe in it and keep the islands that
+            `precision.ISLANDS` names in FP32; 'int8' quantizes the layers that tolerate it and is 'fp16' elsewhere.
+            'bf16' raises the opset to 22, 'int8' to 19.
+        image_size: (height, width) in pixels, or None for dynamic sizes.  The batch is always dynamic.
+        outputs: 'detections' (labels, boxes in pixels, scores) or 'raw' (pred_logits, pred_boxes).
+        pixel_mask: whether the graph takes a mask of the padding.
+        opset: of ONNX.
+        int8: how to quantize; for precision 'int8' alone.
+        calibration: short form of `int8=Int8(images=calibration)`.
+        verify: whether to compare the file with PyTorch.
+        images: to verify with (paths, PIL images or arrays); None: the package draws one.
+        keep_fp32: names of further modules or nodes to keep in FP32, with shell patterns: 'detector.backbone.layer4'.
+        progress: called with the name of each stage as it begins.
 
-    The file and `<path>.json` beside it appear complete or not at all.  Raises LiteDetrError for wishes that cannot
-    be met; a failed comparison is not an error: see the report's `passed`.
+    Returns:
+        The report.  A comparison that failed is not an error: see its `verdict` and `passed`.
+
+    Raises:
+        LiteDetrError: bad options, or weights that are not float32.
+        CheckFailed: weights that are not finite.
     """
-    sensitivity = sensitivity or ap_budget is not None
-    calibrates = calibration is not None or calibration_images is not None or sensitivity
-    if ap_budget is not None:
-        limits.check_budget(ap_budget, ap_data)
-    limits.check(attention, precision, image_size, outputs, opset, calibrates, calibration_method)
-    limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
-    path = Path(path)
-    table, pictures = path.with_suffix(".calibration.json"), None
     if calibration is not None:
-        chosen = limits.calibration_images(calibration, calibration_images)
-        pictures = quantize.Pictures(chosen, image_size, pixel_mask, outputs)
-    elif calibrates:
-        raise LiteDetrError("sensitivity and a number of calibration images need the images: give a folder of them.")
+        if int8 is not None:
+            raise LiteDetrError("calibration and int8 are both given: put the images into Int8(images=...).")
+        int8 = Int8(calibration)
+    limits.check(attention, precision, image_size, outputs, opset, int8)
+    limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
+    check_weights(model)
+    path, int8 = Path(path), int8 or Int8()
+    table, calibration = path.with_suffix(".calibration.json"), None
+    if int8.images is not None:
+        calibration = quantize.Calibration(int8.chosen(), image_size, pixel_mask, outputs)
     elif precision == "int8":
         quantize.check_table(table)
     start = time.monotonic()
@@ -124,23 +126,7 @@ def export_onnx(
         graph.finish(onnx_model, opset, OUTPUTS[outputs], _symbols(onnx_model))
         ranking, left_out = [], []
         if precision == "int8":
-            layers = quantize.layers(onnx_model.graph, keep_fp32)
-            ranges = quantize.load_or_calibrate(onnx_model, layers, pictures, calibration_method, table, progress)
-            if sensitivity:
-                progress(f"quantize each of {len(layers)} layers alone")
-                ranking = quantize.sensitivity(model, onnx_model.graph, layers, ranges, pictures)
-            if ap_budget is not None:
-                progress("AP in FP32")
-                wanted = _ap(onnx_model, model, ap_data) - ap_budget
-                chosen = quantize.within_budget(
-                    ranking,
-                    lambda chosen: _ap(_typed_int8(onnx_model, chosen, ranges, keep_fp32), model, ap_data),
-                    wanted,
-                    progress,
-                )
-                layers, left_out = chosen, [name for name in layers if name not in chosen]
-            progress("quantize")
-            onnx_model = _typed_int8(onnx_model, layers, ranges, keep_fp32)
+            onnx_model, ranking, left_out = _quantize(onnx_model, model, int8, calibration, table, keep_fp32, progress)
         elif precision in types.HALVES:
             types.apply(onnx_model, precision, keep_fp32)
         nodes = _check_nodes(onnx_model, model.config.attention_nodes if attention == "op" else 0)
@@ -148,6 +134,7 @@ def export_onnx(
             "tool_version": __version__,
             "op_version": schema.VERSION,
             "variant": model.config.name,
+            "forced_variant": getattr(model, "forced_variant", None),  # what said otherwise and was overruled
             "attention": attention,
             "precision": precision,
             "keep_fp32": list(keep_fp32),
@@ -159,46 +146,60 @@ def export_onnx(
             "pixel_mask": pixel_mask,
             "class_names": list(model.class_names) if model.class_names else None,
         }
-        report = ExportReport(str(path), 0, 0.0, nodes, metadata["nodes"], metadata, sensitivity=ranking)
         progress("write and check the file")
         _write(onnx_model, metadata, temporary)
         _check(temporary)
+        verdict = Verdict(skipped="it was not asked for")
         if verify:
-            verification = verify_onnx(temporary, model, images, progress)
-            report.verification = verification.rows
-            metadata["verification"] = verification.summary()
+            verdict = verify_onnx(temporary, model, images, progress)
             progress("write the verdict into the file")
-            _write(onnx_model, metadata, temporary)
-        report.size_bytes = temporary.stat().st_size
-        report.seconds = round(time.monotonic() - start, 1)
-        temporary_json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        metadata |= {"verification": verdict.summary(), "digest": NO_DIGEST}
+        _write(onnx_model, metadata, temporary)
+        seal(temporary)
+        size, seconds = temporary.stat().st_size, round(time.monotonic() - start, 1)
+        report = ExportReport(str(path), size, seconds, nodes, metadata["nodes"], metadata, verdict, ranking)
+        temporary_json.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
     return report
 
 
-def _typed_int8(onnx_model: ir.Model, layers: Sequence[str], ranges: dict, keep_fp32: Sequence[str]) -> ir.Model:
-    quantized = quantize.apply(onnx_model, layers, ranges)
-    types.apply(quantized, "int8", keep_fp32)
-    return quantized
+def _quantize(onnx_model: ir.Model, model: Detector, int8: Int8, calibration, table: Path, keep_fp32, progress):
+    """Return the quantized graph, the ranking of the layers where asked for, and the layers left out for the AP."""
+    layers, ranking = quantize.layers(onnx_model.graph, keep_fp32), []
+    ranges = quantize.load_or_calibrate(onnx_model, layers, calibration, int8.method, table, progress)
+
+    def typed(names: Sequence[str]) -> ir.Model:
+        quantized = quantize.apply(onnx_model, names, ranges)
+        types.apply(quantized, "int8", keep_fp32)
+        return quantized
+
+    chosen = layers
+    if int8.ranks:
+        progress(f"quantize each of {len(layers)} layers alone")
+        ranking = quantize.sensitivity(model, onnx_model.graph, layers, ranges, calibration)
+    if int8.ap_budget is not None:
+        progress("AP in FP32")
+        wanted = _ap(onnx_model, model, int8.ap_of) - int8.ap_budget
+        chosen = quantize.within_budget(ranking, lambda names: _ap(typed(names), model, int8.ap_of), wanted, progress)
+    progress("quantize")
+    return typed(chosen), ranking, [name for name in layers if name not in chosen]
 
 
-def _ap(onnx_model: ir.Model, model: Detector, dataset: Dataset) -> float:
-    """AP (0..1) of a graph in ONNX Runtime on the CPU."""
-    from ..evaluate.evaluate import evaluate
-
+def _ap(onnx_model: ir.Model, model: Detector, ap_of: Callable[[OnnxSession], float]) -> float:
+    """Return the AP (0..1) of a graph in ONNX Runtime on the CPU."""
     session = OnnxSession(ir.to_proto(onnx_model).SerializeToString())
     session.metadata["class_names"] = list(model.class_names) if model.class_names else None
-    return evaluate(session, dataset).metrics["AP"]
+    return ap_of(session)
 
 
 def _symbols(onnx_model: ir.Model) -> dict[str, str]:
-    """The trace's symbols of dynamic sizes -> the names that a user sees."""
+    """Return the trace's symbols of dynamic sizes -> the names that a user sees."""
     shape = onnx_model.graph.inputs[0].shape
     names = {0: "batch", 2: "height", 3: "width"}
     return {str(shape[i].value): name for i, name in names.items() if isinstance(shape[i], ir.SymbolicDim)}
 
 
 def _check_nodes(onnx_model: ir.Model, expected: int) -> int:
-    """torch's exporter has dropped custom ops silently before: count them."""
+    """Count the attention nodes: torch's exporter has dropped custom ops silently before."""
     nodes = graph.attention_nodes(onnx_model)
     if nodes != expected:
         raise LiteDetrError(
@@ -210,7 +211,7 @@ def _check_nodes(onnx_model: ir.Model, expected: int) -> int:
 
 
 def _trace(model: Detector, image_size, outputs: str, pixel_mask: bool):
-    """The model as an exported program, and the names of its inputs."""
+    """Return the model as an exported program, and the names of its inputs."""
     model = copy.deepcopy(model)
     fold_frozen_batch_norm(model)
     deployed = Deployed(model, outputs).eval()
@@ -249,13 +250,13 @@ def _translate(program, attention: str, input_names: list[str], output_names: li
 
 
 def _write(model: ir.Model, metadata: dict, path: Path) -> None:
-    model.metadata_props[METADATA_KEY] = json.dumps(metadata)
+    model.metadata_props[METADATA_KEY] = json.dumps(metadata, allow_nan=False)
     model.producer_name, model.producer_version = "litedetr-deploy", __version__
     ir.save(model, path)
 
 
 def _check(path: Path) -> None:
-    """onnx's checker, and types and shapes of every output by its inference."""
+    """Run onnx's checker, and infer type and shape of every output."""
     onnx.checker.check_model(path)
     inferred = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True)
     for output in inferred.graph.output:

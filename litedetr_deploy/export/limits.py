@@ -1,23 +1,106 @@
-"""What an export can be asked for; imports nothing heavy, so that a wrong wish is refused before torch is loaded."""
+"""What an export can be asked for; imports nothing heavy, so that bad options are refused before torch is loaded."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, Notice, nearest
 
 ATTENTIONS = ("op", "gather", "gridsample")
 OUTPUTS = ("detections", "raw")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CALIBRATION_IMAGES = 128  # of a larger folder, where no number is asked for
-# The first where none is asked for: percentiles cost lite-dino-shapes less than 0.01 AP, extremes a little more; entropy
-# cuts what small objects need and cost 0.13.
+# The first where none is asked for: percentiles cost lite-dino-shapes less than 0.01 AP, extremes a little more;
+# entropy cuts what small objects need and cost 0.13.
 CALIBRATION_METHODS = ("percentile", "minmax", "entropy")
 FIRST_OPSET = 17  # the first with LayerNormalization
 LAST_OPSET = {"op": 21, "gather": 21, "gridsample": 19}
 # The first whose operators take the precision's types: QuantizeLinear float16, Conv bfloat16.  Below it, it is used.
 TYPED_OPSET = {"int8": 19, "bf16": 22}
 SMALLEST_SIDE = 64  # pixels: the coarsest level has stride 64
+MOST_PIXELS = 4096 * 4096  # of an image: verification holds some hundred bytes of each, for three images at once
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How to quantize.
+
+    images: to calibrate on: a folder, or images as paths, PIL images or arrays, like those the model will see.  What
+        they give is kept in `<path>.calibration.json`, and used again as long as the model, the images and the method
+        are the same; None uses that file alone.
+    count: how many of the images to use; None: all, or CALIBRATION_IMAGES of more.
+    method: one of CALIBRATION_METHODS.
+    sensitivity: whether to rank the layers by what quantizing each alone does (the report's `sensitivity`).
+    ap_budget: how much AP (0..1) may be lost to FP32: the layers that `sensitivity` ranks as the worst stay half until
+        no more is.
+    ap_of: for `ap_budget`, measures the AP (0..1) of a session, as `litedetr_deploy.evaluate` does.
+    """
+
+    images: Any = None
+    count: int | None = None
+    method: str = CALIBRATION_METHODS[0]
+    sensitivity: bool = False
+    ap_budget: float | None = None
+    ap_of: Callable[[Any], float] | None = None
+
+    @property
+    def ranks(self) -> bool:
+        return self.sensitivity or self.ap_budget is not None
+
+    def check(self) -> None:
+        """Raise LiteDetrError for values that are not allowed, with the value and what it may be."""
+        _check_choice("calibration method", self.method, CALIBRATION_METHODS)
+        if self.count is not None and self.count < 1:
+            raise LiteDetrError(f"the number of calibration images is {self.count}; it must be 1 or more.")
+        if self.images is None and (self.ranks or self.count is not None):
+            raise LiteDetrError(
+                "sensitivity, an AP budget and a number of calibration images need the images: give a folder of them "
+                "(--calibration)."
+            )
+        if self.ap_budget is not None and not 0 <= self.ap_budget < 1:
+            raise LiteDetrError(
+                f"the AP budget is {self.ap_budget:g}; AP is from 0 to 1: give a small part of it, such as 0.01."
+            )
+        if self.ap_budget is not None and self.ap_of is None:
+            raise LiteDetrError(
+                "an AP budget needs annotated images to measure AP on, and there are none: give --data or --shapes."
+            )
+        if self.images is not None:
+            self.found()
+
+    def found(self) -> list:
+        """Return all images; raise LiteDetrError where there are fewer than are asked for."""
+        from ..runtime.images import find_images
+
+        folder = self.images if isinstance(self.images, (str, os.PathLike)) else None
+        images = find_images(folder) if folder is not None else list(self.images)
+        if len(images) < (self.count or 1):
+            raise LiteDetrError(
+                f"there are {len(images)} calibration images{f' in {folder}' if folder is not None else ''}, and "
+                f"{self.count or 1} are asked for. Give more of them, or ask for fewer."
+            )
+        return images
+
+    def chosen(self) -> list:
+        """Return the images to calibrate on, evenly spread over those there are.
+
+        Each is opened, so that a damaged one does not end an export that took minutes.  Raises LiteDetrError for one
+        that cannot be read; a single image gives a `Notice`.
+        """
+        from ..runtime.images import load_image
+
+        images = self.found()
+        count = self.count or min(len(images), CALIBRATION_IMAGES)
+        images = [images[i * len(images) // count] for i in range(count)]
+        for image in images:
+            load_image(image)
+        if count == 1:
+            warnings.warn("a single image says little about the range of values: calibrate on some hundred", Notice, 3)
+        return images
 
 
 def check(
@@ -26,21 +109,12 @@ def check(
     image_size: tuple[int, int] | None,
     outputs: str,
     opset: int,
-    calibrates: bool = False,
-    method: str = CALIBRATION_METHODS[0],
+    int8: Int8 | None = None,
 ) -> None:
-    """Raises LiteDetrError with the value and what it may be.
-
-    calibrates: whether something is said about calibration; method: its method.
-    """
-    for name, value, allowed in (
-        ("attention", attention, ATTENTIONS),
-        ("precision", precision, PRECISIONS),
-        ("outputs", outputs, OUTPUTS),
-        ("calibration method", method, CALIBRATION_METHODS),
-    ):
-        if value not in allowed:
-            raise LiteDetrError(f"{name} is {value!r}; it must be {' or '.join(map(repr, allowed))}.")
+    """Raise LiteDetrError for options that are not allowed, with the value and what it may be."""
+    _check_choice("attention", attention, ATTENTIONS)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("outputs", outputs, OUTPUTS)
     if not FIRST_OPSET <= opset <= LAST_OPSET[attention]:
         reason = (
             "from opset 20 on, TensorRT's parser reads GridSample's 'linear' as nearest without a word"
@@ -51,11 +125,13 @@ def check(
             f"opset is {opset}; with attention {attention!r} it must be {FIRST_OPSET} to {LAST_OPSET[attention]} "
             f"({reason})."
         )
-    if calibrates and precision != "int8":
-        raise LiteDetrError(
-            f"calibration and sensitivity are for precision 'int8', and the precision is {precision!r}. Leave them "
-            "out, or ask for 'int8'."
-        )
+    if int8 is not None:
+        if precision != "int8":
+            raise LiteDetrError(
+                f"calibration and sensitivity are for precision 'int8', and the precision is {precision!r}. Leave "
+                "them out, or ask for 'int8'."
+            )
+        int8.check()
     if precision == "bf16" and attention == "gridsample":
         raise LiteDetrError(
             f"precision is 'bf16' and attention 'gridsample'; bfloat16 convolutions need opset {TYPED_OPSET['bf16']}, "
@@ -63,24 +139,25 @@ def check(
             "'op' or 'gather', or precision 'fp16'."
         )
     if image_size is not None:
-        height, width = image_size
-        if min(height, width) < SMALLEST_SIDE:
-            raise LiteDetrError(
-                f"the image size is {height}x{width}; both sides must be at least {SMALLEST_SIDE} pixels, the stride "
-                "of the coarsest feature level."
-            )
+        check_size(*image_size)
 
 
-def check_budget(budget: float, data) -> None:
-    """Raises LiteDetrError for an AP budget that is no part of 1, or without data to measure AP on."""
-    if not 0 <= budget < 1:
-        raise LiteDetrError(f"the AP budget is {budget:g}; AP is from 0 to 1: give a small part of it, such as 0.01.")
-    if data is None:
-        raise LiteDetrError("an AP budget needs annotated images to measure AP on, and there are none: give them.")
+def check_size(height: int, width: int) -> None:
+    """Raise LiteDetrError for an image that no detector takes."""
+    if min(height, width) < SMALLEST_SIDE:
+        raise LiteDetrError(
+            f"the image size is {height}x{width}; both sides must be at least {SMALLEST_SIDE} pixels, the stride "
+            "of the coarsest feature level."
+        )
+    if height * width > MOST_PIXELS:
+        raise LiteDetrError(
+            f"the image size is {height}x{width}, {height * width:,} pixels; {MOST_PIXELS:,} are supported, as in "
+            "4096x4096. Choose a smaller size, and cut large images into tiles."
+        )
 
 
 def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_levels: int) -> None:
-    """Raises LiteDetrError where an image has fewer feature tokens than the detector selects queries."""
+    """Raise LiteDetrError where an image has fewer feature tokens than the detector selects queries."""
     if image_size is None:
         return
     tokens = sum(
@@ -93,22 +170,8 @@ def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_level
         )
 
 
-def calibration_images(source, number: int | None) -> list:
-    """The pictures to calibrate on, spread evenly over `source`: a folder, or pictures as paths, PIL images or arrays.
-
-    number: how many; None for all, or CALIBRATION_IMAGES where there are more.
-    Raises LiteDetrError for a folder without pictures and for fewer pictures than `number`.
-    """
-    from ..runtime.images import find_images
-
-    is_path = isinstance(source, (str, os.PathLike))
-    images = find_images(source) if is_path else list(source)
-    if number is not None and number < 1:
-        raise LiteDetrError(f"the number of calibration images is {number}; it must be 1 or more.")
-    if len(images) < (number or 1):
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
         raise LiteDetrError(
-            f"there are {len(images)} calibration images{f' in {source}' if is_path else ''}, and {number or 1} are "
-            "asked for. Give more of them, or ask for fewer."
+            f"{name} is {value!r}; it must be {' or '.join(map(repr, allowed))}.{nearest(value, allowed)}"
         )
-    number = number or min(len(images), CALIBRATION_IMAGES)
-    return [images[i * len(images) // number] for i in range(number)]

@@ -63,7 +63,7 @@ _SAMPLE_PRODUCT = re.compile(rf".*/(?:{schema.KEY_AWARE}|{schema.PLAIN})/MatMul(
 
 
 def apply(model: ir.Model, precision: str, keep: Sequence[str] = ()) -> None:
-    """Types `model`, whose floats are all FP32, in place.  Inputs and outputs of the graph stay FP32.
+    """Type `model`, whose floats are all FP32, in place.  Inputs and outputs of the graph stay FP32.
 
     precision: a key of HALVES.
     keep: patterns like those of ISLANDS, of nodes to keep in FP32 beyond them.
@@ -82,7 +82,7 @@ def apply(model: ir.Model, precision: str, keep: Sequence[str] = ()) -> None:
 
 
 def refuse_typed(graph: ir.Graph) -> None:
-    """Raises LiteDetrError for a graph that has half or quantized values."""
+    """Raise LiteDetrError for a graph that has half or quantized values."""
     values = [*graph.initializers.values(), *(output for node in graph for output in node.outputs)]
     typed = {value.dtype for value in values} & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8}
     if typed:
@@ -93,14 +93,14 @@ def refuse_typed(graph: ir.Graph) -> None:
 
 
 def matching(graph: ir.Graph, patterns: Iterable[str]) -> set[ir.Node]:
-    """The nodes that one of the patterns, written like those of ISLANDS, names."""
+    """Return the nodes that one of the patterns, written like those of ISLANDS, names."""
     whole = [pattern for name in patterns for pattern in (name, f"{name}[./]*")]
     return {node for node in graph if any(fnmatchcase(node.name, pattern) for pattern in whole)}
 
 
 def count(model: ir.Model) -> dict[str, int]:
-    """How many nodes compute in half, in FP32 and in INT8 (all of whose data comes out of DequantizeLinear), and how
-    many casts there are between the first two."""
+    """Return how many nodes compute in half, in FP32 and in INT8 (all of whose data comes out of DequantizeLinear), and
+    how many casts there are between the first two."""
     counts = {"half": 0, "float": 0, "int8": 0, "casts": 0}
     for node in model.graph:
         values = [value for value in (*node.inputs, *node.outputs) if value is not None and _is_float(value)]

@@ -1,5 +1,5 @@
-"""INT8: explicit symmetric QuantizeLinear and DequantizeLinear around the layers that bear it, placed by ONNX Runtime's
-quantizer; `precision` then gives everything else its type.
+"""INT8: explicit symmetric QuantizeLinear and DequantizeLinear around the layers that tolerate it, placed by ONNX
+Runtime's quantizer; `precision` then gives everything else its type.
 
 Weights have one step a channel, activations one a tensor, found on calibration images.  Steps are whole float16
 numbers, so that a graph whose floats are half quantizes exactly as it was calibrated.
@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -45,8 +46,8 @@ _ITEMS = {"model": "model", "method": "method", "images": "number of images", "d
 
 
 @dataclasses.dataclass
-class Pictures:
-    """What the graph is calibrated on: pictures as paths, PIL images or arrays, and the graph's input."""
+class Calibration:
+    """What the graph is calibrated on: images as paths, PIL images or arrays, and the graph's input."""
 
     images: list
     image_size: tuple[int, int] | None
@@ -60,7 +61,7 @@ class Pictures:
         )
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
-        """The graph's inputs, one picture at a time."""
+        """Give the graph's inputs, one image at a time."""
         for image in self.images:
             mode = "shortest_edge" if self.image_size is None else "letterbox" if self.pixel_mask else "stretch"
             pixels, mask, size = prepare(load_image(image), mode, self.image_size)
@@ -73,8 +74,8 @@ class Pictures:
 
 
 def layers(graph: ir.Graph, keep: Sequence[str] = ()) -> list[str]:
-    """The names of the nodes that are quantized: convolutions and matrix products with a weight of their own, outside
-    of the islands of precision, of EXCLUDED and of the patterns `keep`."""
+    """Return the names of the nodes that are quantized: convolutions and matrix products with a weight of their own,
+    outside of the islands of precision, of EXCLUDED and of the patterns `keep`."""
     left_out = precision.matching(graph, (*precision.ISLANDS, *EXCLUDED, *keep))
     return [
         node.name
@@ -90,48 +91,49 @@ def layers(graph: ir.Graph, keep: Sequence[str] = ()) -> list[str]:
 def load_or_calibrate(
     model: ir.Model,
     names: Sequence[str],
-    pictures: Pictures | None,
+    calibration: Calibration | None,
     method: str,
     table: Path,
     progress: Callable[[str], None],
 ) -> dict[str, float]:
-    """The largest magnitude of the input of every node of `names`, by tensor.
+    """Return the largest magnitude of the input of every node of `names`, by tensor.
 
-    table: the file (JSON) where they are kept; what it has is used where it was made of the same model, pictures
-        and method.  pictures: None to use the file whatever its pictures and method were.
-    Raises LiteDetrError where there are neither pictures nor a table of this model.
+    table: the file (JSON) where they are kept; what it has is used where it was made of the same model, images
+        and method.  calibration: None to use the file whatever its images and method were.
+    Raises LiteDetrError where there are neither images nor a table of this model.
     """
-    wanted = {"model": _digest([ir.to_proto(model).SerializeToString(deterministic=True)])}
-    if pictures is not None:
-        wanted |= {"method": method, "images": len(pictures.images), "digest": pictures.digest()}
+    wanted: dict[str, Any] = {"model": _digest([ir.to_proto(model).SerializeToString(deterministic=True)])}
+    if calibration is not None:
+        wanted |= {"method": method, "images": len(calibration.images), "digest": calibration.digest()}
     found = _read(table)
-    names = set(names)
-    tensors = {node.inputs[0].name for node in model.graph if node.name in names}
+    chosen = set(names)
+    tensors = {node.inputs[0].name for node in model.graph if node.name in chosen}
     differing = [_ITEMS[key] for key, value in wanted.items() if found.get(key) != value]
     if not tensors <= found.get("ranges", {}).keys():
         differing.append("set of layers")
     if not differing:
         progress(f"calibrate: {table.name} has it")
         return found["ranges"]
-    if pictures is None:
-        raise _needs_pictures(table, f"is of another {differing[0]}, or damaged")
+    if calibration is None:
+        raise _needs_images(table, f"is of another {differing[0]}, or damaged")
     reason = f" again, {table.name} is of another {differing[0]}" if found else ""
-    progress(f"calibrate{reason}: {len(pictures.images)} pictures, {method}")
-    found = wanted | {"ranges": _calibrate(model, tensors, pictures.feeds(), method)}
+    progress(f"calibrate{reason}: {len(calibration.images)} images, {method}")
+    found = wanted | {"ranges": _calibrate(model, tensors, calibration.feeds(), method)}
     with replaced_when_done(table) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
     return found["ranges"]
 
 
 def check_table(table: Path) -> None:
-    """Raises LiteDetrError where there is no file that could stand for calibration images."""
+    """Raise LiteDetrError where there is no file that could stand for calibration images."""
     if not table.is_file():
-        raise _needs_pictures(table, "does not exist")
+        raise _needs_images(table, "does not exist")
 
 
 def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir.Model:
-    """The FP32 `model` with QuantizeLinear and DequantizeLinear around the inputs and weights of the nodes `names`.
+    """Return the FP32 `model` with QuantizeLinear and DequantizeLinear around the inputs and weights of some nodes.
 
+    names: of the nodes.
     ranges: the largest magnitude of their inputs, by tensor.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -141,10 +143,11 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir
 
     precision.refuse_typed(model.graph)
     zero = np.array(0, np.int8)
-    names = set(names)
-    steps, tensors = {}, {}
+    chosen = set(names)
+    steps: dict[str, list[dict]] = {}
+    tensors = {}
     for node in model.graph:
-        if node.name in names:
+        if node.name in chosen:
             data, weight = node.inputs[:2]
             largest = np.float32(ranges[data.name])
             tensors[data.name] = TensorData(lowest=-largest, highest=largest)
@@ -185,26 +188,26 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir
             quantize = node.inputs[0].producer()
             # The quantizer gives the rounded value to all readers, residual sums among them.
             for user, i in list(node.outputs[0].uses()) if quantize is not None else ():
-                if user.name not in names:
+                if user.name not in chosen:
                     user.replace_input_with(i, quantize.inputs[0])
     return quantized
 
 
 def sensitivity(
-    model: Detector, graph: ir.Graph, names: Sequence[str], ranges: dict[str, float], pictures: Pictures
+    model: Detector, graph: ir.Graph, names: Sequence[str], ranges: dict[str, float], calibration: Calibration
 ) -> list[dict]:
-    """What quantizing each layer alone does to the outputs of PyTorch, the worst first.
+    """Return what quantizing each layer alone does to the outputs of PyTorch, the worst first.
 
     Rows with layer (a node of `names`), logits (root mean square of the difference over that of the logits) and boxes
-    (mean difference, of the image's side), on SENSITIVITY_IMAGES of the pictures.  The queries are those of the FP32
+    (mean difference, of the image's side), on SENSITIVITY_IMAGES of the images.  The queries are those of the FP32
     model throughout.
     """
-    pictures = dataclasses.replace(pictures, images=pictures.images[:SENSITIVITY_IMAGES])
+    calibration = dataclasses.replace(calibration, images=calibration.images[:SENSITIVITY_IMAGES])
     model = copy.deepcopy(model)
     fold_frozen_batch_norm(model)
     modules = dict(model.named_modules())
     normalise = Deployed(model, "raw").normalise
-    feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in pictures.feeds()]
+    feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in calibration.feeds()]
 
     def run(expected):
         for feed, reference in zip(feeds, expected):
@@ -235,8 +238,8 @@ def sensitivity(
 def within_budget(
     ranking: Sequence[dict], ap_of: Callable[[list[str]], float], wanted: float, progress: Callable[[str], None]
 ) -> list[str]:
-    """The layers to quantize for an AP of at least `wanted`: all but the worst of `ranking`, of which none, one, two,
-    four, eight and so on are left out until AP suffices.
+    """Return the layers to quantize for an AP of at least `wanted`: all but the worst of `ranking`, of which none, one,
+    two, four, eight and so on are left out until AP suffices.
 
     ap_of: the AP (0..1) of the graph with these layers quantized.
     Raises LiteDetrError where it does not suffice with half of them left out either.
@@ -251,12 +254,12 @@ def within_budget(
         left_out = 2 * left_out or 1
     raise LiteDetrError(
         f"the AP budget cannot be met: AP is {found:.4f} with {len(order) - left_out // 2} of {len(order)} layers in "
-        f"INT8, and {wanted:.4f} is wanted. Give a larger budget, more calibration images, or another calibration method."
+        f"INT8, and {wanted:.4f} is wanted. Give a larger budget, more calibration images, or another method."
     )
 
 
 def weight_axis(node: ir.Node) -> int:
-    """The axis of the output channels of a node's weight."""
+    """Return the axis of the output channels of a node's weight."""
     return 0 if node.op_type == "Conv" else 1
 
 
@@ -279,7 +282,7 @@ def _calibrate(model: ir.Model, tensors: set[str], feeds: Iterable[dict], method
 
 
 def _calibrator(method: str, tensors: set[str], path: Path):
-    """ONNX Runtime's calibrator for `method`, on `tensors` alone and with the attention ops registered."""
+    """Return ONNX Runtime's calibrator for `method`, on `tensors` alone and with the attention ops registered."""
     from onnxruntime.quantization import calibrate
 
     base, options = {
@@ -288,7 +291,7 @@ def _calibrator(method: str, tensors: set[str], path: Path):
         "percentile": (calibrate.PercentileCalibrater, {}),
     }[method]
 
-    class Calibrator(base):
+    class Calibrator(base):  # type: ignore[valid-type,misc]
         def select_tensors_to_calibrate(self, model):
             _, infos = super().select_tensors_to_calibrate(model)
             return tensors, infos
@@ -302,10 +305,10 @@ def _calibrator(method: str, tensors: set[str], path: Path):
     return calibrator
 
 
-def _needs_pictures(table: Path, state: str) -> LiteDetrError:
+def _needs_images(table: Path, state: str) -> LiteDetrError:
     return LiteDetrError(
         f"precision 'int8' needs calibration images: there are none, and the calibration table {table} {state}. Give a "
-        "folder of pictures like those that the model will see (--calibration)."
+        "folder of images like those that the model will see (--calibration)."
     )
 
 
@@ -320,7 +323,7 @@ class _Reader:
 
 
 def _read(table: Path) -> dict:
-    """The table, or nothing where there is none that can be read."""
+    """Return the table, or nothing where there is none that can be read."""
     try:
         found = json.loads(table.read_text())
     except (OSError, ValueError):

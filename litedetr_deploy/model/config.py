@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, nearest
 
 FAMILIES = ("dino", "deformable-detr", "h-detr")
 BACKBONES = ("r50", "r101", "r26n", "swin-t", "swin-l")
@@ -29,6 +30,24 @@ _BACKBONE_FIELDS = {
         "decoder_layers": 3,
     },
     "swin-l": {"window_size": 12},
+}
+
+# Of every whole number of a configuration, the least and the most; the ops take 8 levels and 8 points (kda.h).
+_RANGES = {
+    "window_size": (1, 64),
+    "num_classes": (1, 100_000),
+    "num_queries": (1, 100_000),
+    "hidden_dim": (32, 4096),
+    "num_heads": (1, 1024),
+    "num_levels": (3, 8),  # three maps of the backbone, and coarser ones
+    "encoder_points": (1, 8),
+    "decoder_points": (1, 8),
+    "dim_feedforward": (1, 65536),
+    "decoder_dim_feedforward": (1, 65536),
+    "encoder_layers": (1, 64),
+    "decoder_layers": (1, 64),
+    "enc_scale": (1, 7),
+    "num_expansion": (1, 64),
 }
 
 _VARIANT = re.compile(
@@ -70,15 +89,21 @@ class DetectorConfig:
 
     def __post_init__(self):
         def refuse(name, wanted):
-            raise LiteDetrError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+            raise LiteDetrError(f"{name} is {getattr(self, name)!r:.80}; it must be {wanted}.")
 
+        for name, (least, most) in _RANGES.items():
+            if type(value := getattr(self, name)) is not int or not least <= value <= most:
+                refuse(name, f"a whole number from {least} to {most}")
+        for name in ("small_expand", "key_aware", "proj_key", "same_loc"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "True or False")
         if self.family not in FAMILIES:
             refuse("family", f"one of {', '.join(FAMILIES)}")
         if self.backbone not in BACKBONES:
             refuse("backbone", f"one of {', '.join(BACKBONES)}")
-        if not 1 <= self.enc_scale < self.num_levels:
+        if self.enc_scale >= self.num_levels:
             refuse("enc_scale", f"from 1 to {self.num_levels - 1} (the number of high-level maps)")
-        if self.num_expansion < 1 or self.encoder_layers % self.num_expansion:
+        if self.encoder_layers % self.num_expansion:
             refuse("num_expansion", f"a divisor of the {self.encoder_layers} encoder layers")
         if self.hidden_dim % self.num_heads or self.hidden_dim // self.num_heads % 4:
             refuse("num_heads", f"such that hidden_dim {self.hidden_dim} / num_heads is a multiple of 4")
@@ -107,7 +132,7 @@ class DetectorConfig:
 
     @property
     def name(self) -> str:
-        """The variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
+        """Return the variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
         base = f"{self.family}-{self.backbone}"
         if not self.is_lite:
             return base
@@ -122,20 +147,27 @@ class DetectorConfig:
         return self.encoder_layers + self.decoder_layers
 
 
-VARIANT_EXAMPLES = "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, h-detr-swin-l"
+VARIANT_EXAMPLES = (
+    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, "
+    "dino-r50, h-detr-swin-l"
+)
 
 
 def parse_variant(variant: str, **overrides) -> DetectorConfig:
-    """The configuration that a name stands for; `overrides` replace single fields.
+    """Return the configuration that a name stands for; `overrides` replace single fields.
 
     Both 'lite-dino-r50-h3l1-2+1x3' and the paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' are understood.  A
     Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Lite models are key-aware and have the
     small feed-forward network; full-scale ones have neither.
     """
-    match = _VARIANT.fullmatch(variant.strip().replace(" ", "-"))
+    match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:
-        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
-    fields = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
+        base = re.split(r"-h\d", str(variant).lower())[0]
+        names = [
+            f"{lite}{family}-{backbone}" for lite in ("lite-", "") for family in FAMILIES for backbone in BACKBONES
+        ]
+        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.{nearest(base, names)}")
+    fields: dict[str, Any] = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
     fields |= _FAMILY_FIELDS[fields["family"]] | _BACKBONE_FIELDS.get(fields["backbone"], {})
     if fields["family"] == "h-detr":
         fields["window_size"] = 7  # its Swin-L too

@@ -90,7 +90,7 @@ def _folders() -> list[Path]:
     folders = [Path(folder) for folder in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if folder]
     # In an editable install the libraries lie apart from the sources, where the distribution's metadata is.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        folders.append(Path(importlib.metadata.distribution("litedetr-deploy").locate_file(f"{package}/lib")))
+        folders.append(Path(str(importlib.metadata.distribution("litedetr-deploy").locate_file(f"{package}/lib"))))
     beside = Path(__file__).parents[1] / "lib"
     return folders if beside in folders else [*folders, beside]
 

@@ -114,7 +114,7 @@ def _empty_backward(output_gradient, queries, value, references, offsets, spatia
 
 def _empty_gradients(
     queries: Tensor, value: Tensor, references: Tensor, offsets: Tensor, key: Tensor | None, references_wanted: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def gradient_of(owner: Tensor, wanted: bool = True) -> Tensor:
         return torch.empty_like(owner, memory_format=torch.contiguous_format) if wanted else owner.new_empty(0)
 
@@ -152,7 +152,7 @@ def _differentiate_natively(op_type, output_gradient, tensors, wanted, num_heads
 
 
 def _differentiate_reference(op_type, output_gradient, tensors, wanted, num_heads, num_points) -> list[Tensor | None]:
-    attend = reference.key_aware_deform_attn if op_type == schema.KEY_AWARE else reference.ms_deform_attn
+    attend: Callable = reference.key_aware_deform_attn if op_type == schema.KEY_AWARE else reference.ms_deform_attn
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
         output = attend(*leaves[:5], num_heads, num_points, *leaves[5:])

@@ -1,4 +1,4 @@
-"""The detector: an artifact that takes pictures and returns what is on them."""
+"""The detector: an artifact that takes images and returns what is on them."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..errors import LiteDetrError
+from ..artifact import warn_unless_verified
+from ..errors import LiteDetrError, nearest
 from .images import RESIZE_MODES, load_image, prepare
 from .postprocess import postprocess
 from .session import open_session
@@ -18,7 +19,7 @@ class Detections:
     """What was found on one image, best score first."""
 
     labels: np.ndarray  # [K] int64
-    boxes: np.ndarray  # [K, 4] float32, (x1, y1, x2, y2) in pixels of the image as given, not clipped to it
+    boxes: np.ndarray  # [K, 4] float32, (x1, y1, x2, y2) in pixels of the image as given
     scores: np.ndarray  # [K] float32, 0..1
     names: list[str] | None = None  # [K] str, where the artifact or the caller knows them
 
@@ -27,18 +28,24 @@ class Detections:
 
 
 class Detector:
-    """Runs an artifact on pictures.
+    """Runs an artifact on images.
 
-    artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that `litedetr build`
-        made from one; or a session, which has what `OnnxSession` has.
-    providers, threads: as `open_session` takes them.
-    class_names: name of each label; those in the artifact when not given.
+    An artifact that was not verified, or was changed since, runs with a `Notice` (see `artifact.distrust`).
 
-    Raises LiteDetrError when the artifact cannot be loaded or does not have a detector's inputs and outputs.
+    Args:
+        artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that
+            `litedetr build` made from one; or a session, which has what `OnnxSession` has.
+        providers, threads: as `open_session` takes them.
+        class_names: name of each label; those in the artifact when not given.
+
+    Raises:
+        LiteDetrError: when the artifact cannot be loaded or does not have a detector's inputs and outputs.
     """
 
     def __init__(self, artifact, providers=None, threads=None, class_names=None):
         self.session = artifact if hasattr(artifact, "run") else open_session(artifact, providers, threads)
+        if isinstance(artifact, (str, os.PathLike)):
+            warn_unless_verified(artifact, self.session.metadata)
         self.class_names = class_names or self.session.metadata.get("class_names")
         inputs, outputs = set(self.session.inputs), set(self.session.outputs)
         self.raw = {"pred_logits", "pred_boxes"} <= outputs
@@ -59,37 +66,43 @@ class Detector:
     def predict(
         self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None
     ) -> list[Detections]:
-        """Return a list with the `Detections` of each image.
+        """Return a list with the `Detections` of each image, their boxes clipped to it.
 
-        images: one image or an iterable of them, each as `load_image` takes it.
-        threshold: detections with a lower score are dropped.
-        batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
-        resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official evaluation's
-        'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model takes a pixel mask,
-        else 'stretch'.
+        Args:
+            images: one image or an iterable of them, each as `load_image` takes it.
+            threshold: detections with a lower score are dropped.
+            batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
+            resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official
+                evaluation's 'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model
+                takes a pixel mask, else 'stretch'.
 
-        Raises LiteDetrError for an image that cannot be read and for a `resize` that the model cannot take.
+        Raises:
+            LiteDetrError: for an image that cannot be read and for a `resize` that the model cannot take.
         """
         return list(self.stream(images, threshold, batch_size, resize))
 
     def stream(
-        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None
+        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None, clip: bool = True
     ) -> Iterator[Detections]:
-        """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end."""
+        """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end.
+
+        clip: False leaves the boxes as the official evaluation takes them, which can stand out of the image.
+        """
         if batch_size < 1:
             raise LiteDetrError(f"batch_size is {batch_size}; it must be 1 or more.")
         mode = self.resize_mode(resize)
-        if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        is_array = isinstance(images, np.ndarray) and images.ndim < 4 and images.shape != (0,)
+        if is_array or isinstance(images, (str, os.PathLike, Image.Image)):
             images = [images]
         batch = []
         for image in images:
             prepared = prepare(load_image(image), mode, self.image_size)
             if batch and (len(batch) == batch_size or prepared.pixels.shape != batch[0].pixels.shape):
-                yield from self._run(batch, threshold)
+                yield from self._run(batch, threshold, clip)
                 batch = []
             batch.append(prepared)
         if batch:
-            yield from self._run(batch, threshold)
+            yield from self._run(batch, threshold, clip)
 
     def resize_mode(self, resize: str | None = None) -> str:
         """Return how `predict` resizes when given `resize`; raise LiteDetrError where the model cannot take that."""
@@ -98,7 +111,9 @@ class Detector:
                 return "shortest_edge"
             return "letterbox" if self.takes_mask else "stretch"
         if resize not in RESIZE_MODES:
-            raise LiteDetrError(f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.")
+            raise LiteDetrError(
+                f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.{nearest(resize, RESIZE_MODES)}"
+            )
         if resize == "shortest_edge" and self.image_size is not None:
             raise LiteDetrError(
                 "resize 'shortest_edge' gives every aspect ratio its own size, and the model's is "
@@ -117,7 +132,7 @@ class Detector:
             )
         return resize
 
-    def _run(self, batch, threshold):
+    def _run(self, batch, threshold, clip):
         sizes = np.array([prepared.original_size for prepared in batch], np.int64)
         feed = {"images": np.stack([prepared.pixels for prepared in batch])}
         if self.takes_mask:
@@ -128,9 +143,11 @@ class Detector:
         else:
             output = self.session.run(feed | {"orig_target_sizes": sizes})
             found = output["labels"], output["boxes"], output["scores"]
-        for labels, boxes, scores in zip(*found):
+        for labels, boxes, scores, size in zip(*found, sizes):
             keep = scores >= threshold
             labels = labels[keep]
+            if clip:
+                boxes = np.clip(boxes, 0, np.tile(size, 2).astype(boxes.dtype))
             yield Detections(labels, boxes[keep], scores[keep], self._names(labels))
 
     def _names(self, labels):

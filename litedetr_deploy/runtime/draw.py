@@ -1,4 +1,4 @@
-"""Images out: boxes with their labels and scores, drawn on the picture."""
+"""Images out: boxes with their labels and scores, drawn on the image."""
 
 import colorsys
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, printable
 from ..files import replaced_when_done
 
 GOLDEN_RATIO = 0.618034  # steps of it around the colour circle keep neighbouring classes apart
@@ -16,7 +16,7 @@ GOLDEN_RATIO = 0.618034  # steps of it around the colour circle keep neighbourin
 def draw(image: Image.Image, detections) -> Image.Image:
     """Return a copy of the RGB PIL `image` with `Detections` drawn on it, the best on top.
 
-    Lines and letters grow with the picture; a label keeps inside it and, where there is room, off the other labels.
+    Lines and letters grow with the image; a label keeps inside it and, where there is room, off the other labels.
     """
     image = image.convert("RGB")  # a copy, whatever the mode
     canvas = ImageDraw.Draw(image)
@@ -30,7 +30,7 @@ def draw(image: Image.Image, detections) -> Image.Image:
             continue
         box = np.clip(np.rint(box), 0, limit).astype(int)
         if (box[2:] >= box[:2]).all():
-            visible.append((box.tolist(), class_colour(int(label)), f"{name} {score:.2f}"))
+            visible.append((box.tolist(), class_colour(int(label)), f"{printable(name)} {score:.2f}"))
 
     for box, colour, _ in reversed(visible):
         canvas.rectangle(box, outline=colour, width=line)
@@ -58,7 +58,7 @@ def save(image: Image.Image, path: str | os.PathLike):
     Image.init()
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format not in Image.SAVE:
-        raise LiteDetrError(f"{path} has the suffix {path.suffix!r}, which is no picture format. Use .jpg or .png.")
+        raise LiteDetrError(f"{path} has the suffix {path.suffix!r}, which is no image format. Use .jpg or .png.")
     with replaced_when_done(path) as temporary:
         image.save(temporary, format=image_format, **({"quality": 92} if image_format == "JPEG" else {}))
 
@@ -77,7 +77,7 @@ def _contrast(colour):
 
 
 def _fit_font(canvas, text, width, height):
-    """Return the font for a picture of this size and the text's box in it, smaller where the text would not fit."""
+    """Return the font for an image of this size and the text's box in it, smaller where the text would not fit."""
     size = max(10, round(min(width, height) / 32))
     while True:
         font = ImageFont.load_default(size)

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -13,8 +12,10 @@ import numpy as np
 
 from .. import __version__
 from ..errors import LiteDetrError
+from ..machine import usable_cores
 from ..ops import native, schema
 from .session import create_session, import_onnxruntime, register_ops
+from .tensorrt import MODULES, import_tensorrt
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing on the CPU needs it
 
@@ -22,47 +23,18 @@ OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing o
 PACKAGES = (
     ("numpy", ("numpy",), True, "pip install numpy"),
     ("pillow", ("pillow",), True, "pip install pillow"),
-    (
-        "onnxruntime",
-        ("onnxruntime", "onnxruntime-gpu"),
-        True,
-        "runs the models: pip install litedetr-deploy[onnxruntime]",
-    ),
+    ("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), True,
+     "runs the models: pip install litedetr-deploy[onnxruntime]"),
     ("torch", ("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
     ("onnx", ("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
     ("pycocotools", ("pycocotools",), False, "evaluate needs it: pip install litedetr-deploy[evaluate]"),
     ("openvino", ("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
-    (
-        "tensorrt",
-        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-lean-cu13"),
-        False,
-        "engines for NVIDIA GPUs: pip install litedetr-deploy[tensorrt]",
-    ),
-    (
-        "tensorrt-rtx",
-        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-        False,
-        "engines for RTX GPUs, built with or without one: pip install litedetr-deploy[tensorrt-rtx]",
-    ),
     ("cuda-bindings", ("cuda-bindings",), False, "runs engines: pip install litedetr-deploy[gpu]"),
-)
+)  # fmt: skip
 CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimdhp",
-    "asimddp",
-    "sve",
-    "i8mm",
-    "bf16",
-)
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,6 +53,11 @@ def inspect_environment() -> list[Finding]:
     return [*_packages(), *_libraries(), *_onnxruntime(), *_cpu(), *_gpu()]
 
 
+def broken(findings: list[Finding]) -> list[str]:
+    """Return the names of what must be mended before models run on the CPU."""
+    return [finding.name for finding in findings if finding.state == BROKEN]
+
+
 def _packages():
     yield Finding("packages", "litedetr-deploy", OK, __version__)
     yield Finding("packages", "python", OK, f"{platform.python_version()} on {platform.platform()}")
@@ -90,6 +67,11 @@ def _packages():
             yield Finding("packages", name, OK, versions[0])
         else:
             yield Finding("packages", name, BROKEN if needed else ABSENT, "not installed", remedy)
+    for backend in MODULES:  # as `litedetr build` imports it: a folder of that name is not the package
+        try:
+            yield Finding("packages", backend, OK, import_tensorrt(backend).__version__)
+        except LiteDetrError as error:
+            yield Finding("packages", backend, ABSENT, "not installed", f"builds and runs engines: {error}")
 
 
 def _version(distribution):
@@ -139,13 +121,8 @@ def _onnxruntime():
         _run_one_op(model)
         yield Finding("ONNX Runtime", "op", OK, f"{schema.KEY_AWARE} runs and is right")
     except Exception as error:  # ONNX Runtime's classes share no base
-        yield Finding(
-            "ONNX Runtime",
-            "op",
-            BROKEN,
-            "does not run",
-            f"{error}. Build the op library again: pip install --force-reinstall .",
-        )
+        remedy = f"{error}. Build the op library again: pip install --force-reinstall ."
+        yield Finding("ONNX Runtime", "op", BROKEN, "does not run", remedy)
 
 
 def _one_op_model():
@@ -153,20 +130,14 @@ def _one_op_model():
     from onnx import TensorProto, helper
 
     types = {"I": TensorProto.INT64}
-    inputs = [name for name, _, optional in schema.INPUTS[schema.KEY_AWARE] if not optional]
+    inputs = {name: letter for name, letter, optional in schema.INPUTS[schema.KEY_AWARE] if not optional}
     node = helper.make_node(
-        schema.KEY_AWARE,
-        inputs,
-        [schema.OUTPUT],
-        domain=schema.DOMAIN,
-        num_heads=1,
-        num_points=1,
+        schema.KEY_AWARE, list(inputs), [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
         **schema.PLUGIN_ATTRIBUTES,
-    )
+    )  # fmt: skip
     values = [
         helper.make_tensor_value_info(name, types.get(letter, TensorProto.FLOAT), None)
-        for name, letter, optional in schema.INPUTS[schema.KEY_AWARE]
-        if not optional
+        for name, letter in inputs.items()
     ]
     output = helper.make_tensor_value_info(schema.OUTPUT, TensorProto.FLOAT, None)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
@@ -177,16 +148,14 @@ def _one_op_model():
 def _run_one_op(model):
     """Run `_one_op_model` on a 1x1 map sampled at its centre, which must give back the value there."""
     value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
-    [output] = create_session(model).run(
-        None,
-        {
-            "query": np.ones((1, 1, 4), np.float32),
-            "value": value,
-            "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
-            "sampling_offsets": np.zeros((1, 1, 2), np.float32),
-            "spatial_shapes": np.ones((1, 2), np.int64),
-        },
-    )
+    feed = {
+        "query": np.ones((1, 1, 4), np.float32),
+        "value": value,
+        "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
+        "sampling_offsets": np.zeros((1, 1, 2), np.float32),
+        "spatial_shapes": np.ones((1, 2), np.int64),
+    }
+    [output] = create_session(model).run(None, feed)
     if not np.allclose(output, value):
         raise ValueError(f"it gives {output.tolist()} where {value.tolist()} is right")
 
@@ -197,8 +166,7 @@ def _cpu():
     fields = {key.strip(): value.strip() for key, _, value in lines}
     flags = fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
     yield Finding("CPU", "model", OK, fields.get("model name") or platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("CPU", "cores for this process", OK, str(cores))
+    yield Finding("CPU", "cores for this process", OK, str(usable_cores()))
     yield Finding("CPU", "features", OK, " ".join(name for name in CPU_FEATURES if name in flags) or "not known")
 
 

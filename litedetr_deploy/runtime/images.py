@@ -1,4 +1,4 @@
-"""Images in: files and arrays to RGB pictures, and pictures to what a detector takes."""
+"""Images in: files and arrays to RGB images, and those to what a detector takes."""
 
 import os
 from pathlib import Path
@@ -22,9 +22,9 @@ RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
 
 
 def find_images(paths) -> list[Path]:
-    """Return a list of the files that `paths` (one path, or several) stand for; a directory gives the pictures in it.
+    """Return a list of the files that `paths` (one path, or several) stand for; a directory gives the images in it.
 
-    Raises LiteDetrError for a path that does not exist and for a directory without a picture.
+    Raises LiteDetrError for a path that does not exist and for a directory without an image.
     """
     found = []
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
@@ -32,7 +32,7 @@ def find_images(paths) -> list[Path]:
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
                 raise LiteDetrError(
-                    f"The directory {path} holds no picture ({', '.join(sorted(SUFFIXES))}). Give "
+                    f"The directory {path} holds no image ({', '.join(sorted(SUFFIXES))}). Give "
                     "one that does, or name the files."
                 )
             found += inside
@@ -46,10 +46,12 @@ def find_images(paths) -> list[Path]:
 def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
     """Return `source` as an RGB PIL image, turned upright as its EXIF orientation says.
 
-    source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
-    first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
+    Args:
+        source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
+            first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
 
-    Raises LiteDetrError that names the file, or the array's shape and type.
+    Raises:
+        LiteDetrError: names the file, or the array's shape and type.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -58,7 +60,7 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
     path = Path(source)
     if not path.is_file():
         state = "is a directory" if path.is_dir() else "does not exist"
-        raise LiteDetrError(f"The image {path} {state}. Give the path of a picture.")
+        raise LiteDetrError(f"The image {path} {state}. Give the path of an image.")
     try:
         with Image.open(path) as image:
             image.load()
@@ -144,13 +146,15 @@ class Prepared(NamedTuple):
 
 
 def prepare(image: Image.Image, mode: str, size: tuple | None = None) -> Prepared:
-    """Resize an RGB PIL image and return it as `Prepared`.
-
-    mode: 'shortest_edge', as the official evaluation resizes; 'stretch', to `size` whatever the aspect ratio;
-    'letterbox', to fit `size` at the same aspect ratio, at the top left, the rest filled with the ImageNet mean.
-    size: (height, width) of the model's input, for 'stretch' and 'letterbox'.
+    """Return a PIL image as a model takes it, resized.
 
     The resize is bilinear with antialiasing, torchvision's for PIL images, hence the official evaluation's.
+
+    Args:
+        image: RGB.
+        mode: 'shortest_edge', as the official evaluation resizes; 'stretch', to `size` whatever the aspect ratio;
+            'letterbox', to fit `size` at the same aspect ratio, at the top left, the rest filled with ImageNet's mean.
+        size: (height, width) of the model's input, for 'stretch' and 'letterbox'.
     """
     if mode == "shortest_edge":
         width, height = shortest_edge_size(*image.size)

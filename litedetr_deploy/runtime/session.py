@@ -1,10 +1,14 @@
 """Sessions: the one place that starts an inference engine, with the attention ops registered."""
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, parse_metadata
-from ..errors import LiteDetrError
+import numpy as np
+
+from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, damaged, opset_version, parse_metadata
+from ..errors import LiteDetrError, not_installed
+from ..machine import bounded_threads
 from ..ops import native, schema
 
 # ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
@@ -12,17 +16,20 @@ _CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
 
 def create_session(
-    onnx: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None, options=None
+    onnx: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None, options=None
 ):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
-    onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
-    providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
-    threads: threads inside an operator; ONNX Runtime's choice, one a physical core, when not given.
-    options: `onnxruntime.SessionOptions` to go on from, for instance with profiling enabled.
+    Args:
+        onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
+        providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
+        threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core,
+            when not given.
+        options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
 
-    Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
-    damaged, and when its attention ops are not those of this version.
+    Raises:
+        LiteDetrError: when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
+            damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
     """
     name = "the given bytes" if isinstance(onnx, bytes) else os.fspath(onnx)
     if not isinstance(onnx, bytes):
@@ -31,9 +38,8 @@ def create_session(
     providers = _check_providers(ort, providers)
     options = options or ort.SessionOptions()
     if threads is not None:
-        if threads < 1:
-            raise LiteDetrError(f"threads is {threads}; it must be 1 or more. Leave it out to let ONNX Runtime choose.")
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = bounded_threads(threads)
+    check_opset(name, opset_version(onnx, schema.DOMAIN))
     options.log_severity_level = 3  # its warnings are about its own optimisations
 
     no_library = None
@@ -50,11 +56,18 @@ def create_session(
         )
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
         raise _explain(name, error, no_library) from error
-    check_op_version(name, read_metadata(session))
+    metadata = read_metadata(session)
+    check_op_version(name, metadata)
+    check_metadata(
+        name,
+        metadata,
+        {value.name: value.shape for value in session.get_inputs()},
+        {value.name: value.shape for value in session.get_outputs()},
+    )
     return session
 
 
-def open_session(artifact: str | os.PathLike | bytes, providers: list | None = None, threads: int | None = None):
+def open_session(artifact: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None):
     """Return the session that runs `artifact`: a TensorRT engine (.plan, .engine), else an ONNX model.
 
     providers, threads: of ONNX Runtime, as `create_session` takes them; an engine has neither.
@@ -71,9 +84,7 @@ def import_onnxruntime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise LiteDetrError(
-            f"ONNX Runtime cannot be imported ({error}). Install it with `pip install litedetr-deploy[onnxruntime]`."
-        ) from error
+        raise (not_installed(error, "Running an ONNX model") or error) from error
     return onnxruntime
 
 
@@ -113,8 +124,17 @@ class OnnxSession:
         self.metadata = read_metadata(self._session)
 
     def run(self, feed: dict) -> dict:
-        """Run on a dict of name -> array; return a dict of name -> array."""
+        """Run on a dict of name -> array; return a dict of name -> array.  A batch of 0 gives empty arrays."""
+        if 0 in map(len, feed.values()):
+            return {value.name: _empty(value) for value in self._session.get_outputs()}
         return dict(zip(self.outputs, self._session.run(self.outputs, feed)))
+
+
+def _empty(value) -> np.ndarray:
+    """An output of ONNX Runtime for a batch of 0; a size that the model leaves open is 0 as well."""
+    kinds = {"tensor(int64)": np.int64, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+    sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
+    return np.empty((0, *sizes), kinds.get(value.type, np.float32))
 
 
 def _check_providers(ort, providers):
@@ -147,14 +167,79 @@ def _explain(name, error, no_library):
             "the litedetr-deploy that made it."
         )
     if "INVALID_PROTOBUF" in message or "No graph was found" in message:
-        return LiteDetrError(
-            f"{name} is not an ONNX model, or a damaged one: ONNX Runtime cannot parse it. Check that "
-            "it was copied completely, or export it again."
-        )
+        return damaged(name, "ONNX Runtime cannot parse it")
+    if "xternal data" in message or "External initializer" in message:
+        return _external_data(name, message)
     return LiteDetrError(
         f"ONNX Runtime cannot load {name}: {message}. Export the model again with `litedetr export`, "
         "or load it with the version of onnxruntime that it was made for."
     )
+
+
+def _external_data(name, message):
+    """The error for weights in other files; `message` is ONNX Runtime's, without the file that raised it."""
+    message = message.rpartition("Error: ")[2].strip().rstrip(".")
+    if "does not exist" in message or "No such file" in message:
+        what, remedy = "that is not there", "Copy that file to where the model is"
+    elif "out of bounds" in message or "read in full" in message:
+        what, remedy = "that is cut short", "Copy that file again"
+    else:
+        what, remedy = "outside its own folder, which is not read", "Save it as one file, or with its weights beside it"
+    return LiteDetrError(f"{name} keeps its weights in a file {what} ({message}). {remedy}.")
+
+
+def check_opset(name: object, version: int | None) -> None:
+    """Raise LiteDetrError where a model imports another version of the attention ops than this package has.
+
+    version: of the model's opset import of their domain; None where there is none.
+    """
+    if version not in (None, schema.VERSION):
+        raise LiteDetrError(
+            f"{name} imports version {version} of the opset {schema.DOMAIN!r}; this package has version "
+            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made "
+            "it."
+        )
+
+
+_OUTPUTS = {"detections": {"labels", "boxes", "scores"}, "raw": {"pred_logits", "pred_boxes"}}
+
+
+def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mapping | Collection, fixed=True) -> None:
+    """Raise LiteDetrError where a model's metadata contradicts its graph.
+
+    Args:
+        name: of the model, for the message.
+        metadata: what `litedetr export` wrote.
+        inputs, outputs: name -> shape; an int where a size is fixed.
+        fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
+    """
+
+    def refuse(what, said, found):
+        raise LiteDetrError(
+            f"the metadata of {name} contradicts its graph: its {what} {said}, and the graph has {found}. Something "
+            "changed one of them after the export: export the model again."
+        )
+
+    kind = metadata.get("outputs")
+    if isinstance(kind, str) and kind in _OUTPUTS and not _OUTPUTS[kind] <= set(outputs):
+        refuse("outputs are", f"{kind!r}, {', '.join(sorted(_OUTPUTS[kind]))}", ", ".join(sorted(outputs)))
+    if "pixel_mask" in metadata and bool(metadata["pixel_mask"]) != ("pixel_mask" in inputs):
+        refuse("pixel_mask is", metadata["pixel_mask"], "no such input" if metadata["pixel_mask"] else "that input")
+    if "image_size" in metadata and "images" in inputs:
+        sides = [side if isinstance(side, int) else None for side in inputs["images"][2:]]
+        wanted = metadata["image_size"] or ([None, None] if fixed else sides)
+        if wanted != sides:
+            found = "x".join("any" if side is None else str(side) for side in sides)
+            refuse("image_size is", metadata["image_size"] or "dynamic", f"images of {found}")
+    names = metadata.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+        raise LiteDetrError(
+            f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
+            "the model again."
+        )
+    classes = outputs["pred_logits"][-1] if isinstance(outputs, Mapping) and outputs.get("pred_logits") else None
+    if names and isinstance(classes, int) and classes != len(names):
+        refuse("class_names are", len(names), f"{classes} classes")
 
 
 def check_op_version(name, metadata):

@@ -19,7 +19,7 @@ from ..artifact import check_file, sha256
 from ..errors import LiteDetrError
 from ..ops import native, schema
 from . import cuda
-from .session import check_op_version
+from .session import check_metadata, check_op_version
 
 if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Backend -> its Python module, and what installs it.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
 CONTEXTS = 4  # input shapes that are kept ready at a time
+MAGIC = re.compile(rb"[a-z]trt")  # what an engine begins with: ftrt, ptrt, vtrt
 
 # What an engine's failure to load means, by what TensorRT 10 and 11 say; the first that is found.
 _FAILURES = (
@@ -47,7 +48,7 @@ def import_tensorrt(backend: str):
         if not hasattr(found, "__version__"):  # Python imports any folder of that name
             raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
         return found
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise LiteDetrError(
             f"{module} cannot be imported ({error}). Install it with "
             f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack."
@@ -80,12 +81,12 @@ def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
         library = native.library("tensorrt")
     except FileNotFoundError as error:
         raise LiteDetrError(str(error)) from error
-    if registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is None:
-        if registry.load_library(str(library)) is None:
-            raise LiteDetrError(
-                f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
-                "`pip install --force-reinstall .` in the source folder."
-            )
+    is_loaded = registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is not None
+    if not is_loaded and registry.load_library(str(library)) is None:
+        raise LiteDetrError(
+            f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
+            "`pip install --force-reinstall .` in the source folder."
+        )
     return library
 
 
@@ -97,15 +98,25 @@ def record_path(engine: str | os.PathLike) -> Path:
 def read_record(engine: str | os.PathLike) -> dict:
     """Return what `litedetr build` wrote beside an engine; empty where there is nothing.
 
-    Raises LiteDetrError where it cannot be read, and where it describes another file.
+    Raises LiteDetrError where it cannot be read, where it describes another file, and for what is no engine at all.
     """
     path = record_path(engine)
+    with open(engine, "rb") as file:
+        beginning = file.read(4)
+    if not beginning:
+        raise LiteDetrError(f"{engine} is empty. Copy it again, or build it again with `litedetr build`.")
+    if not path.exists() and not MAGIC.fullmatch(beginning):
+        raise LiteDetrError(
+            f"{engine} is not a TensorRT engine: it begins with {beginning!r}, and {path.name}, which `litedetr build` "
+            "writes beside an engine, is not there. Copy both files again, or build the engine again."
+        )
     try:
         record = json.loads(path.read_text())
         recorded = record["sha256"]
+        record["metadata"] = dict(record.get("metadata") or {})
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LiteDetrError(
             f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
             "it again, build the engine again, or remove it if trtexec built the engine."
@@ -174,22 +185,6 @@ def _explain(trt, path, record, gpu, errors):
     )
 
 
-class DeviceArray:
-    """An output that stays on the GPU until the session's next run.  torch.as_tensor, CuPy and Numba take it as it is
-    through `__cuda_array_interface__`."""
-
-    def __init__(self, session, address: int, shape: tuple[int, ...], dtype):
-        self._session = session  # owns the memory
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": self.dtype.str,
-            "data": (address, False),
-            "strides": None,
-            "version": 3,
-        }
-
-
 class TensorRTSession:
     """An engine, ready to run: what `OnnxSession` is to an ONNX model.
 
@@ -197,7 +192,7 @@ class TensorRTSession:
 
     inputs: name -> shape, a tuple with an int where the engine takes one size only and None where it takes several
     outputs: names, in the engine's order
-    metadata: what `litedetr export` wrote into the ONNX model
+    metadata: what `litedetr export` wrote into the ONNX model, with the verdict on the engine as its `verification`
 
     From the second run with the same input shapes on, TensorRT's work is one CUDA graph.  Not for several threads at
     a time.  Raises LiteDetrError where TensorRT, the CUDA bindings or a GPU is missing, and for an engine that cannot
@@ -211,14 +206,22 @@ class TensorRTSession:
         self.metadata = record.get("metadata", {})
         check_op_version(artifact, self.metadata)
         backend = record.get("backend", "tensorrt")
-        trt = import_tensorrt(backend)
+        try:
+            trt = import_tensorrt(backend)
+        except LiteDetrError as error:
+            if record:
+                raise
+            raise LiteDetrError(
+                f"{artifact} has no {record_path(artifact).name} beside it, which says what it was built with. Copy "
+                f"that file as well, if `litedetr build` made the engine; if trtexec did: {error}"
+            ) from error
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
         runtime: tensorrt.Runtime = trt.Runtime(self._logger)
-        if backend == "tensorrt" and not record.get("plugin_inside"):
-            # Without a record nobody knows whether the engine needs them.
-            if self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt")):
-                load_plugins(runtime.get_plugin_registry())
+        # Without a record nobody knows whether the engine needs them.
+        needs_plugins = self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt"))
+        if backend == "tensorrt" and needs_plugins and not record.get("plugin_inside"):
+            load_plugins(runtime.get_plugin_registry())
         self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
         self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
 
@@ -238,6 +241,7 @@ class TensorRTSession:
             name: tuple(low if low == high else None for low, high in zip(*limits))
             for name, limits in self._limits.items()
         }
+        check_metadata(self.path, self.metadata, self.inputs, self.outputs, fixed=False)
         self._contexts: OrderedDict[tuple, _Context] = OrderedDict()  # by the inputs' shapes
         self._trt = trt
         try:
@@ -272,7 +276,13 @@ class TensorRTSession:
         return context
 
     def run(self, feed: dict) -> dict:
-        """Run on a dict of name -> array; return a dict of name -> array."""
+        """Run on a dict of name -> array; return a dict of name -> array.  A batch of 0 gives empty arrays."""
+        if 0 in map(len, feed.values()):
+            shapes = {name: _plain(self._engine.get_tensor_shape(name)) for name in self.outputs}
+            return {
+                name: np.empty((0, *(max(size, 0) for size in shapes[name][1:])), self._types[name])
+                for name in self.outputs
+            }
         context = self._enqueue(feed)
         views = {}
         for name in self.outputs:
@@ -282,15 +292,6 @@ class TensorRTSession:
             self._device.to_host(views[name], self._addresses[name])
         self._device.synchronize()
         return {name: view.copy() for name, view in views.items()}
-
-    def run_on_device(self, feed: dict) -> dict:
-        """As `run`, but return a dict of name -> `DeviceArray`, which the next run overwrites."""
-        context = self._enqueue(feed)
-        self._device.synchronize()
-        return {
-            name: DeviceArray(self, self._addresses[name], context.shapes[name], self._types[name])
-            for name in self.outputs
-        }
 
     def close(self) -> None:
         """Give the GPU's memory back.  The session cannot run any more."""

@@ -1,5 +1,19 @@
 """One verdict: what differs, by how much, against what yardstick, and whether an artifact passed.
 
-`verdict` holds the verdict, the others what is compared with what: `onnx` a model with PyTorch, `engine` an engine with
-its model.
+`verdict` holds the verdict, the others what is compared with what: `onnx` and `regions` a graph with PyTorch, `engine`
+an engine with its graph.  The package is callable: `litedetr_deploy.verify(artifact, against)` is the function in
+`verify.verify`.
 """
+
+import sys
+from types import ModuleType
+
+
+class _Callable(ModuleType):
+    def __call__(self, artifact, against, *arguments, **options):
+        from .verify import verify
+
+        return verify(artifact, against, *arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

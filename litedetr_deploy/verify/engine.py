@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..runtime.images import load_image, prepare
 from ..runtime.postprocess import postprocess
-from ..runtime.sample import sample_images
+from .probes import Probe, make_probes, stack
+from .verdict import Verdict, check_finite, largest
 
 # What may differ: scores (0..1), by rank; and boxes of confident detections, in the mean, as a part of the image's
 # longer side.  FP32: the limits of the export's own verification.  Half: the rounding of a typed graph, which ONNX
@@ -34,91 +34,77 @@ def verify_engine(
     sizes: Sequence[tuple[int, int]],
     images: Sequence | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-) -> list[dict]:
-    """Return rows of what was compared: case, quantity, difference, tolerance, passed.
+) -> Verdict:
+    """Compare an engine with its ONNX model.
 
-    session, reference: the engine and the ONNX model, both as `OnnxSession`.
-    batch: smallest and largest batch that the engine takes; sizes: (height, width) to try.
-    images: pictures, as `load_image` takes them; None: the package draws one.
+    Args:
+        session, reference: the engine and the ONNX model, both as `OnnxSession`.
+        precision: a key of TOLERANCES.
+        batch: smallest and largest batch that the engine takes.
+        sizes: (height, width) to try.
+        images: as `load_image` takes them; None: the package draws one.
+        progress: called with the name of each stage as it begins.
+
+    Returns:
+        The verdict: undecided where the detections of noise would pass for those of an image as well.
     """
-    rows = []
-    pictures = [load_image(image) for image in (images or sample_images(1))]
-    batches = sorted({int(np.clip(n, *batch)) for n in (1, 3)})
+    verdict = Verdict("the ONNX model", "the engine")
+    tells_apart = False
     for height, width in sizes:
-        singles = [_picture(picture, height, width, session) for picture in pictures]
-        singles.append(_noise(height, width, session))
+        probes = make_probes(images, (height, width), "pixel_mask" in session.inputs)
         progress(f"verify: {height}x{width} in ONNX Runtime")
-        wanted = [_detect(reference, [single], height, width)[0] for single in singles]
-        for n in batches:
+        wanted = [_detect(reference, [probe])[0] for probe in probes]
+        control = Verdict()
+        _compare(control, "noise", wanted[-1], wanted[0], precision, max(height, width))
+        tells_apart |= not control.passed
+        for n in sorted({int(np.clip(n, *batch)) for n in (1, 3)}):
             # A batch of one runs every image; a larger one the first and the last, and the first again.
-            order = [0, len(singles) - 1] * n
-            groups = [[i] for i in range(len(singles))] if n == 1 else [order[:n]]
+            groups = [[i] for i in range(len(probes))] if n == 1 else [([0, len(probes) - 1] * n)[:n]]
             for group in groups:
-                case = f"{height}x{width}, " + (f"image {group[0] + 1}" if n == 1 else f"batch of {n}")
+                case = f"{height}x{width}, {probes[group[0]].name if n == 1 else f'batch of {n}'}"
                 progress(f"verify: {case}")
-                found = _detect(session, [singles[i] for i in group], height, width)
+                found = _detect(session, [probes[i] for i in group])
                 for row, i in enumerate(group):
                     name = case if n == 1 else f"{case}, row {row + 1}"
-                    _compare(rows, name, found[row], wanted[i], precision, max(height, width))
+                    _compare(verdict, name, found[row], wanted[i], precision, max(height, width))
                 if n > 2:
-                    _compare(rows, f"{case}, rows 1 and 3", found[2], found[0], precision, max(height, width))
-    return rows
+                    _compare(verdict, f"{case}, rows 1 and 3", found[2], found[0], precision, max(height, width))
+    if not tells_apart:
+        verdict.undecided = (
+            "the ONNX model finds the same in an image and in noise, within the tolerances. Give images that it finds "
+            "something in, and check its weights."
+        )
+    return verdict
 
 
-def _picture(picture, height, width, session):
-    masked = "pixel_mask" in session.inputs
-    prepared = prepare(picture, "letterbox" if masked else "stretch", (height, width))
-    return prepared.pixels, prepared.mask
-
-
-def _noise(height, width, session):
-    image = np.random.default_rng(0).random((3, height, width), np.float32)
-    mask = np.zeros((height, width), bool)
-    if "pixel_mask" in session.inputs:
-        mask[height * 7 // 8 :], mask[:, width * 5 // 6 :] = True, True
-    return image, mask
-
-
-def _detect(session, singles, height, width):
-    """Return (labels [K], boxes [K, 4] in pixels, scores [K]) of each (image, mask), run as one batch."""
-    sizes = np.array([[width, height]] * len(singles), np.int64)
-    feed = {"images": np.stack([image for image, _ in singles])}
-    if "pixel_mask" in session.inputs:
-        feed["pixel_mask"] = np.stack([mask for _, mask in singles])
-    if "orig_target_sizes" in session.inputs:
-        feed["orig_target_sizes"] = sizes
-    output = session.run(feed)
+def _detect(session, probes: Sequence[Probe]) -> list[dict[str, np.ndarray]]:
+    """Return labels [K], boxes [K, 4] in pixels and scores [K] of each probe, run as one batch."""
+    images, masks = stack(probes)
+    height, width = images.shape[2:]
+    sizes = np.array([[width, height]] * len(probes), np.int64)
+    feed = {"images": images, "orig_target_sizes": sizes, "pixel_mask": masks}
+    output = session.run({name: array for name, array in feed.items() if name in session.inputs})
     if "pred_logits" in output:
-        return list(zip(*postprocess(output["pred_logits"], output["pred_boxes"], sizes)))
-    return list(zip(output["labels"], output["boxes"], output["scores"]))
+        output = dict(
+            zip(("labels", "boxes", "scores"), postprocess(output["pred_logits"], output["pred_boxes"], sizes))
+        )
+    return [{name: output[name][row] for name in ("labels", "boxes", "scores")} for row in range(len(probes))]
 
 
-def _compare(rows, case, found, wanted, precision, side):
+def _compare(verdict: Verdict, case: str, found, wanted, precision: str, side: int) -> None:
+    if not check_finite(verdict, case, found, wanted, ("scores", "boxes")):
+        return
     score_tolerance, box_tolerance = TOLERANCES[precision]
-    difference = np.abs(np.sort(found[2]) - np.sort(wanted[2])).max(initial=0.0)
-    _add(rows, case, "scores by rank", difference, score_tolerance)
-    _add(rows, case, "boxes of confident detections", _box_difference(found, wanted, side), box_tolerance)
+    difference = largest(np.sort(found["scores"]) - np.sort(wanted["scores"]))
+    verdict.add(case, "scores by rank", difference, score_tolerance)
+    verdict.add(case, "boxes of confident detections", _box_difference(found, wanted, side), box_tolerance)
 
 
-def _box_difference(found, wanted, side):
-    """The mean, over the confident detections of `wanted`, of the distance to the nearest box of the same label in
-    `found`: its largest coordinate difference as a part of `side`, 1 where there is none."""
-    labels, boxes, scores = wanted
-    order = np.argsort(-scores, kind="stable")
-    chosen = order[: max(FEWEST, int((scores >= CONFIDENT).sum()))]
-    distances = np.abs(boxes[chosen][:, None] - found[1][None]).max(-1) / side
-    distances = np.where(labels[chosen][:, None] == found[0][None], np.nan_to_num(distances, nan=1.0), 1.0)
+def _box_difference(found, wanted, side: int) -> float:
+    """Return the mean, over the confident detections of `wanted`, of the distance to the nearest box of the same label
+    in `found`: its largest coordinate difference as a part of `side`, 1 where there is none."""
+    scores = wanted["scores"]
+    chosen = np.argsort(-scores, kind="stable")[: max(FEWEST, int((scores >= CONFIDENT).sum()))]
+    distances = np.abs(wanted["boxes"][chosen][:, None] - found["boxes"][None]).max(-1) / side
+    distances = np.where(wanted["labels"][chosen][:, None] == found["labels"][None], distances, 1.0)
     return np.minimum(distances.min(1, initial=1.0), 1.0).mean()
-
-
-def _add(rows, case, quantity, difference, tolerance):
-    difference = float(difference)
-    rows.append(
-        {
-            "case": case,
-            "quantity": quantity,
-            "passed": difference <= tolerance,  # NaN fails
-            "difference": difference if np.isfinite(difference) else float(np.finfo(np.float32).max),
-            "tolerance": tolerance,
-        }
-    )

@@ -8,33 +8,36 @@ A typed model is compared with PyTorch in FP32 as well; what it may differ by is
 modules round as the graph's nodes do.  Such rounding can throw single queries far off, so that there the mean
 difference of logits and boxes counts.  ONNX Runtime's CPU has half kernels for few operators and computes runs of the
 others in FP32, so that a half model also runs as its float twin, which rounds every value; bfloat16 runs as that alone.
+
+What final outputs cannot tell, every attention's own output does: see `regions`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from ..artifact import METADATA_KEY
+from ..artifact import load_onnx, onnx_metadata
 from ..errors import LiteDetrError
 from ..model.attention import SelfAttention
 from ..model.deployed import PROBES, Deployed, postprocess
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import reference, schema, torch_op
-from ..runtime.images import load_image, prepare
-from ..runtime.sample import sample_images
 from ..runtime.session import create_session
 from . import typed
+from .probes import Probe, make_probes, stack
+from .regions import compare_regions, find_regions, geometry
+from .verdict import Verdict, check_finite, compare, largest, mean
+from .weights import not_finite
 
 # What float32 rounding may change.  The floors are twenty times what the official code's outputs move with other
 # threads or kernels on small images.  A model can amplify rounding further: PyTorch's own spread is measured, and
@@ -44,10 +47,11 @@ FLOORS = {"proposal_scores": 2e-4, "pred_logits": 2e-4, "pred_boxes": 3e-4}  # l
 CAPS = {"proposal_scores": 1e-2, "pred_logits": 1e-2, "pred_boxes": 3e-3}  # boxes: of the image's side
 NAMES = {"proposal_scores": "token scores", "pred_logits": "logits", "pred_boxes": "boxes"}
 # Of a typed model: the floors are in epsilons of its half type, and what passes the caps is another result.  The
-# largest difference over all tokens, the mean over all queries.  INT8 has no caps: what it saturates is a matter of
-# the calibration, and what that costs, of an evaluation.
+# largest difference over all tokens, the mean over all queries.  What INT8 saturates is a matter of the calibration,
+# and what that costs, of an evaluation: its caps only stop what has nothing in common with PyTorch any more.
 TYPED_FLOORS = {"proposal_scores": 4, "pred_logits": 0.25, "pred_boxes": 0.25}
 TYPED_CAPS = {"proposal_scores": 0.3, "pred_logits": 0.1, "pred_boxes": 0.05}
+INT8_CAPS = {"proposal_scores": 1.0, "pred_logits": 0.3, "pred_boxes": 0.15}
 RAN = {"fp32": "the model", "fp16": "the model and its float twin", "bf16": "the model's float twin"}
 RAN["int8"] = RAN["fp16"]
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
@@ -55,160 +59,120 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
 
 
-@dataclass
-class Verification:
-    """rows: dicts with case, quantity, difference, tolerance, passed; ran: what the figures were taken on."""
-
-    rows: list[dict] = field(default_factory=list)
-    ran: str = "the model"
-
-    @property
-    def passed(self) -> bool:
-        return all(row["passed"] for row in self.rows)
-
-    def add(self, case: str, quantity: str, difference: float, tolerance: float) -> None:
-        difference = float(difference)
-        passed = difference <= tolerance  # NaN fails
-        finite = difference if np.isfinite(difference) else float(np.finfo(np.float32).max)
-        self.rows.append(
-            {"case": case, "quantity": quantity, "difference": finite, "tolerance": tolerance, "passed": passed}
-        )
-
-    def summary(self) -> dict:
-        """For the model's metadata: the verdict, and the largest difference of every quantity."""
-        quantities = dict.fromkeys(row["quantity"] for row in self.rows)
-        largest = {q: max(row["difference"] for row in self.rows if row["quantity"] == q) for q in quantities}
-        return {"passed": self.passed, "ran": self.ran, "largest_difference": largest}
-
-    def to_dict(self) -> dict:
-        return {"verification": self.rows, "passed": self.passed}
-
-
 def verify_onnx(
     path: str | os.PathLike,
     model: Detector,
     images: Sequence | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-) -> Verification:
-    """Runs the ONNX model in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compares.
+) -> Verdict:
+    """Run the ONNX model in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compare.
 
-    Inputs are pictures (`images`, else drawn ones) and noise; batches of one and of three with two identical rows;
-    at two sizes where the graph takes any.  The attention op alone is compared with its definition in float64, in
-    float32 and in the graph's half type.  What typed models run as: see above.
-    Raises LiteDetrError for a model that `litedetr export` did not make.
+    Inputs are images and noise; batches of one and of three with two identical rows; at two sizes where the graph
+    takes any.  The attention op alone is compared with its definition in float64, in float32 and in the graph's half
+    type, and every attention of the graph on its own inputs.  What typed models run as: see above.
+
+    Args:
+        path: what `export_onnx` wrote.
+        model: as `load_model` returns it.
+        images: as `load_image` takes them; None: the package draws one.
+        progress: called with the name of each stage as it begins.
+
+    Raises:
+        LiteDetrError: the file was not made by `litedetr export`, or is damaged.
     """
-    path = Path(path)
-    graph = _ProbedGraph(path)
-    size = graph.metadata["image_size"]
-    verification = Verification(ran=graph.ran)
-    if graph.metadata["attention"] == "op":
+    proto = load_onnx(path)
+    metadata = onnx_metadata(proto, path)
+    known = {name for node in proto.graph.node for name in node.output}
+    precision, missing = metadata.get("precision", "fp32"), [name for name in PROBES if name not in known]
+    if missing or precision not in RAN:
+        what = f"has no value {missing[0]!r} to compare" if missing else f"is of an unknown precision, {precision!r}"
+        raise LiteDetrError(
+            f"{path} {what}. Verify the file that `litedetr export` wrote, before other tools rewrite it."
+        )
+    verdict = Verdict(ran=RAN[precision])
+    if bad := not_finite(model):
+        for key, trouble in bad.items():
+            verdict.add("weights", key, np.inf, 0.0, f"{trouble} in the checkpoint itself")
+        return verdict
+    half = HALVES.get(precision)
+    if metadata.get("attention") == "op":
         progress("verify: the attention op against float64")
-        for dtype in (torch.float32, graph.half) if graph.half else (torch.float32,):
-            _verify_op(verification, model, dtype)
-    rounding = _rounding(model, graph) if graph.half else None
-    pictures = [load_image(image) for image in (images or sample_images(1))]
-    for height, width in DYNAMIC_SIZES if size is None else [size]:
-        name = f"{height}x{width}, " if size is None else ""
-        cases = [
-            (f"{name}picture {i + 1}" if len(pictures) > 1 else f"{name}picture", *_picture(p, height, width, graph))
-            for i, p in enumerate(pictures)
-        ]
-        cases.append((f"{name}noise", *_noise(height, width, graph)))
-        expected, yardsticks = [], []
-        for case, image, mask in cases:
+        for dtype in (torch.float32, half) if half else (torch.float32,):
+            _verify_op(verdict, model, dtype)
+    rounding = _rounding(model, proto, half) if half else None
+    # ONNX Runtime's CPU has few kernels for bfloat16.
+    graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto)
+    regions = find_regions(proto, model)
+    values = set().union(*(region.values for region in regions))
+    probed = _Graph(typed.float_twin(proto) if half else proto, values)
+    for size in [graph.size] if graph.size else DYNAMIC_SIZES:
+        name = "" if graph.size else f"{size[0]}x{size[1]}, "
+        probes = make_probes(images, size, graph.masked)
+        expected, yardsticks, seen = [], [], {}
+        for probe in probes:
+            case = name + probe.name
             progress(f"verify: {case}")
-            outputs = graph.run(image, mask)
-            wanted = _run_pytorch(model, image, mask, outputs["topk_indices"])
-            if rounding is not None:  # what saturates depends on the picture
-                yardsticks.append(_typed_yardstick(rounding, graph.precision, image, mask, wanted))
+            outputs = graph.run(probe.image, probe.mask)
+            with geometry(model) as found:
+                wanted = _run_pytorch(model, probe, outputs["topk_indices"])
+            seen = seen or found
+            if not check_finite(verdict, case, outputs, wanted, NAMES):
+                return verdict
+            if rounding is not None:  # what saturates depends on the image
+                yardsticks.append(_typed_yardstick(rounding, precision, probe, wanted))
             else:
-                yardsticks.append(yardsticks[0] if yardsticks else _yardstick(model, image, mask, wanted))
-            _compare(verification, case, outputs, wanted, yardsticks[-1])
+                yardsticks.append(yardsticks[0] if yardsticks else _yardstick(model, probe, wanted))
+            _compare(verdict, case, outputs, wanted, yardsticks[-1])
             expected.append(wanted)
         progress(f"verify: {name}batch of 3")
-        first, last = cases[0], cases[-1]
-        batch = graph.run(
-            *(None if first[i] is None else np.concatenate((first[i], last[i], first[i])) for i in (1, 2))
-        )
-        ends = [(expected[i], yardsticks[i]) for i in (0, -1)]
-        _compare_batch(verification, f"{name}batch of 3", batch, ends)
-        if graph.precision in ("fp16", "int8"):
-            progress(f"verify: {name}every value rounded")
-            case, image, mask = cases[0]
-            outputs = _ProbedGraph(path, as_twin=True).run(image, mask)
-            wanted = _run_pytorch(model, image, mask, outputs["topk_indices"])
-            _compare(verification, f"{case}, all rounded", outputs, wanted, yardsticks[0])
-    return verification
+        batch = graph.run(*stack([probes[0], probes[-1], probes[0]]))
+        _compare_batch(verdict, f"{name}batch of 3", batch, [(expected[i], yardsticks[i]) for i in (0, -1)])
+        progress(f"verify: {name}each attention alone")
+        case = name + probes[0].name
+        outputs = probed.run(probes[0].image, probes[0].mask)
+        if precision in ("fp16", "int8"):
+            wanted = _run_pytorch(model, probes[0], outputs["topk_indices"])
+            _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
+        compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
+    return verdict
 
 
-class _ProbedGraph:
-    """The model, or its float twin, with the values of PROBES as further outputs."""
+class _Graph:
+    """A graph in ONNX Runtime, with the values of PROBES, and `values` in float32, as further outputs."""
 
-    def __init__(self, path: Path, as_twin: bool = False):
-        try:
-            proto = onnx.load(path)
-        except Exception as error:  # protobuf's own error classes differ between its implementations
-            raise LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {error}.") from error
-        self.metadata = _metadata(proto, path)
-        self.outputs = [output.name for output in proto.graph.output]
-        known = {name for node in proto.graph.node for name in node.output}
-        if missing := [name for name in PROBES if name not in known]:
-            raise LiteDetrError(
-                f"{path} has no value {missing[0]!r} to compare. Verify the file that `litedetr export` wrote, before "
-                "other tools rewrite it."
-            )
-        self.precision = self.metadata.get("precision", "fp32")
-        self.half = HALVES.get(self.precision)
-        self.proto = proto
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in PROBES if name not in self.outputs)
-        self.ran = RAN[self.precision]
-        if as_twin or self.precision == "bf16":  # of which ONNX Runtime's CPU has few kernels
-            proto = typed.float_twin(proto)
-        self.session = create_session(proto.SerializeToString())
+    def __init__(self, proto: onnx.ModelProto, values: Iterable[str] = ()):
+        proto = copy.deepcopy(proto)
+        del proto.metadata_props[:]  # it describes the graph without further outputs
+        graph = proto.graph
+        shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.input}
+        self.inputs, self.masked = shapes.keys(), "pixel_mask" in shapes
+        self.size = tuple(shapes["images"][2:]) if all(shapes["images"][2:]) else None
+        self._names = [output.name for output in graph.output]
+        self._names += [name for name in PROBES if name not in self._names]
+        self._values = {f"{name}/float": name for name in values}
+        for name, value in self._values.items():
+            graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
+        known = {output.name for output in graph.output}
+        names = [*self._names, *self._values]
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        self._session = create_session(proto.SerializeToString())
 
     def run(self, image: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
-        """image [N, 3, H, W] in 0..1, mask [N, H, W] or None -> inputs, outputs and probes by name."""
+        """image [N, 3, H, W] in 0..1, mask [N, H, W] or None -> inputs, outputs, probes and values by name."""
         n, _, height, width = image.shape
-        feed = {"images": image}
-        if "labels" in self.outputs:
-            feed["orig_target_sizes"] = np.array([[width, height]] * n, np.int64)
-        if mask is not None:
-            feed["pixel_mask"] = mask
-        names = list(dict.fromkeys([*self.outputs, *PROBES]))
-        return feed | dict(zip(names, self.session.run(names, feed)))
+        feed = {"images": image, "orig_target_sizes": np.array([[width, height]] * n, np.int64), "pixel_mask": mask}
+        feed = {name: array for name, array in feed.items() if name in self.inputs}
+        names = [*self._names, *self._values]
+        found = dict(zip(names, self._session.run(names, feed)))
+        return feed | {self._values.get(name, name): array for name, array in found.items()}
 
 
-def _metadata(proto: onnx.ModelProto, path: Path) -> dict:
-    for entry in proto.metadata_props:
-        if entry.key == METADATA_KEY:
-            return json.loads(entry.value)
-    raise LiteDetrError(
-        f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): nothing to verify."
-    )
-
-
-def _picture(picture, height: int, width: int, graph: _ProbedGraph):
-    masked = graph.metadata["pixel_mask"]
-    prepared = prepare(picture, "letterbox" if masked else "stretch", (height, width))
-    return prepared.pixels[None], prepared.mask[None] if masked else None
-
-
-def _noise(height: int, width: int, graph: _ProbedGraph):
-    rng = np.random.default_rng(0)
-    image = rng.random((1, 3, height, width), np.float32)
-    if not graph.metadata["pixel_mask"]:
-        return image, None
-    mask = np.zeros((1, height, width), bool)
-    mask[:, height * 7 // 8 :], mask[:, :, width * 5 // 6 :] = True, True
-    return image, mask
-
-
-def _run_pytorch(model: Detector, image, mask, topk_indices) -> dict[str, np.ndarray]:
-    """What PyTorch makes of the same image with the same choice of queries."""
-    normalise = Deployed(model, "raw").normalise
-    mask = None if mask is None else torch.from_numpy(mask)
+def _run_pytorch(model: Detector, probe: Probe, topk_indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what PyTorch makes of the same image with the same choice of queries."""
+    mask = None if probe.mask is None else torch.from_numpy(probe.mask)
     with torch.inference_mode():
-        values = model(normalise(torch.from_numpy(image), mask), mask, torch.from_numpy(topk_indices))
+        images = Deployed(model, "raw").normalise(torch.from_numpy(probe.image), mask)
+        values = model(images, mask, torch.from_numpy(topk_indices))
     return {name: values[name].numpy() for name in PROBES}
 
 
@@ -224,50 +188,61 @@ class _Yardstick:
         return f"{NAMES[name]}, mean" if self.typed and name != "proposal_scores" else NAMES[name]
 
     def measure(self, name: str, difference: np.ndarray) -> float:
-        return _mean(difference) if self.typed and name != "proposal_scores" else _largest(difference)
+        return (mean if self.typed and name != "proposal_scores" else largest)(difference)
+
+    def add(
+        self, verdict: Verdict, case: str, name: str, found: np.ndarray, wanted: np.ndarray, prefix: str = ""
+    ) -> None:
+        """Compare the value `name` and add the row."""
+        quantity = prefix + self.quantity(name)
+        tolerances = {quantity: self.tolerances[name]}
+        compare(
+            {quantity: found}, {quantity: wanted}, tolerances, verdict, case, lambda error: self.measure(name, error)
+        )
 
 
-def _yardstick(model: Detector, image, mask, wanted) -> _Yardstick:
-    """PyTorch against itself with other threads and with the last bit of every pixel changed at random."""
+def _yardstick(model: Detector, probe: Probe, wanted) -> _Yardstick:
+    """Compare PyTorch with itself with other threads and with the last bit of every pixel changed at random."""
+    image = probe.image
     bits = np.random.default_rng(2).integers(-1, 2, image.shape, np.int32)
     nudged = np.abs((image.view(np.int32) + bits * (image > 0)).view(np.float32))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
     try:
-        other = _run_pytorch(model, nudged, mask, wanted["topk_indices"])
+        other = _run_pytorch(model, probe._replace(image=nudged), wanted["topk_indices"])
     finally:
         torch.set_num_threads(threads)
     tolerances = {}
     for name in NAMES:
         scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
-        spread = _largest(other[name] - wanted[name])
+        spread = largest(other[name] - wanted[name])
         tolerances[name] = float(np.clip(SPREADS * spread, FLOORS[name] * scale, CAPS[name] * scale))
     return _Yardstick(tolerances)
 
 
-def _typed_yardstick(rounding: Detector, typed_as: str, image, mask, wanted) -> _Yardstick:
-    """PyTorch in FP32 against what `_rounding` made of it for the precision `typed_as`."""
-    other = _run_pytorch(rounding, image, mask, wanted["topk_indices"])
+def _typed_yardstick(rounding: Detector, precision: str, probe: Probe, wanted) -> _Yardstick:
+    """Compare PyTorch in FP32 with what `_rounding` made of it."""
+    other = _run_pytorch(rounding, probe, wanted["topk_indices"])
     yardstick = _Yardstick({}, typed=True)
-    eps = torch.finfo(HALVES[typed_as]).eps
+    eps = torch.finfo(HALVES[precision]).eps
     for name in NAMES:
         scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
         spread = yardstick.measure(name, other[name] - wanted[name]) if np.isfinite(other[name]).all() else 0.0
         tolerance = max(SPREADS * spread, TYPED_FLOORS[name] * eps * scale)
-        cap = np.inf if typed_as == "int8" else TYPED_CAPS[name] * scale
+        cap = (INT8_CAPS if precision == "int8" else TYPED_CAPS)[name] * scale
         yardstick.tolerances[name] = float(min(tolerance, cap))
     return yardstick
 
 
-def _rounding(model: Detector, graph: _ProbedGraph) -> Detector:
-    """A copy of `model` of which every module that the graph has in half rounds its weights, inputs and outputs to
-    half, and every one that it has in INT8 its inputs and weights to the graph's steps."""
+def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype) -> Detector:
+    """Return a copy of `model` of which every module that the graph has in half rounds its weights, inputs and outputs
+    to half, and every one that it has in INT8 its inputs and weights to the graph's steps."""
     model = copy.deepcopy(model)
     fold_frozen_batch_norm(model)
-    steps = typed.modules(graph.proto)
+    steps = typed.modules(proto)
 
     def rounded(x, step=None):
-        return x.to(graph.half).float() if step is None else typed.fake_quantized(x, step)
+        return x.to(half).float() if step is None else typed.fake_quantized(x, step)
 
     for name, module in model.named_modules():
         name = f"detector.{name}"
@@ -284,69 +259,55 @@ def _rounding(model: Detector, graph: _ProbedGraph) -> Detector:
     return model
 
 
-def _compare(verification: Verification, case: str, outputs, wanted, yardstick: _Yardstick) -> None:
-    scores = wanted["proposal_scores"]
+def _compare(verdict: Verdict, case: str, outputs, wanted, yardstick: _Yardstick) -> None:
     for name in NAMES:
-        difference = yardstick.measure(name, outputs[name] - wanted[name])
-        verification.add(case, yardstick.quantity(name), difference, yardstick.tolerances[name])
-    error = _choice_error(scores, outputs["topk_indices"])
-    verification.add(case, "choice of queries", error, yardstick.tolerances["proposal_scores"])
+        yardstick.add(verdict, case, name, outputs[name], wanted[name])
+    error = _choice_error(wanted["proposal_scores"], outputs["topk_indices"])
+    verdict.add(case, "choice of queries", error, yardstick.tolerances["proposal_scores"])
     if "labels" in outputs:
-        _compare_detections(verification, case, outputs)
+        _compare_detections(verdict, case, outputs)
 
 
-def _compare_detections(verification: Verification, case: str, outputs) -> None:
-    """The graph's post-processing against PyTorch's on the same logits: equal but for the order of equal scores."""
+def _compare_detections(verdict: Verdict, case: str, outputs) -> None:
+    """Compare the graph's post-processing with PyTorch's on the same logits: equal but for how equal scores follow."""
     logits, boxes = torch.from_numpy(outputs["pred_logits"]), torch.from_numpy(outputs["pred_boxes"])
     sizes = torch.from_numpy(outputs["orig_target_sizes"])
     labels, corners, scores = (value.numpy() for value in postprocess(logits, boxes, sizes))
     eps = float(np.finfo(np.float32).eps)
-    verification.add(case, "detections: scores", _largest(outputs["scores"] - scores), 4 * eps)
+    verdict.add(case, "detections: scores", largest(outputs["scores"] - scores), 4 * eps)
     distinct = np.diff(scores, axis=1, prepend=2.0) != 0
     distinct[:, :-1] &= distinct[:, 1:]
-    verification.add(case, "detections: labels", (outputs["labels"] != labels)[distinct].sum(), 0.0)
-    difference = _largest((outputs["boxes"] - corners)[distinct])
-    verification.add(case, "detections: boxes", difference, 4 * eps * _scale(corners))
+    verdict.add(case, "detections: labels", (outputs["labels"] != labels)[distinct].sum(), 0.0)
+    if check_finite(verdict, case, outputs, {"boxes": corners}, ["boxes"]):
+        difference = largest((outputs["boxes"] - corners)[distinct])
+        verdict.add(case, "detections: boxes", difference, 4 * eps * _scale(corners))
 
 
-def _compare_batch(verification: Verification, case: str, batch, ends) -> None:
-    """A batch of rows A, B, A against single runs of A and B, and its two equal rows against each other; ends: the
+def _compare_batch(verdict: Verdict, case: str, batch, ends) -> None:
+    """Compare a batch of rows A, B, A with single runs of A and B, and its two equal rows with each other; ends: the
     values and the yardsticks of A and B."""
-    yardstick = ends[0][1]
     for name in ("pred_logits", "pred_boxes"):
-        difference = yardstick.measure(name, batch[name][0] - batch[name][2])
-        verification.add(case, f"identical rows: {yardstick.quantity(name)}", difference, yardstick.tolerances[name])
+        ends[0][1].add(verdict, case, name, batch[name][0], batch[name][2], "identical rows: ")
     for row, (wanted, yardstick) in enumerate(ends):
+        name = f"{case}, row {row + 1}"
         error = _choice_error(wanted["proposal_scores"], batch["topk_indices"][row : row + 1])
-        verification.add(f"{case}, row {row + 1}", "choice of queries", error, yardstick.tolerances["proposal_scores"])
+        verdict.add(name, "choice of queries", error, yardstick.tolerances["proposal_scores"])
         if (batch["topk_indices"][row] == wanted["topk_indices"][0]).all():
-            for name in ("pred_logits", "pred_boxes"):
-                difference = yardstick.measure(name, batch[name][row] - wanted[name][0])
-                tolerance = yardstick.tolerances[name]
-                verification.add(f"{case}, row {row + 1}", yardstick.quantity(name), difference, tolerance)
+            for quantity in ("pred_logits", "pred_boxes"):
+                yardstick.add(verdict, name, quantity, batch[quantity][row], wanted[quantity][0])
 
 
 def _choice_error(scores: np.ndarray, indices: np.ndarray) -> float:
-    """By how much scores [N, S] speak against having picked `indices` [N, Q], in this order, as the top ones."""
+    """Return by how much scores [N, S] speak against having picked `indices` [N, Q], in this order, as the top ones."""
     best = -np.sort(-scores, axis=1)[:, : indices.shape[1]]
-    return _largest(np.take_along_axis(scores, indices, axis=1) - best)
-
-
-def _largest(difference: np.ndarray) -> float:
-    """The largest magnitude; NaN counts as infinite."""
-    return float(np.nan_to_num(np.abs(difference), nan=np.inf).max(initial=0.0))
-
-
-def _mean(difference: np.ndarray) -> float:
-    """The mean magnitude; NaN counts as infinite."""
-    return float(np.nan_to_num(np.abs(difference), nan=np.inf).mean())
+    return largest(np.take_along_axis(scores, indices, axis=1) - best)
 
 
 def _scale(values: np.ndarray) -> float:
     return max(1.0, float(np.abs(values).max()))
 
 
-def _verify_op(verification: Verification, model: Detector, dtype: torch.dtype) -> None:
+def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
     """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical; `dtype`
     is the type T of its values."""
     config = model.config
@@ -361,13 +322,13 @@ def _verify_op(verification: Verification, model: Detector, dtype: torch.dtype) 
         "reference_points": rng.random((n, queries, config.num_levels, 4)),
         "sampling_offsets": rng.standard_normal((n, queries, samples * 2)) * 2,
     }
-    feed = {}
+    feed: dict[str, Any] = {}
     for name, array in arrays.items():
         array[2] = array[0]
         feed[name] = torch.from_numpy(array).to(torch.float32 if name == "reference_points" else dtype)
     feed["spatial_shapes"] = shapes
     op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
-    attributes = {"num_heads": config.num_heads, "num_points": config.decoder_points}
+    attributes: dict[str, Any] = {"num_heads": config.num_heads, "num_points": config.decoder_points}
     session = create_session(_one_node(op_type, feed, attributes))
     arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in feed.items()}
     output = session.run(None, arrays)[0]
@@ -380,17 +341,17 @@ def _verify_op(verification: Verification, model: Detector, dtype: torch.dtype) 
         in_torch = torch_op.ms_deform_attn(**feed, **attributes)
     # A float32 location is off by an eps or so of its map, hence by this many pixels, and a value by as much of its
     # range of several units per pixel.  What is stored in half is off by an eps of half besides.
-    largest = float(feed["value"].abs().max())
-    tolerance = 4 * float(np.finfo(np.float32).eps) * float(shapes.max()) * max(1.0, largest)
+    magnitude = float(feed["value"].abs().max())
+    tolerance = 4 * float(np.finfo(np.float32).eps) * float(shapes.max()) * max(1.0, magnitude)
     if dtype != torch.float32:
         tolerance += torch.finfo(dtype).eps * float(wanted.abs().max())
     case = "attention op alone" + ("" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}")
-    verification.add(case, "ONNX Runtime against float64", _largest(output - wanted.numpy()), tolerance)
-    verification.add(case, "PyTorch against float64", _largest((in_torch.double() - wanted).numpy()), tolerance)
-    verification.add(case, "identical rows, bit for bit", _largest(output[0] - output[2]), 0.0)
+    verdict.add(case, "ONNX Runtime against float64", largest(output - wanted.numpy()), tolerance)
+    verdict.add(case, "PyTorch against float64", largest((in_torch.double() - wanted).numpy()), tolerance)
+    verdict.add(case, "identical rows, bit for bit", largest(output[0] - output[2]), 0.0)
 
 
-def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, int]) -> bytes:
+def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, Any]) -> bytes:
     """A model of the op alone, whose floats come and go as float32 and are cast to the op's types inside."""
     helper, kinds = onnx.helper, onnx.TensorProto
     types = {torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.bfloat16: kinds.BFLOAT16}

@@ -103,16 +103,19 @@ class Verdict:
         """One line for people."""
         if self.status == VERIFIED:
             worst = self.worst
-            return f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance ({worst.case}, {worst.quantity})"
+            return (
+                f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance "
+                f"({worst.case}, {worst.quantity})"
+            )
         if self.status == FAILED:
-            return f"VERIFICATION FAILED, it does not agree with {self.against}: {self.why}"
+            return f"VERIFICATION FAILED against {self.against}: {self.why}"
         if self.status == CANNOT_TELL:
             return f"CANNOT TELL whether it agrees with {self.against}: {self.why}"
         return "not verified" + (f": {self.skipped}" if self.skipped else "")
 
     def to_dict(self) -> dict:
-        """JSON types: the verdict and all rows."""
-        return {**self.summary(), "rows": [row.to_dict() for row in self.rows]}
+        """JSON types: the verdict, its line for people, and all rows."""
+        return {**self.summary(), "text": str(self), "rows": [row.to_dict() for row in self.rows]}
 
     def summary(self) -> dict:
         """JSON types, for a file's metadata: the verdict, and the largest difference of every quantity."""

@@ -12,7 +12,7 @@ from litedetr_deploy.model.config import parse_variant
 from litedetr_deploy.model.detector import Detector
 from litedetr_deploy.model.flops import BILINEAR, NORM, SOFTMAX, attention_cost, count_flops
 from litedetr_deploy.model.onnx_flops import count_onnx_flops
-from litedetr_deploy.model.paper import ROWS
+from litedetr_deploy.model.paper import PUBLISHED
 
 from ..conftest import GOLDEN
 
@@ -54,8 +54,10 @@ def test_official_counts(name, size):
 def test_small_case_by_hand():
     """One level-1-and-up 'H' layer and one 'F' layer of 64 channels; an image of 128x192 has 16x24 + 8x12 + 4x6 + 2x3
     tokens."""
-    config = parse_variant("lite-dino-r50", hidden_dim=64, num_heads=2, dim_feedforward=96, decoder_dim_feedforward=32,
-                           num_queries=10, num_classes=7, encoder_layers=2, num_expansion=1, decoder_layers=1)  # fmt: skip
+    config = parse_variant(
+        "lite-dino-r50", hidden_dim=64, num_heads=2, dim_feedforward=96, decoder_dim_feedforward=32, num_queries=10,
+        num_classes=7, encoder_layers=2, num_expansion=1, decoder_layers=1,
+    )  # fmt: skip
     count = count_flops(config, (128, 192))
     parts = count.parts()
     low, high, dim, samples = 384, 96 + 24 + 6, 64, 16 * 2
@@ -120,16 +122,17 @@ def test_swin_backbone_by_hand():
     assert backbone["parameters"] == pytest.approx(27.5e6, rel=0.01)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.variant in ("deformable-detr-r50", "h-detr-swin-t")])
+@pytest.mark.parametrize("row", [row for row in PUBLISHED if row.variant in ("deformable-detr-r50", "h-detr-swin-t")])
 def test_paper_rows(row):
     assert count_flops(parse_variant(row.variant)).total("fvcore") / 1e9 == pytest.approx(row.gflops, rel=0.05)
 
 
 def test_paper_rows_parse():
-    assert [parse_variant(row.variant).name for row in ROWS] == [row.variant for row in ROWS]
-    assert len(ROWS) == 19
+    assert [parse_variant(row.variant).name for row in PUBLISHED] == [row.variant for row in PUBLISHED]
+    assert len(PUBLISHED) == 19
 
 
+@pytest.mark.slow
 def test_exported_model(tmp_path):
     model = ld.load_model(variant="lite-dino-r26n")
     ld.export_onnx(model, tmp_path / "model.onnx", image_size=(192, 256), verify=False)
@@ -148,11 +151,11 @@ def test_exported_model(tmp_path):
 
 
 def test_command():
-    result = CliRunner().invoke(cli.app, ["benchmark", "gflops", "lite-dino-r26n", "--size", "128x192", "--json"])
+    result = CliRunner().invoke(cli.app, ["benchmark", "gflops", "lite-dino-r26n", "--image-size", "128x192", "--json"])
     assert result.exit_code == 0, result.stderr
     count = json.loads(result.stdout)
     assert count["total"]["fvcore"] == count_flops(parse_variant("lite-dino-r26n"), (128, 192)).total("fvcore")
-    result = CliRunner().invoke(cli.app, ["benchmark", "gflops", "lite-dino-r26n", "--size", "128x192"])
+    result = CliRunner().invoke(cli.app, ["benchmark", "gflops", "lite-dino-r26n", "--image-sizes", "128x192"])
     assert "encoder layer 2 (F)" in result.stdout and "query selection" in result.stdout
     result = CliRunner().invoke(cli.app, ["benchmark", "gflops", "nothing-r50"])
     assert result.exit_code == 2 and "unknown variant" in result.stderr

@@ -1,16 +1,20 @@
-"""benchmarks/kernels.py on sizes that take no time: what it refuses to time, and what it writes."""
+"""The benchmark of kernels on sizes that take no time: what it refuses to time, and what it writes."""
 
 import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-import kernels
 import pytest
 import torch
 
-from litedetr_deploy.benchmark import timing
+from litedetr_deploy.benchmark import harness, kernels, official, timing
+from litedetr_deploy.errors import LiteDetrError
+from litedetr_deploy.ops import reference
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 MAPS = ((6, 5), (3, 4), (2, 2))
 TINY = kernels.Size("tiny", MAPS)
@@ -18,45 +22,32 @@ TINY_SIZES = [TINY, kernels.Size("tiny decoder", MAPS, boxes=7)]
 OPENVINO = importlib.util.find_spec("openvino") is not None
 # torch.compile is left out: it compiles for half a minute.
 QUICK = [
-    contender
-    for contender in kernels.CONTENDERS["cpu"]
-    if contender.name != "torch.compile" and (OPENVINO or "openvino" not in contender.packages)
+    rival
+    for rival in kernels.RIVALS["cpu"]
+    if rival.name != "torch.compile" and (OPENVINO or "openvino" not in rival.packages)
 ]
-BY_NAME = {contender.name: contender for contender in kernels.CONTENDERS["cpu"]}
-ON_GPU = [contender for contender in kernels.CONTENDERS["cuda"] if contender.name != "torch.compile"]
+BY_NAME = {rival.name: rival for rival in kernels.RIVALS["cpu"]}
+ON_GPU = [rival for rival in kernels.RIVALS["cuda"] if rival.name != "torch.compile"]
 GPU = {
     "name": "A GPU", "capability": "9.0", "multiprocessors": 100, "memory_gib": 80.0, "l2_mib": 50.0, "cuda": "13.0",
     "l2_gigabytes_per_second": 4000.0, "memory_gigabytes_per_second": 2000.0,
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(timing, "REST", 0)
-    monkeypatch.setattr(timing, "evict_caches", lambda: None)
+def measure(*rivals, size=TINY, threads=1):
+    problem = kernels.Problem(size)
+    contenders = [kernels.Attention(rival, problem, threads) for rival in rivals]
+    return harness.measure(contenders, harness.Settings(0.0, len(contenders)))
 
 
-@pytest.fixture(autouse=True)
-def same_torch_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def measure(*contenders, size=TINY, threads=1):
-    results = []
-    kernels.measure(kernels.Problem(size), threads, contenders, 0.0, results)
-    return results
-
-
-def contender(function, name="other", packages=()):
+def rival(function, name="other", packages=()):
     """One that makes its output out of the right one."""
 
     def make(problem, threads):
-        right = kernels.sampling_once_call(problem, threads)
+        right = kernels.official_call(problem, threads)
         return lambda: function(right())
 
-    return kernels.Contender(name, make, packages)
+    return kernels.Rival(name, make, packages)
 
 
 def test_sizes():
@@ -93,7 +84,7 @@ def test_encoder_queries_are_the_centres_of_their_tokens():
 def test_all_contenders_are_right(size, threads):
     for result in measure(*QUICK, size=size, threads=threads):
         assert not result.trouble
-        assert result.error <= result.tolerance < 1e-3
+        assert result.figures["error"] <= result.figures["tolerance"] < 1e-3
         assert len(result.seconds) == timing.FEWEST and result.median > 0
 
 
@@ -103,7 +94,7 @@ def test_contenders_of_a_gpu_are_right_in_every_type(size, dtype):
     """On the CPU: the same functions."""
     for result in measure(*ON_GPU, size=dataclasses.replace(size, dtype=dtype, batch=2)):
         assert not result.trouble
-        assert result.error <= result.tolerance < 300 * torch.finfo(kernels.DTYPES[dtype]).eps
+        assert result.figures["error"] <= result.figures["tolerance"] < 300 * torch.finfo(kernels.DTYPES[dtype]).eps
 
 
 @pytest.mark.parametrize("size", TINY_SIZES, ids=lambda size: size.name)
@@ -114,27 +105,38 @@ def test_deformable_detr_gets_locations_and_weights(size):
             """As the CUDA kernel reads its arguments."""
             assert all(tensor.is_contiguous() for tensor in (value, spatial_shapes, starts, locations, weights))
             assert starts.tolist() == [0, 30, 42] and starts.dtype == spatial_shapes.dtype == torch.int64
-            samples = kernels.sample(value.flatten(2), locations, spatial_shapes.tolist())  # [N*M, D, Q, L*P]
+            samples = official.sample(value.flatten(2), locations, spatial_shapes.tolist())  # [N*M, D, Q, L*P]
             weights = weights.flatten(4).flatten(3).transpose(1, 2).flatten(0, 1)  # [N*M, Q, L*P]
             return torch.einsum("bdqs,bqs->bqd", samples, weights).unflatten(0, (2, -1)).transpose(1, 2).flatten(2)
 
     size = dataclasses.replace(size, batch=2, dtype="fp16")
     make = lambda problem, threads: kernels.deformable_detr_call(Extension, problem, threads)  # noqa: E731
-    (result,) = measure(kernels.Contender("kernel", make, plain=True), size=size)
-    assert not result.trouble and result.error <= result.tolerance
+    (result,) = measure(kernels.Rival("kernel", make, plain=True), size=size)
+    assert not result.trouble and result.figures["right"]
 
 
-def test_all_queries_together_are_what_each_is_alone():
-    """The check looks at a few queries only; here it looks at all."""
-    problem = kernels.Problem(TINY)
-    assert sorted(problem.checked.tolist()) == list(range(TINY.queries))
+def test_what_is_checked_is_the_definition_of_all_queries_together():
+    """A query's output depends on no other query: a few of them stand for all."""
+    size = kernels.Size("many", ((20, 20), (5, 4)))
+    problem = kernels.Problem(size)
+    assert len(problem.checked) == kernels.Problem.CHECKED_QUERIES < size.queries
+    assert len(set(problem.checked.tolist())) == len(problem.checked)
+    inputs = {name: tensor.double() for name, tensor in problem.inputs.items()}
+    shapes = problem.spatial_shapes
+    everything = reference.key_aware_deform_attn(**inputs, spatial_shapes=shapes, num_heads=8, num_points=4)
+    wanted, tolerance = problem.answer
+    assert torch.equal(everything[:, problem.checked], wanted)
+    assert problem.error(everything, wanted) == 0
+    everything[0, problem.checked[-1]] += 2 * tolerance
+    assert problem.error(everything, wanted) > tolerance
 
 
 def test_the_last_image_is_checked():
     problem = kernels.Problem(dataclasses.replace(TINY, batch=2))
-    right = kernels.sampling_once_call(problem, 1)()
-    assert problem.error(right, problem.answer) <= problem.answer.tolerance
-    assert problem.error(right.flip(0), problem.answer) > 0.1
+    right = kernels.official_call(problem, 1)()
+    wanted, tolerance = problem.answer
+    assert problem.error(right, wanted) <= tolerance
+    assert problem.error(right.flip(0), wanted) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -147,9 +149,10 @@ def test_the_last_image_is_checked():
     ids=["biased", "queries mixed up", "nan"],
 )
 def test_a_wrong_contender_is_reported_and_not_timed(spoil):
-    wrong, right = measure(contender(spoil), BY_NAME["torch op"])
-    assert wrong.wrong and not wrong.seconds and wrong.trouble.startswith("WRONG")
-    assert not right.wrong and right.seconds
+    wrong, right = measure(rival(spoil), BY_NAME["torch op"])
+    assert wrong.status == harness.WRONG and not wrong.seconds and "is allowed, and not timed" in wrong.trouble
+    assert wrong.figures["right"] is False
+    assert right.status == harness.MEASURED and right.figures["right"] and right.seconds
 
 
 def test_a_contender_that_fails_is_reported():
@@ -157,67 +160,53 @@ def test_a_contender_that_fails_is_reported():
         raise RuntimeError("no memory\nand more")
 
     failed, misshapen, timed = measure(
-        contender(fail, "fails"), contender(lambda right: right[:, 1:], "cuts"), contender(lambda right: right)
+        rival(fail, "fails"), rival(lambda right: right[:, 1:], "cuts"), rival(lambda right: right)
     )
-    assert failed.trouble == "failed: no memory"
-    assert misshapen.trouble == "failed: the output has shape [1, 45, 256]; it should be [1, 46, 256]"
+    assert failed.trouble == "RuntimeError: no memory"
+    assert misshapen.trouble == "the output has shape [1, 45, 256]; it should be [1, 46, 256]"
     assert timed.seconds
 
 
 def test_a_missing_package_is_a_line_that_says_how_to_install_it():
-    (result,) = measure(contender(lambda right: right, packages=("no_such_package",)))
+    (result,) = measure(rival(lambda right: right, packages=("no_such_package",)))
     assert "no_such_package" in result.trouble and "pip install" in result.trouble
-    assert kernels.table_rows([result], {})[1:] == [["other", result.trouble]]
-
-
-def test_an_interruption_leaves_what_was_measured():
-    calls = []
-
-    def interrupt_later(right):
-        calls.append(right)
-        if len(calls) == 6:  # the check, the estimate and one timed call, each with one before it, and this
-            raise KeyboardInterrupt
-        return right
-
-    results = []
-    contenders = [contender(interrupt_later), BY_NAME["torch op"]]
-    with pytest.raises(KeyboardInterrupt):
-        kernels.measure(kernels.Problem(TINY), 1, contenders, 0.0, results)
-    assert [len(result.seconds) for result in results] == [1, 1]
+    assert kernels.case_table([result], {})[-1] == f"- other: missing: {result.trouble}"
 
 
 def test_chosen():
     assert kernels.chosen("", ["a", "b"], "--only") == ["a", "b"]
     assert kernels.chosen(" B,a", ["a", "b", "c"], "--only") == ["a", "b"]
-    with pytest.raises(ValueError, match="--only has x; there are a, b"):
+    with pytest.raises(LiteDetrError, match="--only has x; there are a, b"):
         kernels.chosen("a,x", ["a", "b"], "--only")
-
-
-@pytest.mark.parametrize("number, text", [(0.01234, "0.0123"), (1.0, "1.00"), (56.78, "56.8"), (1234.5, "1234")])
-def test_three_digits(number, text):
-    assert kernels.three_digits(number) == text
 
 
 def test_rows_of_a_gpu():
     size = dataclasses.replace(kernels.SIZES["full800"], dtype="fp16")
+
+    def result(name, seconds=(), cold=(), error=0.0, trouble=""):
+        figures = {"error": error, "tolerance": 2e-3, "right": True}
+        status = harness.FAILED if trouble else harness.MEASURED
+        return harness.Result(name, (size, None), status, trouble, list(seconds), list(cold), figures=figures)
+
     case = [
-        kernels.Result(size, None, "op", [2e-4, 1e-4, 3e-4], [4e-4], error=1e-3, tolerance=2e-3),
-        kernels.Result(size, None, "other", [2e-3], [2e-3], error=0.0, tolerance=2e-3),
-        kernels.Result(size, None, "third", trouble="failed: no | Triton"),
+        result("op", [2e-4, 1e-4, 3e-4], [4e-4], 1e-3),
+        result("other", [2e-3], [2e-3]),
+        result("third", trouble="no | Triton"),
     ]
     machine = {"gpu": GPU}
     assert kernels.case_title(case) == "full800, fp16"
-    headings, ours, other, third = kernels.table_rows(case, machine)
+    lines = kernels.case_table(case, machine)
+    headings, ours, other = ([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (5, 7, 8))
     assert dict(zip(headings, ours)) == {
         "contender": "op", "median ms": "0.200", "p90 ms": "0.280", "cold ms": "0.400", "cold p90": "0.400",
         "calls": "3", "GB/s": "3641", "of L2": "91 %", "of memory": "6 %", "GFLOP/s": "5462", "times op": "1.00",
         "error": "1e-03",
     }  # fmt: skip
     assert other[1] == "2.00" and other[headings.index("times op")] == "10.0"
-    assert third == ["third", "failed: no | Triton"]
+    assert lines[-1] == "- third: failed: no \\| Triton"
     machine |= timing.machine([])
-    assert "| third | failed: no \\| Triton |" in kernels.as_markdown(case, machine)
-    row = kernels.as_json(case, machine, {})["results"][0]
+    assert lines[-1] in kernels.as_markdown(case, machine)
+    row = kernels.as_dict(case, machine, {})["results"][0]
     assert row["bytes_compulsory"] == size.bytes_compulsory and row["threads"] is None and row["dtype"] == "fp16"
     assert row["of_memory"] == pytest.approx(size.bytes_compulsory / 4e-4 / 2e12)
 
@@ -227,8 +216,8 @@ def command(monkeypatch, capsys):
     """Runs the script's command on the tiny sizes with the given contenders: exit status, stdout and stderr."""
     monkeypatch.setattr(kernels, "SIZES", {size.name: size for size in TINY_SIZES})
 
-    def run(contenders, *arguments, device="cpu"):
-        monkeypatch.setitem(kernels.CONTENDERS, device, tuple(contenders))
+    def run(rivals, *arguments, device="cpu"):
+        monkeypatch.setitem(kernels.RIVALS, device, tuple(rivals))
         status = kernels.main(["--device", device, "--seconds", "0", *map(str, arguments)])
         return status, *capsys.readouterr()
 
@@ -249,8 +238,8 @@ def no_gpu_needed(monkeypatch):
 
 
 def test_reports(command, tmp_path):
-    contenders = [*QUICK, contender(lambda right: right, "absent", ("no_such_package",))]
-    status, printed, _ = command(contenders, "--cold", "--output", tmp_path / "new" / "kernels.v1")
+    rivals = [*QUICK, rival(lambda right: right, "absent", ("no_such_package",))]
+    status, printed, _ = command(rivals, "--threads", "1,2", "--cold", "--output", tmp_path / "new" / "kernels.v1")
     assert status == 0
     drawn = importlib.util.find_spec("matplotlib") is not None
     endings = [".json", ".md"] + [".png"] * drawn
@@ -265,9 +254,7 @@ def test_reports(command, tmp_path):
     assert report["sizes"]["tiny decoder"]["reference_width"] == 4
     assert report["sizes"]["tiny"] == {"maps": [list(shape) for shape in MAPS], "queries": 46, "reference_width": 2}
     names = [(row["size"], row["threads"], row["contender"]) for row in report["results"]]
-    assert names == [
-        (size, threads, c.name) for size in ("tiny", "tiny decoder") for threads in (1, 2) for c in contenders
-    ]
+    assert names == [(size, threads, c.name) for size in ("tiny", "tiny decoder") for threads in (1, 2) for c in rivals]
     for row in report["results"]:
         if row["contender"] == "absent":
             assert row["right"] is None and "no_such_package" in row["trouble"] and "median_ms" not in row
@@ -325,7 +312,7 @@ def test_old_sources_are_patched(tmp_path, monkeypatch):
 
     def load(name, sources, **options):
         assert options["build_directory"]
-        compiled.update({name: open(name).read() for name in sources})
+        compiled.update({name: Path(name).read_text() for name in sources})
 
     monkeypatch.setattr(cpp_extension, "load", load)
     kernels.build_deformable_detr(tmp_path)
@@ -347,17 +334,17 @@ def test_without_matplotlib_there_is_no_chart(command, tmp_path, monkeypatch):
 
 
 def test_a_wrong_contender_fails_the_command(command, tmp_path):
-    contenders = [BY_NAME["torch op"], contender(lambda right: right * torch.nan, "spoilt")]
-    status, printed, _ = command(contenders, "--sizes", "tiny", "--threads", "1", "--output", tmp_path / "kernels")
+    rivals = [BY_NAME["torch op"], rival(lambda right: right * torch.nan, "spoilt")]
+    status, printed, _ = command(rivals, "--sizes", "tiny", "--threads", "1", "--output", tmp_path / "kernels")
     assert status == 1
-    assert "spoilt: WRONG" in printed
+    assert "- spoilt: wrong: off by nan" in printed
     report = json.loads((tmp_path / "kernels.json").read_text())
     assert report["results"][1]["right"] is False and report["results"][1]["error"] is None
 
 
 def test_without_our_op_the_command_fails(command):
-    contenders = [contender(lambda right: right, kernels.OUR_OP, ("no_such_package",)), BY_NAME["torch op"]]
-    status, _, _ = command(contenders, "--sizes", "tiny", "--threads", "1")
+    rivals = [rival(lambda right: right, kernels.OUR_OP, ("no_such_package",)), BY_NAME["torch op"]]
+    status, _, _ = command(rivals, "--sizes", "tiny", "--threads", "1")
     assert status == 1
 
 
@@ -365,8 +352,8 @@ def test_an_interrupted_command_prints_and_writes_nothing(command, tmp_path):
     def interrupt(right):
         raise KeyboardInterrupt
 
-    contenders = [BY_NAME["torch op"], contender(interrupt, "last")]
-    status, printed, errors = command(contenders, "--threads", "1", "--output", tmp_path / "kernels")
+    rivals = [BY_NAME["torch op"], rival(interrupt, "last")]
+    status, printed, errors = command(rivals, "--threads", "1", "--output", tmp_path / "kernels")
     assert status == 130
     assert "torch op" in printed and "interrupted" in errors
     assert not list(tmp_path.iterdir())
@@ -379,6 +366,7 @@ def test_an_interrupted_command_prints_and_writes_nothing(command, tmp_path):
         (["--only", "cuDNN"], "--only has cudnn"),
         (["--threads", "0"], "--threads is '0'"),
         (["--threads", "two"], "--threads is 'two'"),
+        (["--threads", "100000"], "--threads is 100000; this machine has"),
         (["--seconds", "-1"], "--seconds is -1.0"),
         (["--seconds", "nan"], "--seconds is nan"),
         (["--batches", "4"], "--batches is not for --device cpu"),
@@ -410,14 +398,14 @@ def test_wrong_use_on_a_gpu(command, no_gpu_needed, arguments, part):
 def test_without_a_gpu_the_command_refuses_and_needs_pytorch_alone():
     """In a process where nothing can be imported that a machine with a GPU may lack."""
     code = """if True:
-        import os, runpy, sys
+        import runpy, sys
         for name in ("numpy", "onnx", "onnxscript", "onnxruntime", "rich", "typer", "matplotlib", "scipy"):
             sys.modules[name] = None
         sys.argv = sys.argv[1:]
-        sys.path.insert(0, os.path.dirname(sys.argv[0]))
         runpy.run_path(sys.argv[0], run_name="__main__")
     """
-    command = [sys.executable, "-W", "ignore", "-c", code, kernels.__file__, "--device", "cuda"]
+    script = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(script), "--device", "cuda"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --device is cuda") and done.stderr.count("\n") == 1, done.stderr

@@ -7,11 +7,24 @@ import pytest
 import torch
 
 from litedetr_deploy.benchmark import timing
+from litedetr_deploy.errors import LiteDetrError
 
 
-def test_time_call_times_the_call_alone():
-    fastest = min(timing.time_call(lambda: time.sleep(0.05)) for _ in range(5))
-    assert 0.05 <= fastest < 0.05 + timing.REST
+def test_time_call_times_the_call_alone(clock, monkeypatch):
+    monkeypatch.setattr(timing, "evict_caches", lambda: time.sleep(7))
+    for options, calls in (({}, 2), ({"cold": True}, 1), ({"warm": False}, 1)):
+        before = clock[0]
+        assert timing.time_call(lambda: time.sleep(0.05), **options) == pytest.approx(0.05)
+        rest = timing.REST + (7 if "cold" in options else 0)
+        assert clock[0] - before == pytest.approx(rest + 0.05 * calls)
+
+
+def test_more_threads_than_cores_are_refused(monkeypatch):
+    monkeypatch.setattr(timing, "usable_cores", lambda: 4)
+    timing.check_threads([1, 4])
+    for threads in (0, 5):
+        with pytest.raises(LiteDetrError, match=f"--threads is {threads}; this machine has 4 cores"):
+            timing.check_threads([1, threads])
 
 
 def test_percentile():

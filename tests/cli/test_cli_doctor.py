@@ -1,9 +1,16 @@
 import json
+import sys
+import types
+from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from litedetr_deploy import cli
+from litedetr_deploy.engine import api
+from litedetr_deploy.errors import LiteDetrError
 from litedetr_deploy.ops import native
+from litedetr_deploy.runtime import environment
 
 
 def find(findings, topic, name):
@@ -30,14 +37,45 @@ def test_missing_library_is_broken_and_has_a_remedy(monkeypatch):
     assert "core was not built: run pip install ." in result.stdout and "✗ broken: core, onnxruntime" in result.stdout
 
 
-def test_the_op_runs_where_its_library_is_built():
+def test_the_op_runs_and_is_right():
+    try:
+        native.library("onnxruntime")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     result = CliRunner().invoke(cli.app, ["doctor", "--json"])
-    findings = json.loads(result.stdout)["findings"]
-    if find(findings, "native libraries", "onnxruntime")["state"] == "ok":
-        assert find(findings, "ONNX Runtime", "op") == {
-            "topic": "ONNX Runtime",
-            "name": "op",
-            "state": "ok",
-            "value": "KeyAwareDeformAttn runs and is right",
-            "remedy": "",
-        }
+    assert find(json.loads(result.stdout)["findings"], "ONNX Runtime", "op") == {
+        "topic": "ONNX Runtime",
+        "name": "op",
+        "state": "ok",
+        "value": "KeyAwareDeformAttn runs and is right",
+        "remedy": "",
+    }
+
+
+def test_an_op_that_computes_something_else_is_broken(monkeypatch):
+    class Wrong:
+        def run(self, outputs, feed):
+            return [feed["value"] + 1]
+
+    monkeypatch.setattr(native, "library", lambda name: Path("/lib/library.so"))
+    monkeypatch.setattr(native, "load_core", lambda: types.SimpleNamespace(kda_cpu_isa=lambda: b"avx2"))
+    monkeypatch.setattr(environment, "register_ops", lambda options: None)
+    monkeypatch.setattr(environment, "create_session", lambda model: Wrong())
+    result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    op = find(json.loads(result.stdout)["findings"], "ONNX Runtime", "op")
+    assert result.exit_code == 1 and op["state"] == "broken" and "[[[1.0, 2.0, 3.0, 4.0]]] where" in op["remedy"]
+
+
+def test_doctor_and_build_agree_that_a_folder_is_not_tensorrt(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt").mkdir()  # as a package of type stubs leaves it
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        sys, "path", [str(tmp_path), *(path for path in sys.path if not Path(path, "tensorrt").is_dir())]
+    )
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    found = find(json.loads(result.stdout)["findings"], "packages", "tensorrt")
+    assert found["state"] == "absent" and "is a folder of that name, and no package" in found["remedy"]
+    with pytest.raises(LiteDetrError) as refused:
+        api.Builder("tensorrt")
+    assert str(refused.value) in found["remedy"]

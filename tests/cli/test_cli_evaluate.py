@@ -74,7 +74,7 @@ def test_interrupted_and_continued(litedetr, model, coco):
 
 
 def test_wrong_uses(litedetr, model, coco, tmp_path):
-    save_raw_detector(tmp_path / "fewer.onnx", LOGITS, BOXES, class_names=NAMES[:18])
+    save_raw_detector(tmp_path / "fewer.onnx", LOGITS[:, :18], BOXES, class_names=NAMES[:18])
     for arguments, message in (
         ((model,), "--shapes"),
         ((model, "--data", coco, "--shapes"), "either --shapes, or --data"),

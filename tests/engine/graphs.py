@@ -1,11 +1,8 @@
 """ONNX graphs of a few nodes with a detector's input and the metadata of `litedetr export`."""
 
-import json
-
-import onnx
 from onnx import TensorProto, helper
 
-from ..runtime.tiny_artifact import METADATA
+from ..runtime.tiny_artifact import METADATA, seal
 
 
 def save(path, nodes, opset=17, **metadata):
@@ -17,8 +14,7 @@ def save(path, nodes, opset=17, **metadata):
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
-    helper.set_model_props(model, {"litedetr": json.dumps(METADATA | metadata)})
-    onnx.save(model, path)
+    seal(model, path, METADATA | metadata)
     return path
 
 

@@ -10,9 +10,9 @@ import litedetr_deploy as ld
 from litedetr_deploy.engine import api
 from litedetr_deploy.engine.build import build_engine
 from litedetr_deploy.errors import CheckFailed
-from litedetr_deploy.runtime.tensorrt import read_record, sha256
+from litedetr_deploy.runtime.tensorrt import read_record, record_path, sha256
 
-from ..runtime.tiny_artifact import save_detector, save_with_attention_op
+from ..runtime.tiny_artifact import save_detector, save_with_attention_op, seal
 from .graphs import save_grid_sample, save_half
 
 
@@ -27,6 +27,7 @@ def build(rtx, tmp_path):
     return build
 
 
+@pytest.mark.slow
 def test_weights_become_an_engine_for_two_compute_capabilities(build, tmp_path):
     model = ld.load_model(variant="lite-dino-r26n", encoder_layers=1, num_expansion=1, decoder_layers=1)
     report = build(model, image_size=[(256, 256)], compute_capabilities=["8.6", "12.0"], verify=False)
@@ -36,7 +37,7 @@ def test_weights_become_an_engine_for_two_compute_capabilities(build, tmp_path):
         "images": [(n, 3, 256, 256) for n in (1, 1, 4)],
         "orig_target_sizes": [(1, 2), (1, 2), (4, 2)],
     }
-    assert report.not_verified == report.not_inspected == "no GPU here"
+    assert report.verdict.skipped == report.not_inspected == "no GPU here"
     assert (tmp_path / "model.plan").stat().st_size == report.size_bytes > 1e6
     assert {file.name for file in tmp_path.iterdir()} == {"model.plan", "model.plan.json"}
 
@@ -162,7 +163,7 @@ def test_model_of_something_else(build, tmp_path):
     "options, message",
     [
         ({"compute_capabilities": ["7.0"]}, "compute capability 7.0 .* these are 7.5, 8.0"),
-        ({"timing_cache": "cache"}, "timing_cache is given.*choose backend 'tensorrt'"),
+        ({"timing_cache": "cache"}, "timing_cache is given, and is not supported by .*choose backend 'tensorrt'"),
         ({"version_compatible": True}, "version_compatible is given"),
         ({"hardware_compatibility": "ampere+"}, "hardware_compatibility is given"),
         ({"hardware_compatibility": "all"}, "it must be 'none' or 'ampere\\+'"),
@@ -173,9 +174,75 @@ def test_model_of_something_else(build, tmp_path):
         ({"image_size": [(64, 64)]}, "fixed at 64x96"),
     ],
 )
-def test_wishes_that_are_refused(build, tmp_path, options, message):
+def test_options_that_are_refused(build, tmp_path, options, message):
     with pytest.raises(ld.LiteDetrError, match=message):
         build(save_detector(tmp_path / "model.onnx"), **options)
+
+
+def rewrite(path):
+    """Change a model after it was verified, as an optimiser of others does; its metadata stays."""
+    import onnx
+
+    proto = onnx.load(path)
+    proto.graph.doc_string = "optimised"
+    onnx.save(proto, path)
+
+
+@pytest.mark.parametrize(
+    "verification, changed, why",
+    [
+        ({"verdict": "failed", "why": "boxes differ by 3.0e+02"}, False, r"failed its verification \(boxes differ by"),
+        ({"verdict": "cannot tell", "why": "all is 0"}, False, "was not verified: .* cannot tell"),
+        ({}, False, "was not verified"),
+        ({"verdict": "verified"}, True, "was rewritten after it was verified"),
+    ],
+)
+def test_a_model_that_is_not_verified_is_refused_unless_allowed(build, tmp_path, verification, changed, why):
+    model = save_detector(tmp_path / "model.onnx", verification=verification)
+    if changed:
+        rewrite(model)
+    with pytest.raises(ld.LiteDetrError, match=f"model.onnx {why}.*--allow-unverified"):
+        build(model)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    report = build(model, allow_unverified=True)
+    assert len(report.warnings) == 1 and "model.onnx" in report.warnings[0]
+    # The engine is no better than what it was built from.
+    written = read_record(tmp_path / "model.plan")["metadata"]["verification"]
+    assert written["verdict"] == (verification.get("verdict", "not verified") if not changed else "not verified")
+    assert "the ONNX model that it was built from" in written["why"]
+
+
+def test_an_engine_says_itself_what_is_proven_of_it(build, tmp_path):
+    build(save_detector(tmp_path / "model.onnx"))
+    written = read_record(tmp_path / "model.plan")["metadata"]["verification"]
+    assert (written["verdict"], written["why"]) == ("not verified", "no GPU here")
+
+
+def test_a_real_engine_is_taken_for_one_without_its_record(build, tmp_path):
+    build(save_detector(tmp_path / "model.onnx"))
+    record_path(tmp_path / "model.plan").unlink()
+    assert read_record(tmp_path / "model.plan") == {}
+
+
+def test_the_op_version_of_the_file_counts(build, tmp_path):
+    import onnx
+
+    path = save_detector(tmp_path / "model.onnx")
+    proto = onnx.load(path)
+    [ours] = [opset for opset in proto.opset_import if opset.domain == "litedetr"]
+    ours.version = 99
+    onnx.save(proto, path)
+    with pytest.raises(ld.LiteDetrError, match="imports version 99 of the opset 'litedetr'"):
+        build(path)
+
+
+def test_metadata_that_lacks_what_a_build_needs(build, tmp_path):
+    import onnx
+
+    proto = onnx.load(save_detector(tmp_path / "model.onnx"))
+    seal(proto, tmp_path / "model.onnx", {"attention": "gather"})
+    with pytest.raises(ld.LiteDetrError, match="gives None as precision; it must be 'fp32'"):
+        build(tmp_path / "model.onnx")
 
 
 def test_wrong_names(tmp_path):

@@ -1,5 +1,6 @@
 """`litedetr build`."""
 
+import inspect
 import json
 
 import pytest
@@ -7,14 +8,18 @@ from typer.testing import CliRunner
 
 import litedetr_deploy as ld
 from litedetr_deploy import cli
+from litedetr_deploy.engine.api import Options
 from litedetr_deploy.engine.build import EngineReport
+from litedetr_deploy.verify.verdict import Verdict
 
 from ..runtime.tiny_artifact import METADATA, save_detector
 
-ROWS = [
-    {"case": "64x96, image 1", "quantity": "scores by rank", "difference": 2e-5, "tolerance": 1e-2, "passed": True},
-    {"case": "64x96, batch of 3", "quantity": "scores by rank", "difference": 0.5, "tolerance": 1e-2, "passed": False},
-]
+
+def verdict(*differences):
+    made = Verdict("the ONNX model", "the engine")
+    for i, difference in enumerate(differences):
+        made.add(f"64x96, image {i + 1}", "scores by rank", difference, 1e-2)
+    return made
 
 
 @pytest.fixture
@@ -28,14 +33,13 @@ def stand_in(monkeypatch, tmp_path, litedetr):
     model = save_detector(tmp_path / "model.onnx")
 
     def run(*options, **report):
-        calls = {}
+        calls, signature = {}, inspect.signature(ld.build_engine)
 
-        def build_engine(model, path, progress, **arguments):
-            progress("build the engine", 0, 1)
-            progress("build the engine", 0.5, 1)
-            calls.update(arguments, model=model, path=path)
+        def build_engine(*arguments, **named):
+            calls.update(signature.bind(*arguments, **named).arguments)
+            calls.pop("progress")("build the engine", 0.5, 1)
             fields = {
-                "path": str(path),
+                "path": str(calls["path"]),
                 "backend": "tensorrt",
                 "version": "10.15.1",
                 "onnx": {},
@@ -60,49 +64,46 @@ def test_arguments_reach_the_builder(stand_in, tmp_path):
     result, calls = stand_in(
         "--backend", "tensorrt", "--batch", "1,2,8", "--image-size", "64x64,64x96,128x96", "--precision", "fp16",
         "--timing-cache", tmp_path / "cache", "--workspace", "2", "--optimization-level", "4", "--version-compatible",
-        "--hardware-compatibility", "ampere+", "--tf32", "--allow-known-bad", "--no-verify", "--variant", "dino-r50",
-        "--compute-capability", "8.6", "--compute-capability", "8.9",
+        "--hardware-compatibility", "ampere+", "--tf32", "--allow-known-bad", "--allow-unverified",
+        "--no-verify", "--variant", "dino-r50", "--compute-capability", "8.6", "--compute-capability", "8.9",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
+    assert calls.pop("options") == Options(
+        ["8.6", "8.9"], tmp_path / "cache", 2.0, 4, True, "ampere+", True, [1, 2, 8], [(64, 64), (64, 96), (128, 96)]
+    )
     assert calls == {
-        "model": str(tmp_path / "model.onnx"),
-        "path": tmp_path / "model.plan",
-        "backend": "tensorrt",
-        "batch": [1, 2, 8],
-        "image_size": [(64, 64), (64, 96), (128, 96)],
-        "precision": "fp16",
-        "variant": "dino-r50",
-        "compute_capabilities": ["8.6", "8.9"],
-        "timing_cache": tmp_path / "cache",
-        "workspace": 2.0,
-        "optimization_level": 4,
-        "version_compatible": True,
-        "hardware_compatibility": "ampere+",
-        "tf32": True,
-        "allow_known_bad": True,
-        "verify": False,
-        "images": None,
-    }
+        "model": str(tmp_path / "model.onnx"), "path": tmp_path / "model.plan", "backend": "tensorrt",
+        "precision": "fp16", "variant": "dino-r50", "force_variant": False, "allow_known_bad": True,
+        "allow_unverified": True, "verify": False, "images": None,
+    }  # fmt: skip
 
 
 def test_summary(stand_in):
-    result, calls = stand_in("--batch", "2", verification=ROWS[:1], warnings=["tensorrt 10.15.1: beware."])
+    result, calls = stand_in("--batch", "2", verdict=verdict(2e-5), warnings=["tensorrt 10.15.1: beware."])
     assert result.exit_code == 0, result.stderr
-    assert calls["batch"] == [2, 2, 2] and calls["image_size"] is None and calls["verify"] is True
+    assert calls["options"].batch == [2, 2, 2] and calls["options"].image_size is None and calls["verify"] is True
     assert "warning: tensorrt 10.15.1: beware." in result.stdout
     assert "images: 1x3x64x96 to 1x3x64x96" in result.stdout and "layers: 2 fp16, 0 bf16, 0 int8" in result.stdout
-    last = result.stdout.splitlines()[-1]
-    assert "2.5 MB, tensorrt 10.15.1 for Test GPU, fp32, made in 12 s; verified against the ONNX model" in last
+    made, last = result.stdout.splitlines()[-2:]
+    assert "2.5 MB, tensorrt 10.15.1 for Test GPU, fp32, made in 12 s" in made
+    assert last.startswith("verified against the ONNX model; the worst figure is 0% of its tolerance")
+    assert "largest difference" not in result.stdout
     assert "build the engine" in result.stderr
 
 
 def test_failed_verification_exits_with_1(stand_in):
-    result, _ = stand_in(verification=ROWS)
-    assert result.exit_code == 1 and "VERIFICATION FAILED" in result.stdout
+    result, _ = stand_in(verdict=verdict(2e-5, 0.5))
+    assert result.exit_code == 1 and "VERIFICATION FAILED against the ONNX model" in result.stdout
+    assert "largest difference" in result.stdout and "64x96, image 2" in result.stdout
+
+
+def test_the_table_on_demand(stand_in):
+    result, _ = stand_in("--verbose", verdict=verdict(2e-5))
+    assert "largest difference" in result.stdout and "2.0e-05" in result.stdout
 
 
 def test_lost_half_layers_exit_with_1(stand_in):
-    lost = {"metadata": METADATA | {"precision": "int8"}, "verification": ROWS[:1]}
+    lost = {"metadata": METADATA | {"precision": "int8"}, "verdict": verdict(2e-5)}
     result, _ = stand_in(**lost)
     assert result.exit_code == 1 and "CHECK FAILED: the graph's precision is int8" in result.stdout
 
@@ -111,25 +112,25 @@ def test_without_a_gpu(stand_in):
     result, _ = stand_in(
         layer_types=None,
         not_inspected="no GPU here",
-        not_verified="no GPU here",
+        verdict=Verdict(skipped="no GPU here"),
         gpu=None,
         compute_capabilities=["8.6"],
     )
     assert result.exit_code == 0
     assert "for compute capability 8.6" in result.stdout
-    assert "not verified or inspected: no GPU here" in result.stdout.splitlines()[-1]
+    assert result.stdout.splitlines()[-1] == "not verified: no GPU here"
 
 
 def test_json_is_all_there_is_on_stdout(stand_in):
-    result, _ = stand_in("--json", verification=ROWS)
-    assert result.exit_code == 1 and json.loads(result.stdout)["verification"] == ROWS
+    result, _ = stand_in("--json", verdict=verdict(2e-5, 0.5))
+    assert result.exit_code == 1 and json.loads(result.stdout)["verdict"]["verdict"] == "failed"
 
 
 def test_real_build(rtx, litedetr, tmp_path):
     model = save_detector(tmp_path / "model.onnx")
     result = litedetr(model, "-o", tmp_path / "model.plan", "--backend", "tensorrt-rtx", "--compute-capability", "8.6")
     assert result.exit_code == 0, result.stderr
-    assert "not verified or inspected: no GPU here" in result.stdout and (tmp_path / "model.plan.json").is_file()
+    assert "not verified: no GPU here" in result.stdout and (tmp_path / "model.plan.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -137,8 +138,9 @@ def test_real_build(rtx, litedetr, tmp_path):
     [
         (("--batch", "many"), "the batch is 'many'"),
         (("--image-size", "big"), "The image size is 'big'"),
-        (("--image-size", "dynamic"), "an engine has sizes that are known"),
+        (("--image-size", "dynamic"), "here it must be known"),
         (("--backend", "openvino"), "backend is 'openvino'"),
+        (("--backend", "tensort"), "Did you mean 'tensorrt'?"),
         (("--images", "none.jpg"), "none.jpg does not exist"),
     ],
 )

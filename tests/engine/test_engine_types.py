@@ -1,4 +1,4 @@
-"""The code that calls TensorRT, against the types of TensorRT's own bindings: stubs made from 10.13, and TensorRT-RTX."""
+"""The code that calls TensorRT, against the types of its own bindings: stubs made from 10.13, and TensorRT-RTX."""
 
 import ast
 import importlib.util

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from litedetr_deploy.artifact import CANNOT_TELL, FAILED, VERIFIED
 from litedetr_deploy.runtime.session import OnnxSession
 from litedetr_deploy.verify.engine import verify_engine
 
@@ -11,7 +12,7 @@ from ..runtime.tiny_artifact import NAMES, save_detector, save_raw_detector
 LOGITS = np.full((20, len(NAMES)), -9, np.float32)
 LOGITS[0, 1], LOGITS[1, 18] = 3, 2
 BOXES = np.full((20, 4), 0.5, np.float32) * np.linspace(0.2, 1, 20, dtype=np.float32)[:, None]
-PICTURE = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
 
 
 class Changed:
@@ -29,9 +30,9 @@ class Changed:
 
 
 def failed(session, reference, precision="fp32", batch=(1, 4), size=(64, 96)):
-    rows = verify_engine(session, reference, precision, batch, [size], [PICTURE])
-    assert all(np.isfinite(row["difference"]) for row in rows)
-    return [(row["case"], row["quantity"]) for row in rows if not row["passed"]]
+    verdict = verify_engine(session, reference, precision, batch, [size], [IMAGE])
+    assert all(np.isfinite(row.difference) for row in verdict.rows)
+    return [(row.case, row.quantity) for row in verdict.rows if not row.passed]
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def model(tmp_path):
 def test_the_same_passes(model):
     same = Changed(model, lambda output: None)
     assert failed(same, model) == []
-    assert same.batches == [1, 1, 3]  # the picture, the noise, and both with the picture again
+    assert same.batches == [1, 1, 3]  # the image, the noise, and both with the image again
 
 
 @pytest.mark.parametrize("batch, batches", [((1, 1), [1, 1]), ((2, 2), [2]), ((1, 2), [1, 1, 2]), ((4, 8), [4])])
@@ -71,7 +72,7 @@ def test_another_label_fails(model):
     def rename(output):
         output["labels"][:] = 7
 
-    assert ("64x96, image 2", "boxes of confident detections") in failed(Changed(model, rename), model)
+    assert ("64x96, noise", "boxes of confident detections") in failed(Changed(model, rename), model)
 
 
 def test_scores_and_nan_fail(model):
@@ -83,7 +84,8 @@ def test_scores_and_nan_fail(model):
     def spoil(output):
         output["scores"][:] = np.nan
 
-    assert ("64x96, image 1", "scores by rank") in failed(Changed(model, spoil), model)
+    verdict = verify_engine(Changed(model, spoil), model, "fp32", (1, 1), [(64, 96)], [IMAGE])
+    assert verdict.status == FAILED and "scores: holds NaN in the artifact only" in verdict.why
 
 
 def test_equal_images_of_a_batch_must_be_equal(model):
@@ -93,3 +95,11 @@ def test_equal_images_of_a_batch_must_be_equal(model):
     found = failed(Changed(model, spoil_third), model)
     assert ("64x96, batch of 3, rows 1 and 3", "boxes of confident detections") in found
     assert {case for case, _ in found} == {"64x96, batch of 3, rows 1 and 3", "64x96, batch of 3, row 3"}
+
+
+def test_what_finds_the_same_in_noise_cannot_tell(model, tmp_path):
+    blank = OnnxSession(save_raw_detector(tmp_path / "model.onnx", LOGITS, BOXES))
+    verdict = verify_engine(blank, blank, "fp32", (1, 1), [(64, 96)], [IMAGE])
+    assert verdict.status == CANNOT_TELL and "the same in an image and in noise" in str(verdict)
+    white = np.full((50, 60, 3), 255, np.uint8)
+    assert verify_engine(model, model, "fp32", (1, 1), [(64, 96)], [white]).status == VERIFIED

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from litedetr_deploy.errors import LiteDetrError
+import litedetr_deploy as ld
+from litedetr_deploy.errors import LiteDetrError, Notice
 from litedetr_deploy.evaluate import data
 from litedetr_deploy.evaluate.average_precision import average_precision
 from litedetr_deploy.evaluate.evaluate import compare, evaluate
@@ -302,7 +303,7 @@ def test_an_interruption_of_the_second_leaves_the_first_done(four, tmp_path, mon
 def test_unwritable_cache(four, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(LiteDetrError, match="Set XDG_CACHE_HOME"):
+    with pytest.raises(LiteDetrError, match="set XDG_CACHE_HOME"):
         evaluate(four[0], data.read_coco(four[1]))
 
 
@@ -488,3 +489,53 @@ def test_the_detector_in_the_box_finds_most_shapes():
     """Its model card says AP 0.728 and AP50 0.855 on all 400 scenes."""
     report = evaluate("lite-dino-shapes", data.drawn_shapes(40))
     assert report.metrics["AP"] > 0.6 and report.metrics["AP50"] > 0.75
+
+
+def test_the_package_is_callable(four):
+    model, folder = four
+    assert ld.evaluate(model, folder).to_dict()["metrics"] == evaluate(model, data.read_coco(folder)).metrics
+    with pytest.raises(LiteDetrError, match="batch_size is 0"):
+        ld.evaluate(model, folder, batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.png", "..", 7])
+def test_file_names_that_leave_the_folder_of_images(tmp_path, name):
+    folder = write_coco(tmp_path / "data", OBJECTS)
+    change(folder, lambda contents: contents["images"][0].update(file_name=name))
+    with pytest.raises(LiteDetrError, match="the file name .* which is not inside the folder of images"):
+        data.read_coco(folder)
+
+
+def test_file_names_in_folders_below(tmp_path):
+    folder = write_coco(tmp_path / "data", OBJECTS)
+    (folder / "val" / "below").mkdir()
+    (folder / "val" / "0.png").rename(folder / "val" / "below" / "0.png")
+    change(folder, lambda contents: contents["images"][0].update(file_name="below/../below/0.png"))
+    assert len(data.read_coco(folder).images) == 2
+
+
+def test_boxes_stay_as_the_official_evaluation_takes_them(tmp_path):
+    logits, boxes = np.full((1, 19), -9, np.float32), np.array([[0.0, 0.5, 1.0, 0.5]], np.float32)
+    logits[0, 1] = 3
+    model = save_raw_detector(tmp_path / "model.onnx", logits, boxes)
+    result = evaluate(model, write_coco(tmp_path / "data", OBJECTS))
+    assert result.detections[100].boxes[0, 0] == -50
+
+
+def test_a_file_that_is_not_verified_is_evaluated_with_a_notice(tmp_path):
+    model = save_detector(tmp_path / "model.onnx", verification=None)
+    with pytest.warns(Notice, match="model.onnx was not verified"):
+        evaluate(model, write_coco(tmp_path / "data", OBJECTS))
+
+
+def test_threads_of_pytorch_are_bounded():
+    torch = pytest.importorskip("torch")
+    from litedetr_deploy.machine import usable_cores
+
+    before = torch.get_num_threads()
+    try:
+        with pytest.warns(Notice, match="100000 threads are asked for"):
+            evaluate("lite-dino-shapes", data.drawn_shapes(1), threads=100_000)
+        assert torch.get_num_threads() == usable_cores()
+    finally:
+        torch.set_num_threads(before)

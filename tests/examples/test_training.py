@@ -1,4 +1,4 @@
-"""The training of the shipped detector, examples/shapes/: its losses, its steps, and how it goes on when interrupted."""
+"""The training of the shipped detector, examples/shapes/: its losses, its steps, and how it resumes."""
 
 import json
 import sys
@@ -114,6 +114,7 @@ def test_denoising_queries_see_only_their_group():
     assert ((moved[:, :2] - original[:, :2]).abs() <= original[:, 2:] / 2 + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, monkeypatch):
     import train
 

@@ -31,7 +31,7 @@ def fixed(model, tmp_path_factory):
 def test_verification_is_on_by_default_and_passes(fixed):
     path, report, stages = fixed
     assert report.passed and report.attention_nodes == 9
-    quantities = {row["quantity"] for row in report.verification}
+    quantities = {row.quantity for row in report.verdict.rows}
     assert {"logits", "boxes", "token scores", "identical rows, bit for bit", "identical rows: logits"} <= quantities
     assert any("batch of 3" in stage for stage in stages)
     written = json.loads(path.with_suffix(".json").read_text())

@@ -30,11 +30,16 @@ def run_probed(path, golden: Golden) -> dict[str, np.ndarray]:
 LOWERED = [case for case in CASES if "6p1x1" not in case[0]]
 
 
+def slow(case, attention) -> list:
+    """Every export of an R50 takes most of a minute: all but one are slow."""
+    return [] if (case, attention) == (CASES[0], "op") else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     # One process makes and uses all exports of a variant.
     "name,case,attention",
     [
-        pytest.param(*case, attention, marks=pytest.mark.xdist_group(case[0]))
+        pytest.param(*case, attention, marks=[pytest.mark.xdist_group(case[0]), *slow(case, attention)])
         for attention, cases in (("op", CASES), ("gather", LOWERED), ("gridsample", LOWERED))
         for case in cases
     ],
@@ -87,7 +92,14 @@ def test_post_processing_alone_matches_the_official_one():
 
 
 @pytest.mark.xdist_group("lite_dino_r50_h3l1_2p1x3")
-@pytest.mark.parametrize("attention,nodes", [("op", 12), ("gather", 0), ("gridsample", 0)])
+@pytest.mark.parametrize(
+    "attention,nodes",
+    [
+        ("op", 12),
+        pytest.param("gather", 0, marks=pytest.mark.slow),
+        pytest.param("gridsample", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_graph_has_the_nodes_it_should(exported, attention, nodes):
     model = onnx.load(exported("lite_dino_r50_h3l1_2p1x3", attention))
     kinds = [node.op_type for node in model.graph.node]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import litedetr_deploy as ld
-from litedetr_deploy.artifact import METADATA_KEY
+from litedetr_deploy.artifact import CANNOT_TELL, FAILED, METADATA_KEY
 from litedetr_deploy.export import export, graph, precision
 from litedetr_deploy.model.attention import DeformableAttention, SelfAttention
 from litedetr_deploy.ops import onnx_schema, schema
@@ -138,9 +138,9 @@ def test_casts_are_few_and_shared():
 
 def test_export_is_verified_and_says_its_types():
     _, folder, report = traced()
-    assert report.passed, [row for row in report.verification if not row["passed"]]
-    cases = {row["case"] for row in report.verification}
-    assert {"attention op alone, float16", "picture, all rounded"} <= cases
+    assert report.verdict.passed, str(report.verdict)
+    cases = {row.case for row in report.verdict.rows}
+    assert {"attention op alone, float16", "image 1, all rounded", "image 1, attention alone, relative"} <= cases
     assert (
         report.metadata["precision"] == "fp16"
         and report.metadata["verification"]["ran"] == "the model and its float twin"
@@ -151,9 +151,10 @@ def test_export_is_verified_and_says_its_types():
 
 def test_bfloat16_is_verified_by_its_twin(tmp_path):
     path = save(typed("bf16"), "bf16", tmp_path / "model.onnx")
-    verification = verify_onnx(path, traced()[0])
-    assert verification.passed, [row for row in verification.rows if not row["passed"]]
-    assert verification.ran == "the model's float twin"
+    verdict = verify_onnx(path, traced()[0])
+    assert verdict.ran == "the model's float twin" and all(row.passed for row in verdict.rows), str(verdict)
+    # bfloat16 rounds by as much as one percent of these random weights' offsets moves.
+    assert verdict.status == CANNOT_TELL
 
 
 def test_verification_sees_a_wrong_matrix(tmp_path):
@@ -162,7 +163,7 @@ def test_verification_sees_a_wrong_matrix(tmp_path):
         weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.1), name=weight.name)
 
     path = save(typed("fp16", change=change), "fp16", tmp_path / "model.onnx")
-    assert not verify_onnx(path, traced()[0]).passed
+    assert verify_onnx(path, traced()[0]).status == FAILED
 
 
 def test_the_twin_rounds_every_value():

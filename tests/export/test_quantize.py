@@ -1,4 +1,4 @@
-"""`litedetr_deploy.export.quantize`: what becomes INT8, from which pictures, and what is refused."""
+"""`litedetr_deploy.export.quantize`: what becomes INT8, from which images, and what is refused."""
 
 import json
 
@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import litedetr_deploy as ld
 from litedetr_deploy import cli
+from litedetr_deploy.assets.shapes import scene
 from litedetr_deploy.export import export, limits, precision, quantize
-from litedetr_deploy.runtime.sample import sample_images
 from litedetr_deploy.verify import typed
 from litedetr_deploy.verify.onnx import verify_onnx
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.xdist_group("export")
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return quantize.Pictures(sample_images(2), SIZE, False, "detections")
+def images():
+    return quantize.Calibration([scene(i, 3)[0] for i in range(2)], SIZE, False, "detections")
 
 
 def float_model():
@@ -38,9 +38,9 @@ def names():
 
 
 @pytest.fixture(scope="module")
-def ranges(names, pictures, tmp_path_factory):
+def ranges(names, images, tmp_path_factory):
     table = tmp_path_factory.mktemp("table") / "model.calibration.json"
-    return quantize.load_or_calibrate(float_model(), names, pictures, "minmax", table, lambda stage: None)
+    return quantize.load_or_calibrate(float_model(), names, images, "minmax", table, lambda stage: None)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def test_symmetric_steps_by_channel(quantized):
 
 
 def test_the_graph_computes_what_pytorch_does_with_these_steps(quantized, tmp_path):
-    verification = verify_onnx(save(quantized, "int8", tmp_path / "model.onnx"), traced()[0], sample_images(1))
-    assert verification.passed, [row for row in verification.rows if not row["passed"]]
+    verification = verify_onnx(save(quantized, "int8", tmp_path / "model.onnx"), traced()[0], [scene(0, 3)[0]])
+    assert verification.passed, str(verification)
 
 
 def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
@@ -98,35 +98,35 @@ def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
     array[::2] *= 3
     step.CopyFrom(onnx.numpy_helper.from_array(array, step.name))
     onnx.save(proto, path)
-    assert not verify_onnx(path, traced()[0], sample_images(1)).passed
+    assert not verify_onnx(path, traced()[0], [scene(0, 3)[0]]).passed
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
-def test_methods_cut_the_range(method, names, ranges, pictures, tmp_path):
+def test_methods_cut_the_range(method, names, ranges, images, tmp_path):
     few = names[:4]
-    found = quantize.load_or_calibrate(float_model(), few, pictures, method, tmp_path / "table", lambda stage: None)
+    found = quantize.load_or_calibrate(float_model(), few, images, method, tmp_path / "table", lambda stage: None)
     assert len(found) < len(ranges)
     assert all(0 < largest <= ranges[tensor] * 1.01 for tensor, largest in found.items())
 
 
-def test_the_table_is_kept_and_a_stale_one_is_not_used(names, pictures, tmp_path):
+def test_the_table_is_kept_and_a_stale_one_is_not_used(names, images, tmp_path):
     table, stages = tmp_path / "model.calibration.json", []
 
-    def calibrate(model, pictures, method="minmax", number=2):
-        return quantize.load_or_calibrate(model, names[:number], pictures, method, table, stages.append)
+    def calibrate(model, images, method="minmax", number=2):
+        return quantize.load_or_calibrate(model, names[:number], images, method, table, stages.append)
 
-    first = calibrate(float_model(), pictures)
-    assert "2 pictures, minmax" in stages[-1]
+    first = calibrate(float_model(), images)
+    assert "2 images, minmax" in stages[-1]
     assert json.loads(table.read_text())["images"] == 2
     marked = json.loads(table.read_text())
     marked["ranges"] = {tensor: largest + 1 for tensor, largest in first.items()}
     table.write_text(json.dumps(marked))
-    assert calibrate(float_model(), pictures) == calibrate(float_model(), None) == marked["ranges"]
+    assert calibrate(float_model(), images) == calibrate(float_model(), None) == marked["ranges"]
     assert "has it" in stages[-1]
-    calibrate(float_model(), pictures, "percentile")
+    calibrate(float_model(), images, "percentile")
     assert "again" in stages[-1] and "another method" in stages[-1]
 
-    calibrate(float_model(), pictures, "percentile", number=3)
+    calibrate(float_model(), images, "percentile", number=3)
     assert "another set of layers" in stages[-1]
 
     other = float_model()
@@ -134,19 +134,19 @@ def test_the_table_is_kept_and_a_stale_one_is_not_used(names, pictures, tmp_path
     weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(2), name=weight.name)
     with pytest.raises(ld.LiteDetrError, match="another model"):
         calibrate(other, None)
-    calibrate(other, pictures, "percentile")
+    calibrate(other, images, "percentile")
     assert "another model" in stages[-1]
     table.write_text("{")
     with pytest.raises(ld.LiteDetrError, match="damaged"):
         calibrate(other, None)
 
 
-def test_sensitivity_ranks_the_layer_with_the_coarsest_steps_first(names, ranges, pictures):
+def test_sensitivity_ranks_the_layer_with_the_coarsest_steps_first(names, ranges, images):
     model = float_model()
     few = [name for name in names if "encoder.layers.3.linear" in name or "input_proj" in name]
     coarse = "detector.encoder.layers.3.linear2/MatMul"
     (tensor,) = [node.inputs[0].name for node in model.graph if node.name == coarse]
-    rows = quantize.sensitivity(traced()[0], model.graph, few, ranges | {tensor: 500 * ranges[tensor]}, pictures)
+    rows = quantize.sensitivity(traced()[0], model.graph, few, ranges | {tensor: 500 * ranges[tensor]}, images)
     assert rows[0]["layer"] == coarse and rows[0]["logits"] > 3 * rows[1]["logits"] > 0
     assert {row["layer"] for row in rows} == set(few)
 
@@ -166,6 +166,7 @@ def test_the_worst_layers_are_left_out_until_the_budget_is_met():
         quantize.within_budget(ranking, ap_of, 0.9, lambda stage: None)
 
 
+@pytest.mark.slow
 def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
     """AP of a graph with the input of the first layer squashed is low, and the layer is the one that is left out."""
     monkeypatch.setattr(quantize, "sensitivity", lambda *_: [{"layer": name} for name in sorted(found)])
@@ -174,7 +175,7 @@ def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "layers", lambda *arguments: found.update(original(*arguments)) or sorted(found))
     asked = []
 
-    def ap(onnx_model, model, dataset):
+    def ap(onnx_model, model, ap_of):
         counts = precision.count(onnx_model)
         asked.append(counts["int8"])
         quantized = any(
@@ -187,8 +188,8 @@ def test_an_export_within_an_ap_budget(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "_ap", ap)
     report = ld.export_onnx(
-        traced()[0], tmp_path / "model.onnx", precision="int8", image_size=SIZE, calibration=sample_images(1),
-        calibration_method="minmax", ap_budget=0.01, ap_data=object(), verify=False,
+        traced()[0], tmp_path / "model.onnx", precision="int8", image_size=SIZE, verify=False,
+        int8=limits.Int8([scene(0, 3)[0]], method="minmax", ap_budget=0.01, ap_of=lambda session: 0.0),
     )  # fmt: skip
     assert asked == [0, len(found), len(found) - 1]
     assert report.metadata["int8_left_out"] == [worst] and report.nodes["int8"] == len(found) - 1
@@ -199,21 +200,21 @@ def test_a_quantized_graph_is_refused(names, ranges, quantized):
         quantize.apply(quantized, names, ranges)
 
 
-def test_pictures_are_spread_over_the_folder(tmp_path):
+def test_images_are_spread_over_the_folder(tmp_path):
     for i in range(7):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    assert [path.stem for path in limits.calibration_images(tmp_path, 3)] == ["0", "2", "4"]
-    assert len(limits.calibration_images(tmp_path, None)) == 7
+    assert [path.stem for path in limits.Int8(tmp_path, 3).chosen()] == ["0", "2", "4"]
+    assert len(limits.Int8(tmp_path).chosen()) == 7
     with pytest.raises(ld.LiteDetrError, match="there are 7 calibration images .*8 are asked"):
-        limits.calibration_images(tmp_path, 8)
+        limits.Int8(tmp_path, 8).check()
     with pytest.raises(ld.LiteDetrError, match="it must be 1 or more"):
-        limits.calibration_images(tmp_path, 0)
+        limits.Int8(tmp_path, 0).check()
 
 
 @pytest.mark.parametrize(
     "options,says",
     [
-        (["--precision", "int8"], "holds no picture"),
+        (["--precision", "int8"], "holds no image"),
         (["--precision", "fp16"], "are for precision 'int8'"),
         (["--precision", "int8", "--calibration-method", "mean"], "calibration method is 'mean'"),
         (["--precision", "fp8"], "precision is 'fp8'"),
@@ -232,8 +233,8 @@ def test_wrong_use(options, says, tmp_path):
     assert result.exit_code == 2 and says in result.stderr
 
 
-def test_int8_without_pictures(tmp_path):
+def test_int8_without_images(tmp_path):
     with pytest.raises(ld.LiteDetrError, match="sensitivity .* need the images"):
-        ld.export_onnx(traced()[0], tmp_path / "model.onnx", precision="int8", sensitivity=True)
+        ld.export_onnx(traced()[0], tmp_path / "model.onnx", precision="int8", int8=limits.Int8(sensitivity=True))
     with pytest.raises(ld.LiteDetrError, match="model.calibration.json does not exist"):
         ld.export_onnx(traced()[0], tmp_path / "model.onnx", precision="int8")

@@ -9,7 +9,7 @@ import torch
 
 from litedetr_deploy.model.attention import DeformableAttention
 
-from ..conftest import CASES, GOLDEN, Golden, official_state_dict
+from ..conftest import CASES, FAST_CASES, GOLDEN, Golden, official_state_dict
 
 # The official code, run with other threads and kernels, differs from its own golden values by up to 1.2e-5
 # (memory), 2.5e-4 (logits) and 1.6e-5 (boxes); each bound is about twenty times that.
@@ -38,7 +38,9 @@ def test_recipe_makes_the_official_weights(name):
         assert zlib.crc32(tensor.numpy().astype("<f4").tobytes()) == listed[key][1], key
 
 
-@pytest.mark.parametrize("name,case", CASES)
+@pytest.mark.parametrize(
+    "name,case", [pytest.param(*case, marks=[] if case in FAST_CASES else pytest.mark.slow) for case in CASES]
+)
 def test_detector_matches_official_outputs(model_of, name, case):
     golden = Golden(name, case)
     model = model_of(name)

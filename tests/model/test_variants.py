@@ -4,6 +4,8 @@ import pytest
 
 import litedetr_deploy as ld
 
+pytestmark = pytest.mark.slow
+
 SWIN = {"hidden_dim": 64, "num_heads": 2, "dim_feedforward": 64, "decoder_dim_feedforward": 64, "num_queries": 50,
         "encoder_layers": 2, "num_expansion": 1, "decoder_layers": 2}  # fmt: skip
 

@@ -1,8 +1,11 @@
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import litedetr_deploy as ld
+from litedetr_deploy.errors import Notice
 
 from .tiny_artifact import BOXES, LABELS, save_detector, save_raw_detector
 
@@ -71,6 +74,7 @@ def test_letterbox_is_the_default_with_a_mask(tmp_path):
         ({}, "letterbox", "--pixel-mask"),
         ({"size": None}, "stretch", "dynamic"),
         ({}, "squeeze", "must be one of shortest_edge, stretch, letterbox"),
+        ({}, "leterbox", "Did you mean 'letterbox'"),
     ],
 )
 def test_resize_that_the_model_cannot_take(tmp_path, options, resize, message):
@@ -82,7 +86,8 @@ def test_resize_that_the_model_cannot_take(tmp_path, options, resize, message):
 def test_raw_outputs(tmp_path):
     logits = np.array([[-2, 2, -9], [1, -3, -4]], np.float32)
     boxes = np.array([[0.5, 0.5, 1, 1], [0.25, 0.5, 0.5, 1]], np.float32)
-    detector = ld.Detector(save_raw_detector(tmp_path / "raw.onnx", logits, boxes), class_names=["a", "b", "c"])
+    path = save_raw_detector(tmp_path / "raw.onnx", logits, boxes, class_names=None)
+    detector = ld.Detector(path, class_names=["a", "b", "c"])
     [found] = detector.predict(grey(200, 100), threshold=0.5)
     assert found.names == ["b", "a"]
     np.testing.assert_allclose(found.boxes, [[0, 0, 200, 100], [0, 0, 100, 100]], atol=1e-4)
@@ -101,5 +106,48 @@ def test_another_kind_of_model(tmp_path):
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    with pytest.raises(ld.LiteDetrError, match=r"is no detector.*\['x'\].*Wanted: images"):
+    with (
+        pytest.warns(Notice, match="was not made by this package"),
+        pytest.raises(ld.LiteDetrError, match=r"is no detector.*\['x'\].*Wanted: images"),
+    ):
         ld.Detector(tmp_path / "m.onnx")
+
+
+def test_boxes_are_clipped_to_the_image(tmp_path):
+    logits, boxes = np.array([[2.0], [1.0]], np.float32), np.array([[0.0, 0.5, 1, 2], [0.9, 0.5, 0.4, 0.5]], np.float32)
+    detector = ld.Detector(save_raw_detector(tmp_path / "raw.onnx", logits, boxes, class_names=["a"]))
+    [found] = detector.predict(grey(200, 100))
+    np.testing.assert_allclose(found.boxes, [[0, 0, 100, 100], [140, 25, 200, 75]], atol=1e-4)
+    [official] = detector.stream(grey(200, 100), clip=False)
+    np.testing.assert_allclose(official.boxes, [[-100, -50, 100, 150], [140, 25, 220, 75]], atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [[], (), np.zeros(0), np.zeros((0, 64, 96, 3), np.uint8)])
+def test_no_images_give_no_detections(tmp_path, images):
+    assert ld.Detector(save_detector(tmp_path / "model.onnx")).predict(images) == []
+
+
+@pytest.mark.parametrize(
+    "metadata, why",
+    [
+        ({"verification": {"verdict": "failed", "why": "boxes differ"}}, "failed its verification"),
+        ({"verification": None}, "was not verified"),
+        ({}, None),
+    ],
+)
+def test_what_is_not_verified_runs_with_a_notice(tmp_path, metadata, why):
+    path = save_detector(tmp_path / "model.onnx", **metadata)
+    if why is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ld.Detector(path)
+    else:
+        with pytest.warns(Notice, match=rf"model\.onnx {why}.*not proven"):
+            ld.Detector(path)
+
+
+def test_what_was_rewritten_runs_with_a_notice(tmp_path):
+    path = save_detector(tmp_path / "model.onnx")
+    path.write_bytes(path.read_bytes().replace(b"tiny", b"TINY"))
+    with pytest.warns(Notice, match="was rewritten after it was verified"):
+        assert len(ld.Detector(path).predict(grey(20, 10))) == 1

@@ -168,7 +168,7 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.PNG"]
     assert find_images([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]  # named by the user: load_image will say
-    with pytest.raises(LiteDetrError, match="holds no picture"):
+    with pytest.raises(LiteDetrError, match="holds no image"):
         find_images([tmp_path / "empty"])
     with pytest.raises(LiteDetrError, match="does not exist"):
         find_images([tmp_path / "gone"])

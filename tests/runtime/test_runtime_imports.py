@@ -19,7 +19,7 @@ def test_the_runtime_imports_without_torch_onnx_and_onnxruntime():
     run(
         ["torch", "onnx", "onnxruntime"],
         "import litedetr_deploy as ld; ld.Detector; ld.create_session; "
-        "from litedetr_deploy.runtime import draw, environment, postprocess, sample",
+        "from litedetr_deploy.runtime import draw, environment, postprocess",
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures out: drawing, saving, and the pictures that the package draws itself."""
+"""Images out: drawing and saving."""
 
 import os
 
@@ -9,7 +9,6 @@ from PIL import Image
 from litedetr_deploy.errors import LiteDetrError
 from litedetr_deploy.runtime.detector import Detections
 from litedetr_deploy.runtime.draw import class_colour, draw, save
-from litedetr_deploy.runtime.sample import sample_images
 
 
 def detections(boxes, names=None):
@@ -74,15 +73,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 
 
 def test_save_errors(tmp_path):
-    with pytest.raises(LiteDetrError, match="no picture format"):
+    with pytest.raises(LiteDetrError, match="no image format"):
         save(Image.new("RGB", (4, 4)), tmp_path / "a.onnx")
     with pytest.raises(LiteDetrError, match="cannot be written"):
         save(Image.new("RGB", (4, 4)), tmp_path / "gone" / "a.png")
-
-
-def test_sample_images_are_seeded_and_have_content():
-    first, second = sample_images(2)
-    assert first.mode == "RGB" and first.size == (640, 480) and second.size == (640, 427)
-    np.testing.assert_array_equal(np.asarray(sample_images(1)[0]), np.asarray(first))
-    assert (np.asarray(sample_images(1, seed=1)[0]) != np.asarray(first)).mean() > 0.5
-    assert np.asarray(first).std() > 30

@@ -1,11 +1,17 @@
+import contextlib
+import warnings
+
+import numpy as np
 import onnxruntime
 import pytest
 
 import litedetr_deploy as ld
+from litedetr_deploy.errors import Notice
+from litedetr_deploy.machine import usable_cores
 from litedetr_deploy.ops import native
 from litedetr_deploy.runtime.session import OnnxSession, read_metadata
 
-from .tiny_artifact import save_detector, save_with_attention_op
+from .tiny_artifact import save_detector, save_raw_detector, save_with_attention_op
 
 
 @pytest.fixture
@@ -113,3 +119,61 @@ def test_metadata_that_is_not_json(tmp_path):
     onnx.save(model, path)
     with pytest.raises(ld.LiteDetrError, match="not a JSON object"):
         ld.create_session(path)
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({"outputs": "raw"}, "outputs are 'raw', pred_boxes, pred_logits, and the graph has boxes, labels, scores"),
+        ({"image_size": [64, 64]}, r"image_size is \[64, 64\], and the graph has images of 64x96"),
+        ({"image_size": None}, "image_size is dynamic, and the graph has images of 64x96"),
+        ({"class_names": 7}, "class names in the metadata of .* are '7'; they must be a list of texts"),
+        ({"class_names": ["a", 7]}, "must be a list of texts"),
+    ],
+)
+def test_metadata_that_contradicts_the_graph(tmp_path, metadata, message):
+    path = save_detector(tmp_path / "model.onnx", **metadata)
+    for open_it in (ld.create_session, OnnxSession):
+        with pytest.raises(ld.LiteDetrError, match=message):
+            open_it(path)
+
+
+def test_class_names_and_a_mask_that_the_graph_does_not_have(tmp_path):
+    logits, boxes = np.zeros((2, 3), np.float32), np.full((2, 4), 0.5, np.float32)
+    path = save_raw_detector(tmp_path / "model.onnx", logits, boxes, class_names=["a", "b"])
+    with pytest.raises(ld.LiteDetrError, match="class_names are 2, and the graph has 3 classes"):
+        ld.create_session(path)
+    path = save_raw_detector(tmp_path / "model.onnx", logits, boxes, class_names=None, pixel_mask=True)
+    with pytest.raises(ld.LiteDetrError, match="pixel_mask is True, and the graph has no such input"):
+        ld.create_session(path)
+
+
+def test_metadata_that_agrees(tmp_path):
+    fixed = save_detector(tmp_path / "fixed.onnx", image_size=[64, 96], outputs="detections")
+    dynamic = save_detector(tmp_path / "dynamic.onnx", size=None, image_size=None)
+    assert OnnxSession(fixed).metadata["image_size"] == [64, 96] and OnnxSession(dynamic).metadata["image_size"] is None
+
+
+def test_a_batch_of_0_gives_empty_arrays(tmp_path):
+    feed = {"images": np.zeros((0, 3, 64, 96), np.float32), "orig_target_sizes": np.zeros((0, 2), np.int64)}
+    output = OnnxSession(save_detector(tmp_path / "model.onnx")).run(feed)
+    assert {name: (value.shape, value.dtype) for name, value in output.items()} == {
+        "labels": ((0, 3), np.int64),
+        "boxes": ((0, 3, 4), np.float32),
+        "scores": ((0, 3), np.float32),
+    }
+
+
+def test_more_threads_than_cores_are_not_started(tmp_path):
+    with pytest.warns(Notice, match="100000 threads are asked for"):
+        session = ld.create_session(save_detector(tmp_path / "model.onnx"), threads=100_000)
+    assert session.get_session_options().intra_op_num_threads == usable_cores()
+
+
+@pytest.mark.parametrize("key", ["outputs", "image_size", "op_version", "class_names", "attention", "verification"])
+@pytest.mark.parametrize("value", [7, "text", [], [[]], {}, {"verdict": []}, True, None, -1.5], ids=repr)
+def test_metadata_of_any_kind_gives_a_session_or_says_what_is_wrong(tmp_path, key, value):
+    path = save_detector(tmp_path / "model.onnx", **{key: value})
+    with contextlib.suppress(ld.LiteDetrError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        ld.Detector(path).predict(np.zeros((9, 9, 3), np.uint8))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import litedetr_deploy as ld
+from litedetr_deploy.errors import Notice
 from litedetr_deploy.ops import native
 from litedetr_deploy.runtime import cuda, tensorrt
 from litedetr_deploy.runtime.session import open_session
@@ -114,6 +115,9 @@ class Engine:
     def get_tensor_dtype(self, name):
         return TYPES[name]
 
+    def get_tensor_shape(self, name):
+        return (-1, *OUTPUTS[name][1])
+
     def get_tensor_profile_shape(self, name, profile):
         return [LOW[name], LOW[name], HIGH[name]]
 
@@ -181,7 +185,7 @@ def plan(tmp_path):
 
     def write(**record):
         path = tmp_path / "model.plan"
-        path.write_bytes(b"an engine")
+        path.write_bytes(b"ftrt, an engine")
         record = {
             "backend": "tensorrt",
             "version": "10.15.1",
@@ -253,18 +257,6 @@ def test_few_contexts_are_kept(trt, plan):
     assert len(trt.engine.contexts) == before
     session.run(feed(width=96))
     assert len(trt.engine.contexts) == before + 1
-
-
-def test_outputs_on_the_device(trt, plan):
-    session = tensorrt.TensorRTSession(plan())
-    given = feed(2)
-    scores = session.run_on_device(given)["scores"]
-    interface = scores.__cuda_array_interface__
-    assert interface["shape"] == (2, 3) and interface["typestr"] == "<f4"
-    memory = trt.device.memory[interface["data"][0]][:24].view(np.float32).reshape(2, 3)
-    np.testing.assert_allclose(memory[:, 0], given["images"].mean((1, 2, 3)), rtol=1e-5)
-    session.close()
-    assert not trt.device.memory
 
 
 def test_detector_takes_an_engine(trt, plan, monkeypatch):
@@ -362,15 +354,15 @@ def test_op_of_another_version(trt, plan):
             "built by tensorrt 10.7.0, and 10.15.1 is installed.*--version-compatible",
         ),
         (
-            "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.15.1 got "
-            "10.3.0",
+            "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.15.1 "
+            "got 10.3.0",
             {},
             "an engine runs in the version that built it",
         ),
         ("", {"version": "11.1.0"}, "built by tensorrt 11.1.0"),
         (
-            "The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 8.9, please "
-            "rebuild.",
+            "The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 8.9, "
+            "please rebuild.",
             {"compute_capabilities": ["8.9"]},
             "built for compute capability 8.9, and Test GPU has 8.6",
         ),
@@ -392,8 +384,8 @@ def test_op_of_another_version(trt, plan):
             "does not fit into the memory of Test GPU",
         ),
         (
-            "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an engine created with "
-            "incompatible serialization version",
+            "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an engine created "
+            "with incompatible serialization version",
             {},
             "not an engine of tensorrt, or a damaged one",
         ),
@@ -411,10 +403,51 @@ def test_damaged_or_replaced(trt, plan):
     path.write_bytes(b"another engine")
     with pytest.raises(ld.LiteDetrError, match=r"not the engine that model\.plan\.json describes.*copy both"):
         tensorrt.TensorRTSession(path)
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", "[" * 100_000, '{"sha256": "", "metadata": 7}'):
         tensorrt.record_path(path).write_text(text)
         with pytest.raises(ld.LiteDetrError, match=r"model\.plan\.json, which describes .* cannot be read"):
             tensorrt.TensorRTSession(path)
+
+
+@pytest.mark.parametrize(
+    "contents, message",
+    [
+        (b"", r"model\.plan is empty"),
+        (b"garbage", r"model\.plan is not a TensorRT engine: it begins with b'garb', and model\.plan\.json"),
+        (b"ftrt, an engine", r"model\.plan has no model\.plan\.json beside it.*Copy that file as well.*pip install"),
+    ],
+)
+def test_what_is_wrong_with_the_file_comes_before_tensorrt(monkeypatch, tmp_path, contents, message):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    (tmp_path / "model.plan").write_bytes(contents)
+    with pytest.raises(ld.LiteDetrError, match=message):
+        open_session(tmp_path / "model.plan")
+
+
+def test_metadata_that_contradicts_the_engine(trt, plan):
+    with pytest.raises(ld.LiteDetrError, match="contradicts its graph: its pixel_mask is True"):
+        open_session(plan(metadata=METADATA | {"pixel_mask": True}))
+    # An engine can have fewer sizes than the model that it was built from.
+    assert open_session(plan(metadata=METADATA | {"image_size": None, "pixel_mask": False})).outputs
+
+
+def test_an_engine_that_failed_its_verification_runs_with_a_notice(trt, plan, monkeypatch):
+    monkeypatch.setitem(HIGH, "images", (4, 3, 64, 96))
+    verification = {"verdict": "failed", "why": "boxes are 300 pixels off"}
+    with pytest.warns(Notice, match=r"model\.plan failed its verification \(boxes are 300 pixels off\)"):
+        ld.Detector(plan(metadata=METADATA | {"verification": verification}))
+    path = plan()
+    tensorrt.record_path(path).unlink()
+    with pytest.warns(Notice, match=r"model\.plan was not made by this package"):
+        ld.Detector(path)
+
+
+def test_a_batch_of_0(trt, plan):
+    given = {"images": np.zeros((0, 3, 64, 96), np.float32), "orig_target_sizes": np.zeros((0, 2), np.int64)}
+    output = open_session(plan()).run(given)
+    assert {name: value.shape for name, value in output.items()} == {
+        "labels": (0, 3), "boxes": (0, 3, 4), "scores": (0, 3),
+    }  # fmt: skip
 
 
 def test_missing_things(trt, plan, monkeypatch, tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from litedetr_deploy import artifact
+
 # Fractions of the image's width and height.
 BOXES = np.array([[0.25, 0.25, 0.75, 0.5], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.6, 0.6]], np.float32)
 LABELS = np.array([18, 1, 95], np.int64)  # 'dog', 'person', and one that COCO does not have
@@ -20,6 +22,7 @@ METADATA = {
     "precision": "fp32",
     "outputs": "detections",
     "class_names": NAMES,
+    "verification": {"verdict": artifact.VERIFIED},
 }
 
 
@@ -103,6 +106,12 @@ def _save(path, nodes, inputs, outputs, constants, metadata):
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("litedetr", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    helper.set_model_props(model, {"litedetr": json.dumps(metadata)})
-    onnx.save(model, path)
+    seal(model, path, metadata)
     return path
+
+
+def seal(model, path, metadata):
+    """Write a model with its metadata, as `litedetr export` does when the verification has passed."""
+    helper.set_model_props(model, {"litedetr": json.dumps(metadata | {"digest": artifact.NO_DIGEST})})
+    onnx.save(model, path)
+    artifact.seal(path)

@@ -1,0 +1,29 @@
+"""What this machine gives to a process."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from .errors import LiteDetrError, Notice
+
+
+def usable_cores() -> int:
+    """Return how many logical cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bounded_threads(threads: int | None) -> int | None:
+    """Return `threads`, but no more than the usable cores: more wait for each other, and each takes memory.
+
+    None, which leaves the choice to a library, stays None.  Gives a `Notice` where it is less; raises LiteDetrError for
+    a number below 1.
+    """
+    if threads is None:
+        return None
+    if threads < 1:
+        raise LiteDetrError(f"threads is {threads}; it must be 1 or more. Leave it out for one a core.")
+    most = usable_cores()
+    if threads > most:
+        warnings.warn(f"{threads} threads are asked for, and there are {most} cores: {most} are used", Notice, 3)
+    return min(threads, most)

@@ -1,0 +1,106 @@
+"""Where predictions go: drawn images on disk, and records for programs and for people."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import LiteDetrError, printable
+from ..files import check_writable
+from .detector import Detections, Detector
+from .draw import draw, save
+from .images import SUFFIXES, load_image
+
+SHOWN = 8  # objects that a line names
+
+
+def predict_files(
+    detector: Detector, files: Sequence[Path], output: Path | None, threshold: float, resize: str | None = None
+) -> Iterator[dict]:
+    """Detect objects on each file, save it with boxes, and yield its record; see `drawing_paths` for `output`.
+
+    A record has path, size (width, height), seconds, saved (a path or None) and detections (label, name, score, box);
+    that of a file that cannot be read has path and error.
+    """
+    written = 0
+    try:
+        for file, target in zip(files, drawing_paths(files, output)):
+            try:
+                image = load_image(file)
+            except LiteDetrError as error:
+                yield {"path": str(file), "error": str(error)}
+                continue
+            began = time.perf_counter()
+            [found] = detector.predict(image, threshold, resize=resize)
+            seconds = time.perf_counter() - began
+            if target:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                save(draw(image, found), target)
+                written += 1
+            yield _record(file, image, found, seconds, target)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{written} of {len(files)} images were written") from None
+
+
+def drawing_paths(files: Sequence[Path], output: Path | None) -> list[Path | None]:
+    """Return where the drawing of each file goes: `output` itself, or a file in it; None for nowhere.
+
+    Args:
+        files: the images.
+        output: an image file for one image; else a folder, which is made when the first drawing is there.
+
+    Raises:
+        LiteDetrError: where `output` is neither, cannot be written, or is one of the images.
+    """
+    if output is None:
+        return [None] * len(files)
+    suffix = output.suffix.lower()
+    if output.is_dir() or not suffix:
+        check_writable(next(path for path in (output, *output.absolute().parents) if path.exists()))
+        targets, used = [], Counter()
+        for file in files:
+            used[file.name] += 1  # images of one name can come from several folders
+            number = f"-{used[file.name]}" if used[file.name] > 1 else ""
+            targets.append(output / f"{file.stem}{number}{file.suffix if file.suffix.lower() in SUFFIXES else '.png'}")
+    elif suffix not in SUFFIXES:
+        raise LiteDetrError(
+            f"The output {output} has the suffix {output.suffix!r}, which is no image format: give one of "
+            f"{', '.join(sorted(SUFFIXES))} for a file, or make the folder first if it is one."
+        )
+    elif len(files) > 1:
+        raise LiteDetrError(f"The output {output} is one image, and there are {len(files)} images. Give a directory.")
+    else:
+        check_writable(output.parent)
+        targets = [output]
+    originals = {file.resolve() for file in files}
+    for target in targets:
+        if target.resolve() in originals:
+            raise LiteDetrError(f"The output {target} is one of the images itself. Choose another directory.")
+    return targets
+
+
+def _record(file: Path, image: Image.Image, found: Detections, seconds: float, target: Path | None) -> dict:
+    names = found.names or [None] * len(found)
+    return {
+        "path": str(file),
+        "size": list(image.size),
+        "seconds": seconds,
+        "saved": str(target) if target else None,
+        "detections": [
+            {"label": int(label), "name": name, "score": float(score), "box": [float(value) for value in box]}
+            for label, name, score, box in zip(found.labels, names, found.scores, found.boxes)
+        ],
+    }
+
+
+def describe(record: dict) -> str:
+    """Return one line on a record of `predict_files`."""
+    found = record["detections"]
+    objects = ", ".join(f"{one['name'] or 'class ' + str(one['label'])} {one['score']:.2f}" for one in found[:SHOWN])
+    more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    count = f"{len(found)} object{'s' * (len(found) != 1)}{': ' if found else ''}"
+    return printable(f"{record['path']}: {count}{objects}{more} ({record['seconds'] * 1000:.0f} ms)")
