@@ -343,15 +343,15 @@ struct Attention {
 
   /* Constants where they can be, which loops are unrolled by. */
   KDA_INLINE int count_samples() const { return kFour ? 16 : a->num_levels * a->num_points; }
-  KDA_INLINE int64_t count_vectors() const { return kVectors ? kVectors : plan->stride / kLanes; }
-  KDA_INLINE int64_t stride() const { return kVectors ? kVectors * kLanes : plan->stride; }
+  KDA_INLINE int64_t count_vectors() const { return kVectors ? kVectors : plan_stride / kLanes; }
+  KDA_INLINE int64_t stride() const { return kVectors ? kVectors * kLanes : plan_stride; }
   /* Floats from a token of a map to the next. */
   KDA_INLINE int32_t token() const { return static_cast<int32_t>(kInPlace ? num_heads * dim : stride()); }
 
   const Plan* const plan;
   const kda_arguments* const a = plan->arguments;
   const Lanes* const lanes;
-  const int64_t num_heads = a->num_heads, dim = a->head_dim;
+  const int64_t num_heads = a->num_heads, dim = a->head_dim, plan_stride = plan->stride;
   /* Floats from row to row of a level. */
   const int64_t pitches[4] = {lanes->pitch[0], lanes->pitch[4], lanes->pitch[8], lanes->pitch[12]};
   const float* const values; /* the map of the chunk's head, or in place the first head's */

@@ -9,7 +9,9 @@ import onnxruntime
 import pytest
 import torch
 
+from litedetr_deploy.errors import LiteDetrError
 from litedetr_deploy.ops import native, onnx_schema
+from litedetr_deploy.runtime.session import create_session
 
 from . import cases
 
@@ -125,6 +127,15 @@ def test_other_version_of_the_op_is_refused(version):
         Exception, match=f"KeyAwareDeformAttn: plugin_version is '{version}'; this library has version 1"
     ):
         cases.make_session(cases.make_op_model(cases.Shape(), plugin_version=version))
+
+
+@pytest.mark.parametrize("version", [2, 99])
+def test_other_version_of_the_opset_is_refused(version):
+    """By create_session: ONNX Runtime does not tell a custom op which version of its domain the model imports."""
+    assert create_session(cases.make_op_model(cases.Shape()).SerializeToString())
+    model = cases.make_op_model(cases.Shape(), version)
+    with pytest.raises(LiteDetrError, match=f"imports version {version} of the opset 'litedetr'; .* version 1 .*xport"):
+        create_session(model.SerializeToString())
 
 
 def test_more_levels_or_points_than_the_kernels_take():
