@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 # Top-level module -> the extra of this package that brings it.
-_EXTRAS = {
+EXTRAS = {
     "cuda": "gpu", "matplotlib": "benchmark", "onnx": "export", "onnx_ir": "export", "onnxruntime": "onnxruntime",
     "onnxscript": "export", "openvino": "benchmark", "pycocotools": "evaluate", "safetensors": "export",
     "scipy": "train", "torch": "export",
@@ -35,11 +35,11 @@ def not_installed(error: ImportError, needed_for: str = "This") -> LiteDetrError
     needed_for: what needs it, as the start of a sentence.
     """
     module = (error.name or "").partition(".")[0]
-    if module not in _EXTRAS:
+    if module not in EXTRAS:
         return None
     return LiteDetrError(
         f"{needed_for} needs {module}, which cannot be imported ({error}). Install it with "
-        f"`pip install litedetr-deploy[{_EXTRAS[module]}]`."
+        f"`pip install litedetr-deploy[{EXTRAS[module]}]`."
     )
 
 

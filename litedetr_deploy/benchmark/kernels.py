@@ -489,17 +489,10 @@ def numbers(result: Result, case: Sequence[Result], machine: dict) -> dict:
 
 
 COLUMNS = {  # of the tables: their headings, by the names in the JSON report
-    "median_ms": "median ms",
-    "p90_ms": "p90 ms",
-    "cold_median_ms": "cold ms",
-    "cold_p90_ms": "cold p90",
-    "calls": "calls",
-    "gigabytes_per_second": "GB/s",
-    "of_l2": "of L2",
-    "of_memory": "of memory",
-    "gigaflop_per_second": "GFLOP/s",
-    "times_op": "times op",
-}
+    "median_ms": "median ms", "p90_ms": "p90 ms", "cold_median_ms": "cold ms", "cold_p90_ms": "cold p90",
+    "calls": "calls", "gigabytes_per_second": "GB/s", "of_l2": "of L2", "of_memory": "of memory",
+    "gigaflop_per_second": "GFLOP/s", "times_op": "times op",
+}  # fmt: skip
 
 
 def case_table(case: Sequence[Result], machine: dict) -> list[str]:
@@ -632,13 +625,6 @@ def chosen(text: str | None, names: Iterable[str], option: str) -> list[str]:
     return [name for name in names if not wanted or name.lower() in wanted]
 
 
-def counts(text: str, option: str) -> list[int]:
-    """Return the numbers in a comma-separated list.  Raises LiteDetrError where one is none, or below 1."""
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise LiteDetrError(f"{option} is {text!r}; it must be numbers of 1 or more, as in 1,2.")
-    return list(dict.fromkeys(map(int, text.split(","))))
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Time one key-aware deformable attention: our op, and what else can compute it: on the CPU "
@@ -683,12 +669,14 @@ def _run(options: argparse.Namespace) -> int:
     sizes = [SIZES[name] for name in chosen(options.sizes, SIZES, "--sizes")]
     thread_counts: list = [None]
     if on_cpu:
-        thread_counts = counts(
-            options.threads or ",".join(map(str, range(1, 1 + min(2, timing.usable_cores())))), "--threads"
-        )
+        both = "1,2" if timing.usable_cores() > 1 else "1"
+        thread_counts = timing.whole_numbers(options.threads or both, "--threads")
         timing.check_threads(thread_counts)
     else:
-        batches, dtypes = counts(options.batches or "1,4,16", "--batches"), chosen(options.dtypes, DTYPES, "--dtypes")
+        batches, dtypes = (
+            timing.whole_numbers(options.batches or "1,4,16", "--batches"),
+            chosen(options.dtypes, DTYPES, "--dtypes"),
+        )
         sizes = [dataclasses.replace(size, batch=batch, dtype=dtype)
                  for size in sizes for batch in batches for dtype in dtypes]  # fmt: skip
     kernel = native.load_core().kda_cpu_isa().decode()

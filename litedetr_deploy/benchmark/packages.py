@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-from ..errors import not_installed
+from ..errors import EXTRAS
 
 
 def is_installed(package: str) -> bool:
@@ -14,15 +14,9 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def missing_packages(packages: Iterable[str], purpose: str = "it") -> str:
-    """Return which of `packages` are not installed and how to install them; empty where all are.
-
-    purpose: what needs them, as in 'the export'.
-    """
-    sentences = []
-    for package in packages:
-        if not is_installed(package):
-            known = not_installed(ImportError("not installed", name=package), purpose)
-            extra = package.replace("_", "-")
-            sentences.append(str(known or f"{purpose} needs {package}: pip install litedetr-deploy[{extra}]"))
-    return " ".join(sentences)
+def missing_packages(packages: Iterable[str]) -> str:
+    """Return which of `packages` are not installed and how to install them; empty where all are."""
+    missing = [package for package in dict.fromkeys(packages) if not is_installed(package)]
+    extras = ",".join(dict.fromkeys(EXTRAS.get(package, package.replace("_", "-")) for package in missing))
+    verb = "are" if missing[1:] else "is"
+    return f"{', '.join(missing)} {verb} not installed: pip install litedetr-deploy[{extras}]" if missing else ""

@@ -20,31 +20,19 @@ from pathlib import Path
 from ..artifact import load_onnx
 from .timing import percentile
 
-BACKBONE, PROJECTIONS, ENCODER, SELECTION, DECODER, HEADS, POST, OTHER = PARTS = (
-    "backbone",
-    "projections",
-    "encoder",
-    "query selection",
-    "decoder",
-    "heads",
-    "post-processing",
-    "other",
-)
-_MODULES = {
-    "backbone": BACKBONE,
-    "input_proj": PROJECTIONS,
-    "encoder": ENCODER,
-    "enc_output": SELECTION,
-    "enc_output_norm": SELECTION,
-    "enc_out_class_embed": SELECTION,
-    "enc_out_bbox_embed": SELECTION,
-    "tgt_embed": SELECTION,
-    "pos_trans": SELECTION,
-    "pos_trans_norm": SELECTION,
-    "decoder": DECODER,
-    "class_embed": HEADS,
-    "bbox_embed": HEADS,
+PARTS = (
+    "backbone", "projections", "encoder", "query selection", "decoder", "heads", "post-processing", "other",
+)  # fmt: skip
+BACKBONE, PROJECTIONS, ENCODER, SELECTION, DECODER, HEADS, POST, OTHER = PARTS
+_CHILDREN = {  # of the detector, by their part
+    BACKBONE: "backbone",
+    PROJECTIONS: "input_proj",
+    ENCODER: "encoder",
+    SELECTION: "enc_output enc_output_norm enc_out_class_embed enc_out_bbox_embed tgt_embed pos_trans pos_trans_norm",
+    DECODER: "decoder",
+    HEADS: "class_embed bbox_embed",
 }
+_MODULES = {name: part for part, names in _CHILDREN.items() for name in names.split()}
 _ROOT = "detector"  # the name of the detector in the exported module
 _NCHWC = "_nchwc"  # what ONNX Runtime appends to an output, for the name of a convolution or pooling in blocked layout
 FINAL_VALUES = ("pred_logits", "pred_boxes")

@@ -136,8 +136,6 @@ def make_plan(
             raise LiteDetrError(f"The {name} {unknown[0]!r} does not exist. Choose from {', '.join(known)}.")
     check_threads(threads)
     for batch, (height, width) in itertools.product(batches, image_sizes):
-        if batch < 1:
-            raise LiteDetrError(f"A batch size is {batch}; it must be 1 or more.")
         limits.check("op", "fp32", (height, width), "raw", limits.FIRST_OPSET)
         if (needed := batch * height * width * BYTES_PER_PIXEL) > memory_bytes():
             raise LiteDetrError(
@@ -199,20 +197,20 @@ def why_missing(spec: Spec, cache: Cache, unchecked: bool = False) -> str:
     unchecked: whether an artifact may be timed without a check.
     """
     way, exists = spec.way, cache.graph(spec).is_file()
-    reasons = []
+    packages, reasons = [_package(spec)], []
     if spec.device not in way.devices:
         reasons.append(f"it runs on {' and '.join(way.devices)} only, not on {spec.device}")
     else:
         reasons.append(_missing_device(spec))
-    reasons += [missing_packages([_package(spec)]), _missing_library(way), _missing_precision(spec, exists)]
     if way.engine != "pytorch" and not exists:
-        reasons.append(missing_packages(["torch", "onnx", "onnxscript"], "the export"))
+        packages += ["torch", "onnx", "onnxscript"]  # to export it
     if cache.weights_name(spec) is not None:
         if not cache.reference_path(spec).is_file():
-            reasons.append(missing_packages(["torch"], "the check"))
+            packages.append("torch")  # to check it
     elif not unchecked:
         reasons.append("its weights are not known, so that it cannot be checked: give --checkpoint, or --unchecked")
-    return "; ".join(dict.fromkeys(filter(None, reasons)))
+    reasons += [missing_packages(packages), _missing_library(way), _missing_precision(spec)]
+    return "; ".join(filter(None, reasons))
 
 
 def _package(spec: Spec) -> str:
@@ -251,7 +249,7 @@ def _missing_library(way: Backend) -> str:
     return ""
 
 
-def _missing_precision(spec: Spec, exists: bool) -> str:
+def _missing_precision(spec: Spec) -> str:
     known = {"pytorch": ("fp32", "fp16", "bf16"), "openvino": ("fp32",)}.get(spec.way.engine, PRECISIONS)
     if spec.precision in known:
         return ""

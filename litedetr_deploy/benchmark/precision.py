@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..artifact import load_onnx
+from ..artifact import FAILED, VERIFIED, load_onnx
 from ..evaluate.data import Dataset
 from ..evaluate.evaluate import Evaluation, Options, evaluate
 from ..evaluate.match import compare_detections
@@ -46,6 +46,7 @@ class Exported:
     size_bytes: int
     nodes: dict[str, int]  # see ExportReport
     verified: bool
+    verdict: str  # see `Verdict.status`
     ap: float
     ap_lost: float
     score_difference: float | None  # None where nothing matches
@@ -97,8 +98,8 @@ def measure(
         apart = compare_detections(base.detections, found.detections)
         ap = found.metrics["AP"]
         graph = Exported(
-            attention, precision, made.size_bytes, made.nodes, made.passed, ap, base.metrics["AP"] - ap,
-            apart["score_difference"]["largest"], sum(apart["unmatched"]),
+            attention, precision, made.size_bytes, made.nodes, made.passed, made.verdict.status, ap,
+            base.metrics["AP"] - ap, apart["score_difference"]["largest"], sum(apart["unmatched"]),
         )  # fmt: skip
         graphs.append(graph)
         if runs:
@@ -120,9 +121,10 @@ def table(base: Evaluation, graphs: Sequence[Exported]) -> list[str]:
         nodes = [str(graph.nodes[kind]) for kind in ("int8", "half", "casts")]
         score = "-" if graph.score_difference is None else f"{graph.score_difference:.4f}"
         speed = [f"{graph.median * 1e3:.1f}", f"{graph.median / first:.2f}"] if graph.median else ["-", "-"]
+        verified = {VERIFIED: "yes", FAILED: "NO"}.get(graph.verdict, graph.verdict)
         rows.append([
             graph.attention, graph.precision, f"{graph.size_bytes / 1e6:.1f}", *nodes, f"{graph.ap:.4f}",
-            f"{graph.ap_lost:+.4f}", score, str(graph.unmatched), *speed, "yes" if graph.verified else "NO",
+            f"{graph.ap_lost:+.4f}", score, str(graph.unmatched), *speed, verified,
         ])  # fmt: skip
     return report.table(COLUMNS, rows)
 

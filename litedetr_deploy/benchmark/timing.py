@@ -181,6 +181,14 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Return the numbers in a comma-separated list, each once; raise LiteDetrError where one is none, or below 1."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise LiteDetrError(f"{option} is {text!r}; it must be whole numbers of 1 or more, as in 1,2.")
+    return list(dict.fromkeys(map(int, parts)))
+
+
 def check_threads(counts: Iterable[int]) -> None:
     """Raise LiteDetrError for a number of threads that this machine has no cores for: each takes memory of its own."""
     for count in counts:

@@ -8,6 +8,7 @@ import typer
 
 from ..artifact import cache_folder
 from ..benchmark import plan as plans
+from ..benchmark.timing import whole_numbers
 from ..errors import LiteDetrError
 from ..machine import usable_cores
 from . import _checks, _options
@@ -128,10 +129,10 @@ def latency(
         models or [DEFAULT],
         names(backends),
         names(precisions),
-        _numbers(batch_sizes, "--batch-sizes"),
+        whole_numbers(batch_sizes, "--batch-sizes"),
         _checks.image_sizes(image_sizes),
         device,
-        _numbers(threads, "--threads") if threads else [usable_cores()],
+        whole_numbers(threads, "--threads") if threads else [usable_cores()],
     )
     if output:
         _checks.writable_directory(output.parent)
@@ -188,10 +189,3 @@ def _build_engine(graph, path, batch):
 def names(text):
     """Return the parts of a comma-separated list, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _numbers(text, option):
-    parts = names(text)
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise LiteDetrError(f"{option} is {text!r}; it must be whole numbers separated by commas, as in 1,2.")
-    return list(map(int, parts))

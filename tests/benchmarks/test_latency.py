@@ -100,7 +100,6 @@ def test_a_plan_has_every_combination_and_groups_what_is_compared():
         ({"backends": ["onnx"]}, "'onnx'"),
         ({"precisions": ["fp8"]}, "'fp8'"),
         ({"device": "tpu"}, "'tpu'"),
-        ({"batches": [0]}, "batch size is 0"),
         ({"models": ["lite-dino-r5"]}, "'lite-dino-r5'"),
         ({"models": ["missing.onnx"]}, "missing.onnx does not exist"),
         ({"image_sizes": [(32, 32)]}, "32x32"),
@@ -131,8 +130,12 @@ def test_what_is_missing_is_said(cache, monkeypatch):
     absent = {"torch", "openvino"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
     assert not plan.why_missing(make_spec(), cache)  # exported, and with PyTorch's outputs
-    assert "the export needs torch" in plan.why_missing(make_spec("onnxruntime-gather"), cache)
-    assert "needs openvino" in plan.why_missing(make_spec("openvino-gather"), cache)
+    assert "torch is not installed: pip install litedetr-deploy[export]" in plan.why_missing(
+        make_spec("onnxruntime-gather"), cache
+    )
+    assert "openvino, torch are not installed: pip install litedetr-deploy[benchmark,export]" in plan.why_missing(
+        make_spec("openvino-gather"), cache
+    )
     assert "cuda only" in plan.why_missing(make_spec("pytorch-graph"), cache)
     assert "fp32 only" in plan.why_missing(make_spec("openvino-gather", precision="fp16"), cache)
 
@@ -165,6 +168,7 @@ def test_dry_run(litedetr, cache):
         (["--threads", "100000"], "--threads is 100000"),
         (["--image-sizes", "dynamic"], "image size is 'dynamic'"),
         (["--batch-sizes", ""], "--batch-sizes is ''"),
+        (["--batch-sizes", "0"], "--batch-sizes is '0'"),
     ],
 )
 def test_wrong_use(litedetr, arguments, says):

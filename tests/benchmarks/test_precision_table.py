@@ -34,12 +34,14 @@ def test_the_table(checkpoint, tmp_path):
         "benchmark", "precision", str(checkpoint), "--count", "2", "--precisions", "fp32,bf16", "--attentions", "op",
         "--seconds", "0", "--models", str(tmp_path / "models"), "--output", str(output),
     ])  # fmt: skip
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     contents = json.loads((tmp_path / "precision.json").read_text())
     fp32, bf16 = contents["rows"]
     assert (tmp_path / "models" / "op-fp32.onnx").stat().st_size == fp32["size_bytes"] > bf16["size_bytes"]
     assert fp32["nodes"]["half"] == 0 < bf16["nodes"]["half"]
-    assert fp32["verified"] and bf16["verified"]
+    assert (fp32["verdict"], bf16["verdict"]) == ("verified", "cannot tell"), (
+        bf16
+    )  # random weights, and half of the bits
     assert fp32["ap"] == pytest.approx(contents["pytorch"]["metrics"]["AP"] - fp32["ap_lost"], abs=1e-12)
     assert fp32["median"] > 0 and bf16["median"] is None  # there are no kernels to time
     assert "| op        |      fp32 |" in (tmp_path / "precision.md").read_text()
