@@ -4,6 +4,20 @@ Importing this package needs numpy alone: everything heavier is imported by the 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import ops as ops
+    from .engine.build import build_engine as build_engine
+    from .errors import LiteDetrError as LiteDetrError
+    from .evaluate.evaluate import evaluate as evaluate
+    from .export.export import export_onnx as export_onnx
+    from .model.checkpoints import load_model as load_model
+    from .model.checkpoints import save_checkpoint as save_checkpoint
+    from .ops import native as native
+    from .runtime.detector import Detector as Detector
+    from .runtime.session import create_session as create_session
+    from .verify.verify import verify as verify
 
 __version__ = "0.1.0"
 

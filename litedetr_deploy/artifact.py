@@ -208,7 +208,7 @@ def distrust(path: str | os.PathLike, metadata: dict) -> str:
         text = {
             FAILED: "failed its verification",
             CANNOT_TELL: "was not verified: the comparison cannot tell right from wrong",
-        }.get(verdict, "was not verified")
+        }.get(str(verdict), "was not verified")
         return f"{text} ({why})" if why else text
     if Path(path).suffix.lower() == ".onnx" and not is_sealed(path):
         return "was rewritten after it was verified"

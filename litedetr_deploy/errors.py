@@ -7,17 +7,10 @@ from collections.abc import Iterable
 
 # Top-level module -> the extra of this package that brings it.
 EXTRAS = {
-    "cuda": "gpu",
-    "matplotlib": "benchmark",
-    "onnx": "export",
-    "onnxruntime": "onnxruntime",
-    "onnxscript": "export",
-    "openvino": "benchmark",
-    "pycocotools": "evaluate",
-    "safetensors": "export",
-    "scipy": "train",
-    "torch": "export",
-}
+    "cuda": "gpu", "matplotlib": "benchmark", "onnx": "export", "onnx_ir": "export", "onnxruntime": "onnxruntime",
+    "onnxscript": "export", "openvino": "benchmark", "pycocotools": "evaluate", "safetensors": "export",
+    "scipy": "train", "torch": "export",
+}  # fmt: skip
 
 
 class LiteDetrError(Exception):

@@ -1,48 +1,42 @@
 #!/usr/bin/env bash
-# Downloads the C headers of ONNX Runtime into a folder and prints where they are:
+# Finds or downloads the C headers of ONNX Runtime and prints where they are:
 #
 #   tools/get_onnxruntime_headers.sh FOLDER
 #
-# They come from Debian's package libonnxruntime-dev, which exists since the release named below; on an older Debian
-# that one package is fetched from there and unpacked, never installed.  The archive's address and its signing key are
-# those that this machine's apt already uses; apt checks the signature.  Needs apt-get and dpkg, not root.
+# ORT_INCLUDE_DIR in the environment names headers that are there already.  Else they come from the distribution's
+# package: libonnxruntime-dev on Debian (of the release named below, whatever this machine's is) and Ubuntu (24.04 or
+# newer), onnxruntime-devel on Fedora.  It is unpacked into FOLDER, never installed, and needs no root.  The archive's
+# address and signing key are those that this machine's package manager already uses, and it checks the signature.
 # A second run finds the headers in FOLDER and downloads nothing.
 set -euo pipefail
 
-suite=trixie
-package=libonnxruntime-dev
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+debian=trixie
 
 fail() {
-  echo "$(basename "$0"): $1 Or give CMake the folder of onnxruntime_c_api.h: -DORT_INCLUDE_DIR=FOLDER." >&2
+  echo "$(basename "$0"): $1" >&2
   exit 1
 }
+find_header() { find "$1" -name onnxruntime_c_api.h -printf '%h\n' -quit 2>/dev/null; }
+reason() { grep -m 1 '^E: ' "$log" || tail -n 1 "$log"; }
 
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 folder=$1
-
-find_header() { find "$1" -name onnxruntime_c_api.h -printf '%h\n' -quit; }
-
+if [ -n "${ORT_INCLUDE_DIR:-}" ]; then
+  header=$(find_header "$ORT_INCLUDE_DIR" || true)
+  [ -n "$header" ] || fail "ORT_INCLUDE_DIR is $ORT_INCLUDE_DIR, where there is no onnxruntime_c_api.h."
+  echo "$header"
+  exit 0
+fi
 if [ -d "$folder" ] && header=$(find_header "$folder") && [ -n "$header" ]; then
   echo "$header"
   exit 0
 fi
 
-for tool in apt-get dpkg; do
-  command -v "$tool" >/dev/null || fail "$tool is not installed, and the headers come from a Debian package."
-done
-[ -r "$keyring" ] || fail "$keyring, which verifies the Debian archive, is missing (package debian-archive-keyring)."
-
-# The first archive that has the component main and is no security or update suite.
-site=$(apt-get indextargets --format '$(SITE) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
-  awk '$3 == "main" && $2 !~ /-/ { print $1; exit }')
-[ -n "$site" ] || fail "apt on this machine has no Debian archive among its sources."
-
 mkdir -p "$(dirname "$folder")"
 scratch=$(mktemp -d "$folder.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
-mkdir -p "$scratch"/apt/{lists,cache}/partial
-echo "deb [signed-by=$keyring] $site $suite main" >"$scratch/apt/sources.list"
+log=$scratch/log
+mkdir "$scratch/unpacked"
 
 # A private apt: its own lists and cache, nothing of the system's state is read or written.
 private_apt() {
@@ -55,13 +49,43 @@ private_apt() {
     -o APT::Update::Error-Mode=any \
     "$@"
 }
-log=$scratch/log
-reason() { grep -m 1 '^E: ' "$log" || tail -n 1 "$log"; }
-private_apt update >"$log" 2>&1 || fail "the package list of Debian $suite cannot be had ($(reason))."
-(cd "$scratch" && private_apt download "$package") >"$log" 2>&1 ||
-  fail "$package of Debian $suite cannot be downloaded ($(reason))."
-dpkg -x "$scratch/$package"_*.deb "$scratch/unpacked" || fail "$package does not unpack."
-[ -n "$(find_header "$scratch/unpacked")" ] || fail "$package has no onnxruntime_c_api.h."
+
+from_apt() { # SUITE COMPONENT KEYRING
+  [ -r "$3" ] || fail "$3, which verifies the archive of $1, is missing."
+  # The first archive that has the component and is no security or update suite.
+  local site
+  site=$(apt-get indextargets --format '$(SITE) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+    awk -v component="$2" '$3 == component && $2 !~ /-/ { print $1; exit }')
+  [ -n "$site" ] || fail "apt on this machine has no archive with the component $2 among its sources."
+  mkdir -p "$scratch"/apt/{lists,cache}/partial
+  echo "deb [signed-by=$3] $site $1 $2" >"$scratch/apt/sources.list"
+  private_apt update >"$log" 2>&1 || fail "the package list of $1 cannot be read ($(reason))."
+  (cd "$scratch" && private_apt download libonnxruntime-dev) >"$log" 2>&1 ||
+    fail "libonnxruntime-dev of $1 cannot be downloaded ($(reason))."
+  dpkg -x "$scratch"/libonnxruntime-dev_*.deb "$scratch/unpacked" || fail "libonnxruntime-dev does not unpack."
+}
+
+from_dnf() {
+  (cd "$scratch" && dnf --quiet download onnxruntime-devel) >"$log" 2>&1 ||
+    fail "onnxruntime-devel cannot be downloaded ($(reason))."
+  (cd "$scratch/unpacked" && rpm2cpio "$scratch"/onnxruntime-devel-*.rpm | cpio -id --quiet) ||
+    fail "onnxruntime-devel does not unpack."
+}
+
+codename=$(. /etc/os-release 2>/dev/null && echo "${UBUNTU_CODENAME:-}" || true)
+keyrings=/usr/share/keyrings
+if command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
+  if [ -n "$codename" ]; then
+    from_apt "$codename" universe $keyrings/ubuntu-archive-keyring.gpg
+  else
+    from_apt "$debian" main $keyrings/debian-archive-keyring.gpg
+  fi
+elif command -v dnf >/dev/null && command -v rpm2cpio >/dev/null && command -v cpio >/dev/null; then
+  from_dnf
+else
+  fail "neither apt-get and dpkg nor dnf, rpm2cpio and cpio are installed, and the headers come from a distribution's package."
+fi
+[ -n "$(find_header "$scratch/unpacked")" ] || fail "the distribution's package has no onnxruntime_c_api.h."
 
 # One rename, so that no half-filled folder is ever found; of two that run at once the first wins.
 mv -T "$scratch/unpacked" "$folder" 2>/dev/null || [ -n "$(find_header "$folder")" ] ||

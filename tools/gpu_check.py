@@ -121,6 +121,7 @@ def build(run: Run, folder: Path, architecture: str) -> bool:
         run.skip("build", "nvcc was not found in the PATH, CUDA_HOME or /usr/local/cuda")
         return False
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DLITEDETR_TESTS=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    options += ["-DLITEDETR_ONNXRUNTIME=OFF"]  # which would be downloaded, and is not checked here
     options += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"] if architecture else []
     return run.command("configure", ["cmake", "-S", REPOSITORY, "-B", folder, *options]) and run.command(
         "build", ["cmake", "--build", folder, "--parallel", os.cpu_count() or 1]

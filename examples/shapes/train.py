@@ -65,8 +65,8 @@ def side_at(progress: float) -> int:
     for share, side in STAGES:
         progress -= share
         if progress < -1e-9:
-            break
-    return side
+            return side
+    return STAGES[-1][1]
 
 
 def collate(scenes):

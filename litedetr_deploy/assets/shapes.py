@@ -328,7 +328,7 @@ def _clutter(rng, light):
         if rng.random() < 0.5:
             length, thickness = rng.uniform(0.2, 1) * max(height, width), rng.uniform(0.7, 2.5)
             corners = np.array(((0, length, length, 0), (0, 0, thickness, thickness)))
-            x, y = _turn(*corners, math.tau * rng.random())
+            x, y = _turn(corners[0], corners[1], math.tau * rng.random())
             x, y = x - x.min(), y - y.min()
             mask = _coverage([np.stack((x, y), 1)], math.ceil(y.max()) + 1, math.ceil(x.max()) + 1)
         else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from .. import assets
 from ..artifact import check_file
 from ..errors import LiteDetrError
+from ..export.limits import check_size
 from ..files import check_writable as writable_directory
 
 
@@ -32,7 +33,7 @@ def writable_model(path):
 def image_size(text):
     """Return (height, width) for 'HEIGHTxWIDTH' or one number, a square; None for 'dynamic'.
 
-    Raises LiteDetrError for another form.
+    Raises LiteDetrError for another form, and for a size that no detector takes.
     """
     if text == "dynamic":
         return None
@@ -42,7 +43,9 @@ def image_size(text):
             f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, one number for a square, "
             "as in 640, or 'dynamic'."
         )
-    return int(match[1]), int(match[2] or match[1])
+    size = int(match[1]), int(match[2] or match[1])
+    check_size(*size)
+    return size
 
 
 def image_sizes(text):

@@ -159,11 +159,15 @@ class Builder:
     def build(self, shapes: dict, options: Options, progress: Callable[[float], None]) -> bytes:
         """Return the serialized engine of the parsed network.
 
-        shapes: input -> its smallest, best and largest shape.
-        progress: called with the part that is done, 0 to 1, from another thread.
+        Ctrl-C cancels: TensorRT stops at the end of its step, and KeyboardInterrupt is raised.
 
-        Ctrl-C cancels: TensorRT stops at the end of its step, and KeyboardInterrupt is raised.  Raises LiteDetrError
-        where TensorRT fails.
+        Args:
+            shapes: input -> its smallest, best and largest shape.
+            options: what was asked for.
+            progress: called with the part that is done, 0 to 1, from another thread.
+
+        Raises:
+            LiteDetrError: where TensorRT fails.
         """
         config = self._configure(shapes, options)
         monitor = _monitor(self.trt, progress)

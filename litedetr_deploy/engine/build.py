@@ -22,6 +22,7 @@ from ..artifact import (
     sha256,
 )  # fmt: skip
 from ..errors import CheckFailed, LiteDetrError, nearest, not_installed
+from ..export.limits import ATTENTIONS, PRECISIONS
 from ..files import folder_beside
 from ..ops import schema
 from ..runtime import cuda
@@ -226,9 +227,12 @@ class _Graph:
         proto = load_onnx(path, weights=False)
         check_external_data(path, proto)
         self.path, self.metadata = path, onnx_metadata(proto, path)
-        for key in ("precision", "attention"):
-            if key not in self.metadata:
-                raise LiteDetrError(f"the metadata of {path} lacks {key!r}. Export the model again.")
+        for key, allowed in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
+            if (value := self.metadata.get(key)) not in allowed:
+                raise LiteDetrError(
+                    f"the metadata of {path} gives {value!r} as {key}; it must be {' or '.join(map(repr, allowed))}. "
+                    "Export the model again."
+                )
         self.precision = self.metadata["precision"]
         self.operators = frozenset(node.op_type for node in proto.graph.node)
         self.opsets = {opset.domain: opset.version for opset in proto.opset_import}

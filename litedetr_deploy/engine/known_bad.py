@@ -55,79 +55,54 @@ class KnownBad:
 TABLE = (
     KnownBad(
         "the attention plugins need the interfaces of TensorRT 10.3",
-        "Install TensorRT 10.7 or newer",
-        "TensorRT's release notes",
-        before=(10, 3),
+        "Install TensorRT 10.7 or newer", "TensorRT's release notes", before=(10, 3),
     ),
     KnownBad(
         "this TensorRT is newer than what litedetr-deploy knows",
-        "Install TensorRT 10.3 to 11.x, or a newer litedetr-deploy",
-        "tested range",
-        since=(12,),
+        "Install TensorRT 10.3 to 11.x, or a newer litedetr-deploy", "tested range", since=(12,),
     ),
     KnownBad(
         "TensorRT builds deformable attention made of GridSample nodes wrong, silently: boxes are off by hundreds of "
-        "pixels, and equal images of one batch get different ones",
-        "Export with --attention op or gather",
+        "pixels, and equal images of one batch get different ones", "Export with --attention op or gather",
         "NVIDIA/TensorRT issue 4813, seen in 10.14 to 11.1 on sm_86, 89 and 120, open",
-        since=(10, 14),
-        operator="GridSample",
+        since=(10, 14), operator="GridSample",
     ),
     KnownBad(
         "TensorRT-RTX shares the compiler of TensorRT, which builds deformable attention made of GridSample nodes "
-        "wrong, silently",
-        "Export with --attention gather",
-        "NVIDIA/TensorRT issue 4813",
-        backends=("tensorrt-rtx",),
-        operator="GridSample",
+        "wrong, silently", "Export with --attention gather", "NVIDIA/TensorRT issue 4813",
+        backends=("tensorrt-rtx",), operator="GridSample",
     ),
     KnownBad(
         "the TensorRT that JetPack 6 came with first builds wrong engines of transformer detectors",
-        "Install TensorRT 10.7, which runs on JetPack 6 as well",
-        "reports of DETR deployments on Jetson",
-        before=(10, 7),
-        jetpack=6,
+        "Install TensorRT 10.7, which runs on JetPack 6 as well", "reports of DETR deployments on Jetson",
+        before=(10, 7), jetpack=6,
     ),
     KnownBad(
         "TensorRT 11 does not support JetPack 6",
         "Stay with TensorRT 10.x, or upgrade to JetPack 7.2.2 and TensorRT 11.4.1",
-        "TensorRT 11.4.1, migration guide for Jetson",
-        since=(11,),
-        jetpack=6,
+        "TensorRT 11.4.1, migration guide for Jetson", since=(11,), jetpack=6,
     ),
     KnownBad(
         "TensorRT before 10.15 builds engines on JetPack 7 whose boxes are wrong",
-        "Install TensorRT 10.15 or newer",
-        "ultralytics issue 22873",
-        before=(10, 15),
-        jetpack=7,
+        "Install TensorRT 10.15 or newer", "ultralytics issue 22873", before=(10, 15), jetpack=7,
     ),
     KnownBad(
         "TensorRT 11.0 to 11.4.0 does not support JetPack",
         "Install TensorRT 10.15 to 10.x, or 11.4.1 on JetPack 7.2.2 or newer",
-        "TensorRT 11.4.1, migration guide for Jetson",
-        since=(11,),
-        before=(11, 4, 1),
-        jetpack=7,
+        "TensorRT 11.4.1, migration guide for Jetson", since=(11,), before=(11, 4, 1), jetpack=7,
     ),
     KnownBad(
         "TensorRT before 10.15 builds wrong engines for Thor",
-        "Install TensorRT 10.15 or newer",
-        "ultralytics issue 22873",
-        before=(10, 15),
-        compute_capability="11.0",
+        "Install TensorRT 10.15 or newer", "ultralytics issue 22873", before=(10, 15), compute_capability="11.0",
     ),
     KnownBad(
         "fused multi-head attention in half precision gives wrong results on sm_120; these graphs keep its softmax in "
         "FP32, which parts the fusion, so the comparison after the build decides",
-        "If it fails, export with --precision fp32",
-        "NVIDIA/TensorRT issue 4837, seen up to 10.16.1, open",
-        backends=("tensorrt", "tensorrt-rtx"),
-        compute_capability="12.0",
-        precisions=("fp16", "bf16", "int8"),
+        "If it fails, export with --precision fp32", "NVIDIA/TensorRT issue 4837, seen up to 10.16.1, open",
+        backends=("tensorrt", "tensorrt-rtx"), compute_capability="12.0", precisions=("fp16", "bf16", "int8"),
         refused=False,
     ),
-)
+)  # fmt: skip
 
 
 def gate(target: Target, allow_known_bad: bool = False) -> list[str]:
@@ -140,7 +115,7 @@ def gate(target: Target, allow_known_bad: bool = False) -> list[str]:
     for row in rows:
         if row.refused and not allow_known_bad:
             raise LiteDetrError(
-                f"{target.backend} {version} is not to be used for this: {row.why} ({row.source}). "
+                f"{target.backend} {version} must not be used for this: {row.why} ({row.source}). "
                 f"{row.fix}; or take the risk with --allow-known-bad."
             )
     return [f"{target.backend} {version}: {row.why} ({row.source}). {row.fix}." for row in rows]

@@ -41,11 +41,13 @@ def shapes(
 ) -> dict[str, list[tuple[int, ...]]]:
     """Return for every input its smallest, best and largest shape.
 
-    inputs: name -> shape in the graph, -1 where any size will do.
-    batch: smallest, best and largest batch; BATCH when not given.
-    image_size: one (height, width) or the same three; a graph of fixed size needs none.
+    Args:
+        inputs: name -> shape in the graph, -1 where any size will do.
+        batch: smallest, best and largest batch; BATCH when not given.
+        image_size: one (height, width) or the same three; a graph of fixed size needs none.
 
-    Raises LiteDetrError for what the graph cannot take.
+    Raises:
+        LiteDetrError: for what the graph cannot take.
     """
     chosen = {0: _batch(inputs["images"][0], batch)}
     for axis, sizes in zip(SIDES["images"], zip(*_sizes(inputs["images"][2:], image_size))):

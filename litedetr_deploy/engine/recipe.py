@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, nearest
 
 COMMANDS = ("export", "build")
 
@@ -18,7 +18,8 @@ COMMANDS = ("export", "build")
 def read_recipe(path: str | os.PathLike, command: str, options: Collection[str]) -> dict:
     """Return the options that a recipe gives to `command`, one of COMMANDS; `options` are the names that it has.
 
-    Raises LiteDetrError for a file that is no recipe, one that says nothing to the command, and an unknown option.
+    Raises:
+        LiteDetrError: for a file that is no recipe, one that says nothing to the command, and an unknown option.
     """
     try:
         import tomllib
@@ -37,7 +38,7 @@ def read_recipe(path: str | os.PathLike, command: str, options: Collection[str])
     if unknown := set(recipe[command]) - set(options):
         raise LiteDetrError(
             f"the recipe {path} gives `litedetr {command}` the option {min(unknown)!r}; it has "
-            f"{', '.join(sorted(options))}."
+            f"{', '.join(sorted(options))}.{nearest(min(unknown), options)}"
         )
     shared = recipe.get("export", {}) if command == "build" else {}
     return {name: value for name, value in shared.items() if name in options} | recipe[command]

@@ -42,12 +42,15 @@ class Dataset:
 def read_coco(data: str | os.PathLike, images: str | os.PathLike | None = None, count: int | None = None) -> Dataset:
     """Return the images and boxes of a COCO annotation file.
 
-    data: the annotation file (.json), or a folder that holds it as one of LAYOUTS does.
-    images: folder of the images; needed with an annotation file.
-    count: take this many images at most, the first ones.
+    Args:
+        data: the annotation file (.json), or a folder that holds it as one of LAYOUTS does.
+        images: folder of the images; needed with an annotation file.
+        count: take this many images at most, the first ones.
 
-    Raises LiteDetrError for a file that is not COCO's or contradicts itself, for boxes that are not inside their image
-    (COCO's own leave it by up to OVERHANG pixels), for missing images, and where nothing is left to evaluate.
+    Raises:
+        LiteDetrError: for a file that is not COCO's or contradicts itself, for boxes that are not inside their image
+            (COCO's own leave it by up to OVERHANG pixels), for images that are missing or outside their folder, and
+            where nothing is left to evaluate.
     """
     file, folder = _locate(Path(data), None if images is None else Path(images))
     text = _read(file)

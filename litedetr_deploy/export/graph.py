@@ -138,7 +138,8 @@ def _name_nodes(graph: ir.Graph) -> None:
     numbers: dict[str, int] = {}
     for node in graph:
         # Modules from the outermost to the innermost, by their names, then the operation.
-        *_, module, operation = ["", "", *ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))]
+        scopes: list[str] = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        *_, module, operation = ["", "", *scopes]
         name = f"{module if module.startswith('detector') else 'deployed'}/"
         for op_type, function in _OPERATIONS.items():
             if operation.startswith(function) and node.op_type != op_type:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import LiteDetrError, Notice
+from ..errors import LiteDetrError, Notice, nearest
 
 ATTENTIONS = ("op", "gather", "gridsample")
 OUTPUTS = ("detections", "raw")
@@ -139,17 +139,21 @@ def check(
             "'op' or 'gather', or precision 'fp16'."
         )
     if image_size is not None:
-        height, width = image_size
-        if min(height, width) < SMALLEST_SIDE:
-            raise LiteDetrError(
-                f"the image size is {height}x{width}; both sides must be at least {SMALLEST_SIDE} pixels, the stride "
-                "of the coarsest feature level."
-            )
-        if height * width > MOST_PIXELS:
-            raise LiteDetrError(
-                f"the image size is {height}x{width}, {height * width:,} pixels; {MOST_PIXELS:,} are supported, as in "
-                "4096x4096. Choose a smaller size, and cut large images into tiles."
-            )
+        check_size(*image_size)
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise LiteDetrError for an image that no detector takes."""
+    if min(height, width) < SMALLEST_SIDE:
+        raise LiteDetrError(
+            f"the image size is {height}x{width}; both sides must be at least {SMALLEST_SIDE} pixels, the stride "
+            "of the coarsest feature level."
+        )
+    if height * width > MOST_PIXELS:
+        raise LiteDetrError(
+            f"the image size is {height}x{width}, {height * width:,} pixels; {MOST_PIXELS:,} are supported, as in "
+            "4096x4096. Choose a smaller size, and cut large images into tiles."
+        )
 
 
 def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_levels: int) -> None:
@@ -168,4 +172,6 @@ def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_level
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise LiteDetrError(f"{name} is {value!r}; it must be {' or '.join(map(repr, allowed))}.")
+        raise LiteDetrError(
+            f"{name} is {value!r}; it must be {' or '.join(map(repr, allowed))}.{nearest(value, allowed)}"
+        )

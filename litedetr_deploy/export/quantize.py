@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -101,12 +102,12 @@ def load_or_calibrate(
         and method.  calibration: None to use the file whatever its images and method were.
     Raises LiteDetrError where there are neither images nor a table of this model.
     """
-    wanted = {"model": _digest([ir.to_proto(model).SerializeToString(deterministic=True)])}
+    wanted: dict[str, Any] = {"model": _digest([ir.to_proto(model).SerializeToString(deterministic=True)])}
     if calibration is not None:
         wanted |= {"method": method, "images": len(calibration.images), "digest": calibration.digest()}
     found = _read(table)
-    names = set(names)
-    tensors = {node.inputs[0].name for node in model.graph if node.name in names}
+    chosen = set(names)
+    tensors = {node.inputs[0].name for node in model.graph if node.name in chosen}
     differing = [_ITEMS[key] for key, value in wanted.items() if found.get(key) != value]
     if not tensors <= found.get("ranges", {}).keys():
         differing.append("set of layers")
@@ -142,10 +143,11 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir
 
     precision.refuse_typed(model.graph)
     zero = np.array(0, np.int8)
-    names = set(names)
-    steps, tensors = {}, {}
+    chosen = set(names)
+    steps: dict[str, list[dict]] = {}
+    tensors = {}
     for node in model.graph:
-        if node.name in names:
+        if node.name in chosen:
             data, weight = node.inputs[:2]
             largest = np.float32(ranges[data.name])
             tensors[data.name] = TensorData(lowest=-largest, highest=largest)
@@ -186,7 +188,7 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir
             quantize = node.inputs[0].producer()
             # The quantizer gives the rounded value to all readers, residual sums among them.
             for user, i in list(node.outputs[0].uses()) if quantize is not None else ():
-                if user.name not in names:
+                if user.name not in chosen:
                     user.replace_input_with(i, quantize.inputs[0])
     return quantized
 
@@ -289,7 +291,7 @@ def _calibrator(method: str, tensors: set[str], path: Path):
         "percentile": (calibrate.PercentileCalibrater, {}),
     }[method]
 
-    class Calibrator(base):
+    class Calibrator(base):  # type: ignore[valid-type,misc]
         def select_tensors_to_calibrate(self, model):
             _, infos = super().select_tensors_to_calibrate(model)
             return tensors, infos

@@ -52,6 +52,7 @@ class DeformableAttention(nn.Module):
             offsets = offsets.unflatten(-1, (self.num_heads, 1, -1)).expand(-1, -1, -1, self.num_levels, -1).flatten(2)
         value = _zero_padding(self.value_proj(tokens), padding_mask)
         if self.query_proj is None:
+            assert self.attention_weights is not None
             output = torch_op.ms_deform_attn(
                 self.attention_weights(query), value, reference_points, offsets, spatial_shapes,
                 self.num_heads, self.num_points,

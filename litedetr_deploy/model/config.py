@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import LiteDetrError
+from ..errors import LiteDetrError, nearest
 
 FAMILIES = ("dino", "deformable-detr", "h-detr")
 BACKBONES = ("r50", "r101", "r26n", "swin-t", "swin-l")
@@ -131,7 +132,7 @@ class DetectorConfig:
 
     @property
     def name(self) -> str:
-        """The variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
+        """Return the variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
         base = f"{self.family}-{self.backbone}"
         if not self.is_lite:
             return base
@@ -159,10 +160,14 @@ def parse_variant(variant: str, **overrides) -> DetectorConfig:
     Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Lite models are key-aware and have the
     small feed-forward network; full-scale ones have neither.
     """
-    match = _VARIANT.fullmatch(variant.strip().replace(" ", "-"))
+    match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:
-        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.")
-    fields = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
+        base = re.split(r"-h\d", str(variant).lower())[0]
+        names = [
+            f"{lite}{family}-{backbone}" for lite in ("lite-", "") for family in FAMILIES for backbone in BACKBONES
+        ]
+        raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.{nearest(base, names)}")
+    fields: dict[str, Any] = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
     fields |= _FAMILY_FIELDS[fields["family"]] | _BACKBONE_FIELDS.get(fields["backbone"], {})
     if fields["family"] == "h-detr":
         fields["window_size"] = 7  # its Swin-L too

@@ -19,6 +19,9 @@ PROBES = ("pred_logits", "pred_boxes", "proposal_scores", "topk_indices")
 class Deployed(nn.Module):
     """Images in 0..1 to detections in pixels, or to raw logits and boxes."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
         self.detector, self.outputs = detector, outputs
@@ -33,6 +36,7 @@ class Deployed(nn.Module):
         raw = self.detector(self.normalise(images, pixel_mask), pixel_mask)
         values = {name: raw[name] for name in PROBES}
         if self.outputs == "detections":
+            assert orig_target_sizes is not None
             labels, boxes, scores = postprocess(raw["pred_logits"], raw["pred_boxes"], orig_target_sizes)
             values = {"labels": labels, "boxes": boxes, "scores": scores} | values
         return values

@@ -63,10 +63,8 @@ class Detector(nn.Module):
         self.decoder = Decoder(config)
         self.class_embed = nn.Linear(dim, config.num_classes)
         # DINO's layers share a head; the others have one each.
-        if config.is_dino:
-            self.bbox_embed = MLP(dim, dim, 4, 3)
-        else:
-            self.bbox_embed = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.decoder_layers))
+        heads = [MLP(dim, dim, 4, 3) for _ in range(1 if config.is_dino else config.decoder_layers)]
+        self.bbox_embed = heads[0] if config.is_dino else nn.ModuleList(heads)
 
     def forward(
         self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
@@ -105,8 +103,8 @@ class Detector(nn.Module):
         }
 
     def _queries(self, boxes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Content [N or 1, Q, dim] of the queries that start with boxes [N, Q, 4], and their position [N, Q, dim]: None
-        in DINO, where it follows the boxes."""
+        """Return content [N or 1, Q, dim] of the queries that start with boxes [N, Q, 4], and their position
+        [N, Q, dim], None in DINO, where it follows the boxes."""
         if self.config.is_dino:
             return self.tgt_embed.weight[None], None
         dim = self.config.hidden_dim
@@ -129,7 +127,9 @@ class Detector(nn.Module):
             ],
             1,
         )
-        padding_mask = None if pixel_mask is None else torch.cat([mask.flatten(1) for mask in masks], 1)
+        padding_mask = (
+            torch.cat([mask.flatten(1) for mask in masks if mask is not None], 1) if pixel_mask is not None else None
+        )
         # Valid extents of every level in pixels: [N or 1, L, 2] (x, y).
         extents = torch.stack([valid_extent(h, w, mask, images.device) for (h, w), mask in zip(shapes, masks)], 1)
         sizes = torch.stack((spatial_shapes[:, 1], spatial_shapes[:, 0]), -1).float()
@@ -147,12 +147,12 @@ class Detector(nn.Module):
         return Encoded(memory, spatial_shapes, valid_ratios, padding_mask, features, proposals, logits)
 
     def _proposal_logits(self, features: Tensor) -> Tensor:
-        """Of the classes whose best logit ranks the tokens: DINO's are all, the others' the first."""
+        """Return the logits of the classes whose best logit ranks the tokens: DINO's are all, the others' the first."""
         head = self.enc_out_class_embed
         return head(features) if self.config.is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """The projected maps of all levels, [N, dim, h, w] each."""
+        """Return the projected maps of all levels, [N, dim, h, w] each."""
         backbone_maps = self.backbone(images)
         maps = [projection(m) for projection, m in zip(self.input_proj, backbone_maps)]
         x = backbone_maps[-1]
@@ -162,7 +162,7 @@ class Detector(nn.Module):
         return maps
 
     def _proposals(self, memory, centres, level_of_token, padding_mask) -> tuple[Tensor, Tensor]:
-        """Features [N, S, dim] that compete to become queries, and their boxes [N or 1, S, 4] before the sigmoid.
+        """Return features [N, S, dim] that compete to become queries, and boxes [N or 1, S, 4] before the sigmoid.
 
         A token whose box reaches beyond (0.01, 0.99), or that is padding, has its memory zeroed and an infinite
         box, and still competes (official models/dino/utils.py, gen_encoder_output_proposals).
@@ -195,7 +195,7 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def valid_extent(height: int, width: int, mask: Tensor | None, device=None) -> Tensor:
-    """The unpadded (width, height) of a map in pixels: [N, 2], or [1, 2] without a mask."""
+    """Return the unpadded (width, height) of a map in pixels: [N, 2], or [1, 2] without a mask."""
     if mask is None:
         return sizes_tensor((width, height), device).float()[None]
     valid = ~mask
@@ -203,7 +203,7 @@ def valid_extent(height: int, width: int, mask: Tensor | None, device=None) -> T
 
 
 def sizes_tensor(sizes, device=None) -> Tensor:
-    """Sizes as an int64 vector; they stay symbolic where torch.export traces with dynamic sizes."""
+    """Return sizes as an int64 vector; they stay symbolic where torch.export traces with dynamic sizes."""
     return torch.cat([torch.full((1,), size, dtype=torch.int64, device=device) for size in sizes])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +54,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Updates the high-level tokens in every layer and the low-level ones in F layers only."""
+    """Update the high-level tokens in every layer and the low-level ones in F layers only."""
 
     def __init__(self, config: DetectorConfig):
         super().__init__()
@@ -73,7 +76,7 @@ class Encoder(nn.Module):
         `num_low` tokens are low-level; padding_mask [N, S] True = padding.  -> memory [N, S, dim]."""
         high_position, high_references = position[:, num_low:], reference_points[:, num_low:]
         low, high = tokens[:, :num_low], tokens[:, num_low:]  # kept apart: an exported graph need not split them again
-        for full, layer in zip(self.full_layers, self.layers):
+        for full, layer in zip(self.full_layers, cast("Iterable[EncoderLayer]", self.layers)):
             if full:
                 tokens = layer.attend(tokens, position, reference_points, tokens, spatial_shapes, padding_mask)
                 if layer.small_expand:

@@ -66,7 +66,7 @@ class FlopCount:
         return sum(getattr(cost, convention) for cost in self.costs if cost.module.startswith("encoder"))
 
     def parts(self) -> dict[str, dict[str, int]]:
-        """Part -> operations by convention, and parameters; in the order of the data's flow."""
+        """Return part -> operations by convention, and parameters; in the order of the data's flow."""
         names = _part_names(self.config)
         parts = {name: dict.fromkeys((*CONVENTIONS, "parameters"), 0) for name in names}
         for cost in self.costs:
@@ -77,7 +77,7 @@ class FlopCount:
         return {name: part for name, part in parts.items() if any(part.values())}
 
     def encoder_items(self) -> dict[str, int]:
-        """The encoder's operations in fvcore's convention, by what they are for."""
+        """Return the encoder's operations in fvcore's convention, by what they are for."""
         items: Counter[str] = Counter()
         for cost in self.costs:
             if cost.module.startswith("encoder"):
@@ -134,7 +134,7 @@ def _part(module: str, config: DetectorConfig) -> str:
 
 
 def count_flops(config: DetectorConfig, image_size: tuple[int, int] = PAPER_SIZE) -> FlopCount:
-    """Counts one image of (height, width) without padding."""
+    """Count one image of (height, width) without padding."""
     with torch.device("meta"):
         model = Detector(config).eval()
         parameters = {
@@ -145,11 +145,11 @@ def count_flops(config: DetectorConfig, image_size: tuple[int, int] = PAPER_SIZE
             memory = model(torch.empty(1, 3, *image_size))["memory"]
     costs = [Cost(module, kind, fvcore, everything) for (module, kind), (fvcore, everything) in counting.costs.items()]
     costs += _training_outputs(config, memory.shape[1])
-    return FlopCount(config, tuple(image_size), tuple(costs), {k: v for k, v in parameters.items() if v})
+    return FlopCount(config, image_size, tuple(costs), {k: v for k, v in parameters.items() if v})
 
 
 class _Counting(TorchDispatchMode):
-    """Counts every operator that runs, under the name of the innermost module that runs it."""
+    """Count every operator that runs, under the name of the innermost module that runs it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -173,7 +173,7 @@ class _Counting(TorchDispatchMode):
 
 
 def _cost(func, args: tuple, output) -> tuple[str, int, int]:
-    """Kind, and operations in both conventions, of one call."""
+    """Return kind, and operations in both conventions, of one call."""
     op = func.overloadpacket
     if op is aten.convolution:
         count = output.numel() * math.prod(args[1].shape[1:])
@@ -201,7 +201,7 @@ def _cost(func, args: tuple, output) -> tuple[str, int, int]:
 
 
 def attention_cost(op_type: str, samples: int, head_dim: int, has_key: bool) -> tuple[int, int]:
-    """Operations of an attention op in both conventions; samples: of all queries, heads, levels and points."""
+    """Return an attention op's operations in both conventions; samples: of all queries, heads, levels and points."""
     numbers = samples * head_dim
     if op_type == schema.PLAIN:
         return BILINEAR * numbers, (BILINEAR + 1) * numbers + SOFTMAX * samples
@@ -211,8 +211,8 @@ def attention_cost(op_type: str, samples: int, head_dim: int, has_key: bool) -> 
 
 
 def _training_outputs(config: DetectorConfig, tokens: int) -> list[Cost]:
-    """What the official code computes at inference too, though only the losses of training read it: the heads of all
-    decoder layers but the last, and classes (Deformable DETR: and boxes of all tokens) of the proposals."""
+    """Return what the official code computes at inference too, though only the losses of training read it: the heads
+    of all decoder layers but the last, and classes (Deformable DETR: and boxes of all tokens) of the proposals."""
     dim, queries = config.hidden_dim, config.num_queries
     box = 2 * dim * dim + 4 * dim
     if config.is_dino:

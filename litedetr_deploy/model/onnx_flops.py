@@ -2,83 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from ..artifact import METADATA_KEY
+from .. import artifact
 from ..errors import LiteDetrError
 from ..ops import onnx_schema, schema
 from .config import parse_variant
 from .flops import BILINEAR, NORM, SOFTMAX, Cost, FlopCount, attention_cost
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_POINTWISE = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Neg",
-        "Abs",
-        "Sqrt",
-        "Reciprocal",
-        "Exp",
-        "Log",
-        "Pow",
-        "Erf",
-        "Sin",
-        "Cos",
-        "Sigmoid",
-        "Tanh",
-        "Relu",
-        "Gelu",
-        "Clip",
-        "Min",
-        "Max",
-        "Floor",
-        "Ceil",
-        "Round",
-        "Sign",
-        "Mod",
-        "Sum",
-    ]
+_NAMES = (
+    "Add Sub Mul Div Neg Abs Sqrt Reciprocal Exp Log Pow Erf Sin Cos Sigmoid Tanh Relu Gelu Clip Min Max Floor Ceil "
+    "Round Sign Mod Sum"
 )
+_POINTWISE = frozenset(_NAMES.split())
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _MODULE = "detector."
 
 
 def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> FlopCount:
-    """Counts one image.
+    """Count one image.
 
-    image_size: (height, width), for a model of dynamic size; a model of a fixed size has its own.
-    Raises LiteDetrError for a file that `litedetr export` did not write, and for another size than the model's.
+    Args:
+        image_size: (height, width), for a model of dynamic size; a model of a fixed size has its own.
+
+    Raises:
+        LiteDetrError: a file that `litedetr export` did not write, or another size than the model's.
     """
-    path = Path(path)
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's own error classes differ between its implementations
-        raise LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {error}.") from error
-    metadata = next((json.loads(entry.value) for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    if metadata is None:
-        raise LiteDetrError(
-            f"{path} was not made by `litedetr export` (it has no metadata {METADATA_KEY!r}): its parts cannot be told "
-            "apart. Give the checkpoint, or the variant."
-        )
-    fixed = metadata["image_size"]
+    model = artifact.load_onnx(path)
+    metadata = artifact.onnx_metadata(model, path)
+    fixed = metadata.get("image_size")
     if fixed and image_size and tuple(fixed) != tuple(image_size):
         raise LiteDetrError(
-            f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size out, "
-            "or export with that size or with dynamic sizes."
+            f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size "
+            "out, or export with that size or with dynamic sizes."
         )
-    if not (fixed or image_size):
+    height, width = fixed or image_size or (0, 0)
+    if not height:
         raise LiteDetrError(f"{path} takes images of any size: say which to count, as in 800x1333.")
-    size = tuple(fixed or image_size)
+    size = (height, width)
     graph = _with_shapes(model, size)
     costs = []
     for node in graph:
@@ -90,14 +58,14 @@ def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None
                 "fixed (--image-size)."
             ) from error
         if fvcore or everything:
-            costs.append(Cost(_module(node.name.split("/")[0]), kind, fvcore, everything))
+            costs.append(Cost(_module((node.name or "").split("/")[0]), kind, fvcore, everything))
     parameters: dict[str, int] = {}
     for name, weight in graph.initializers.items():
         # What the export computed from constants is no weight.
         if name.startswith(_MODULE) and weight.dtype in _FLOATS:
             module = _module(name).rpartition(".")[0]
             parameters[module] = parameters.get(module, 0) + _numbers(weight)
-    return FlopCount(parse_variant(metadata["variant"]), size, tuple(costs), parameters)
+    return FlopCount(parse_variant(str(metadata.get("variant"))), size, tuple(costs), parameters)
 
 
 def _module(name: str) -> str:
@@ -105,25 +73,25 @@ def _module(name: str) -> str:
 
 
 def _with_shapes(model: onnx.ModelProto, size: tuple[int, int]) -> ir.Graph:
-    """The graph for one image of `size`, with what follows from that computed: the shape of every value."""
+    """Return the graph for one image of `size`, with what follows from that computed: the shape of every value."""
     onnx_schema.register()
-    model = ir.from_proto(model)
+    converted = ir.from_proto(model)
     wanted = {"images": (1, 3, *size), "pixel_mask": (1, *size), "orig_target_sizes": (1, 2)}
-    for node in model.graph:
+    for node in converted.graph:
         for output in node.outputs:
             output.shape = None
-    for value in model.graph.inputs:
-        value.shape = ir.Shape(wanted[value.name])
-    optimizer.fold_constants(model, onnx_shape_inference=True)
-    return model.graph
+    for value in converted.graph.inputs:
+        value.shape = ir.Shape(wanted[str(value.name)])
+    optimizer.fold_constants(converted, onnx_shape_inference=True)
+    return converted.graph
 
 
-def _numbers(value: ir.Value) -> int:
+def _numbers(value: Any) -> int:
     return math.prod(int(size) for size in value.shape)
 
 
-def _cost(node: ir.Node) -> tuple[str, int, int]:
-    """Kind, and operations in both conventions, of a node."""
+def _cost(node: Any) -> tuple[str, int, int]:
+    """Return kind, and operations in both conventions, of a node."""
     op, inputs, output = node.op_type, node.inputs, node.outputs[0]
     if node.domain == schema.DOMAIN:
         head_dim = inputs[1].shape[2] // node.attributes["num_heads"].as_int()

@@ -21,7 +21,7 @@ def _interleaved_sine(x: Tensor, features: int, temperature: float) -> Tensor:
 def map_position(
     height: int, width: int, dim: int, mask: Tensor | None, device=None, temperature: float = 20.0, first: float = 1.0
 ) -> Tensor:
-    """The encoding of a feature map's pixels: [N or 1, height * width, dim], y before x.
+    """Return the encoding of a feature map's pixels: [N or 1, height * width, dim], y before x.
 
     Counted from `first` and normalised by the valid extent, eps 1e-6, scale 2 pi.  DINO has temperature 20 and counts
     from 1 (models/dino/position_encoding.py, PositionEmbeddingSineHW), Deformable DETR has 10000 and counts from 0.5.
@@ -45,7 +45,7 @@ def map_position(
 
 
 def box_position(boxes: Tensor, dim: int, order: tuple[int, ...] = (1, 0, 2, 3)) -> Tensor:
-    """The encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim].
+    """Return the encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim].
 
     Temperature 10000.  DINO has y before x (models/dino/utils.py, gen_sineembed_for_position); Deformable DETR's order
     is (0, 1, 2, 3) (deformable_transformer.py, get_proposal_pos_embed).

@@ -13,6 +13,10 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch norm with constant statistics, eps 1e-5 (DETR's models/backbone.py)."""
 
     eps = 1e-5
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -76,29 +80,24 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
-        x = self.layer1(x)
         maps = []
-        for layer in (self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+        for stage in (1, 2, 3, 4):
+            x = getattr(self, f"layer{stage}")(x)
             maps.append(x)
-        return maps
+        return maps[1:]
 
 
 def fold_frozen_batch_norm(module: nn.Module) -> None:
-    """Folds every frozen batch norm of `module` into the convolution before it, in place.
+    """Fold every frozen batch norm of `module` into the convolution before it, in place.
 
     The products are formed in float64, so that the folded weights are the correctly rounded ones.
     """
     for parent in list(module.modules()):
         children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
+        for (_, conv), (norm_name, norm) in zip(children, children[1:]):
             if not (isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d)):
                 continue
             scale, shift = norm.double().scale_and_shift()
-            folded = nn.Conv2d(
-                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=True
-            )
-            folded.weight.data = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
-            folded.bias.data = shift.to(conv.weight.dtype)
-            setattr(parent, conv_name, folded)
+            conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype))
+            conv.bias = nn.Parameter(shift.to(conv.weight.dtype))
             setattr(parent, norm_name, nn.Identity())

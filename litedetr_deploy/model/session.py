@@ -7,13 +7,14 @@ import copy
 import numpy as np
 import torch
 
+from ..machine import bounded_threads
 from .deployed import OUTPUTS, Deployed
 from .detector import Detector
 from .resnet import fold_frozen_batch_norm
 
 
 class TorchSession:
-    """Runs what `export_onnx` exports, before it is exported: of dynamic size, with a pixel mask (see OnnxSession).
+    """Run what `export_onnx` exports, before it is exported: of dynamic size, with a pixel mask (see OnnxSession).
 
     model: as `load_model` returns it.
     threads: of PyTorch, in the whole process; PyTorch's choice when not given.
@@ -21,7 +22,7 @@ class TorchSession:
 
     def __init__(self, model: Detector, threads: int | None = None):
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(bounded_threads(threads))
         model = copy.deepcopy(model)
         fold_frozen_batch_norm(model)
         self._deployed = Deployed(model, "detections").eval()

@@ -2,7 +2,8 @@
 
 `gather` reads the four corners of every sample as rows of the value: no GridSample, which TensorRT miscompiles in
 this pattern (NVIDIA/TensorRT issue 4813).  `gridsample` is the usual form.  Both compute in float whatever the
-storage type is, and keep NaN and Inf of the value where bilinear sampling puts them.
+storage type is, and keep NaN and Inf of the value where bilinear sampling puts them.  A sampling location that is
+infinite or NaN lies outside for `gather`, as `reference` has it; `gridsample` leaves it to the run time's GridSample.
 
 `torch.onnx.export` traces these functions: their arguments are values of the graph, of which N, Q, S and the map
 sizes may be dynamic.  What depends on constant spatial_shapes alone is folded away by the exporter.  Operators whose
@@ -17,12 +18,12 @@ from onnxscript import opset18 as op
 
 from . import schema
 
-# Pixels are clipped to +-this: an infinite offset must not become Inf - Inf in the bilinear weights.
+# Pixels are nearer than this, or here: one that is infinite or NaN must not make NaN of the bilinear weights.
 _FAR = 2.0**20
 
 
 def gather(op_type: str, inputs: tuple, num_heads: int, num_points: int):
-    """Writes one op of `schema` as a gather of rows and two matrix products.
+    """Write one op of `schema` as a gather of rows and two matrix products.
 
     The corners of all samples of a (query, head) are gathered into [4*L*P, D]; <query, corner> and the weighted sum
     are then matrix products, with the bilinear weights applied between them.  Of the forms measured on ONNX Runtime
@@ -66,7 +67,7 @@ def gather(op_type: str, inputs: tuple, num_heads: int, num_points: int):
 
 
 def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
-    """Writes one op of `schema` with one GridSample a level; arguments and result as in `gather`."""
+    """Write one op of `schema` with one GridSample a level; arguments and result as in `gather`."""
     queries, value, references, offsets, spatial_shapes, *key = inputs
     channels = value.shape[2]
     head_dim = channels // num_heads
@@ -146,7 +147,8 @@ def _corners(references, offsets, spatial_shapes, value, num_heads: int, num_poi
         if references.shape[3] == 4:
             extent = op.Mul(_part(references, axis + 2, axis + 3, axis=3), op.Mul(sizes, _float(0.5 / num_points)))
             offset = op.Mul(offset, repeat(extent, 0, 0, 1))
-        pixel = op.Clip(op.Add(pixel, offset), _float(-_FAR), _float(_FAR))
+        pixel = op.Add(pixel, offset)
+        pixel = op.Where(op.Less(op.Abs(pixel), _float(_FAR)), pixel, _float(_FAR))  # NaN is not less
         lower = op.Floor(pixel)
         upper = op.Add(lower, _float(1.0))
         upper_weight = op.Sub(pixel, lower)

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled libraries that the package installs into `litedetr_deploy/lib`."""
+"""Find and load the compiled libraries that the package installs into `litedetr_deploy/lib`."""
 
 import contextlib
 import ctypes
@@ -19,31 +19,18 @@ ABI_VERSION = 1
 
 # kda_dtype and kda_status in kda.h
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
-OK, INVALID_ARGUMENT, UNSUPPORTED = 0, 1, 2
+OK, INVALID_ARGUMENT = 0, 1
 
 
 class Arguments(ctypes.Structure):
     """kda_arguments in kda.h, field by field."""
 
     _fields_ = [
-        ("batch", ctypes.c_int64),
-        ("num_queries", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("num_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("num_levels", ctypes.c_int32),
-        ("num_points", ctypes.c_int32),
-        ("reference_width", ctypes.c_int32),
-        ("key_aware", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("offset_dtype", ctypes.c_int32),
-        ("query", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("reference_points", ctypes.c_void_p),
-        ("sampling_offsets", ctypes.c_void_p),
-        ("spatial_shapes", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "num_queries", "num_tokens")),
+        *((name, ctypes.c_int32) for name in ("num_heads", "head_dim", "num_levels", "num_points")),
+        *((name, ctypes.c_int32) for name in ("reference_width", "key_aware", "dtype", "offset_dtype")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "reference_points", "sampling_offsets")),
+        *((name, ctypes.c_void_p) for name in ("spatial_shapes", "output")),
     ]
 
 
@@ -51,12 +38,7 @@ class Gradients(ctypes.Structure):
     """kda_gradients in kda.h."""
 
     _fields_ = [
-        ("output", ctypes.c_void_p),
-        ("query", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("reference_points", ctypes.c_void_p),
-        ("sampling_offsets", ctypes.c_void_p),
+        (name, ctypes.c_void_p) for name in ("output", "query", "key", "value", "reference_points", "sampling_offsets")
     ]
 
 
@@ -66,8 +48,24 @@ class Executor(ctypes.Structure):
     _fields_ = [("run", ctypes.c_void_p), ("self", ctypes.c_void_p)]
 
 
+_ARGUMENTS, _EXECUTOR, _MESSAGE = (
+    ctypes.POINTER(Arguments),
+    ctypes.POINTER(Executor),
+    (ctypes.c_char_p, ctypes.c_size_t),
+)
+# Name -> type of the result, types of the arguments.
+_FUNCTIONS = {
+    "kda_cpu_isa": (ctypes.c_char_p,),
+    "kda_cpu_workspace_size": (ctypes.c_size_t, _ARGUMENTS),
+    "kda_cpu_check": (ctypes.c_int, _ARGUMENTS, *_MESSAGE),
+    "kda_cpu_forward": (ctypes.c_int, _ARGUMENTS, ctypes.c_void_p, _EXECUTOR, *_MESSAGE),
+    "kda_cpu_backward": (ctypes.c_int, _ARGUMENTS, ctypes.POINTER(Gradients), _EXECUTOR, *_MESSAGE),
+    "kda_cuda_forward": (ctypes.c_int, _ARGUMENTS, ctypes.c_void_p, *_MESSAGE),  # the pointer is a cudaStream_t
+}
+
+
 def library(name: str) -> Path:
-    """The path of a compiled library: 'core' (the arithmetic), 'onnxruntime' (custom ops) or 'tensorrt' (plugins).
+    """Return the path of a library: 'core' (the arithmetic), 'onnxruntime' (custom ops) or 'tensorrt' (plugins).
 
     Raises:
         ValueError: no library has that name.
@@ -92,14 +90,14 @@ def _folders() -> list[Path]:
     folders = [Path(folder) for folder in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if folder]
     # In an editable install the libraries lie apart from the sources, where the distribution's metadata is.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        folders.append(Path(importlib.metadata.distribution("litedetr-deploy").locate_file(f"{package}/lib")))
+        folders.append(Path(str(importlib.metadata.distribution("litedetr-deploy").locate_file(f"{package}/lib"))))
     beside = Path(__file__).parents[1] / "lib"
     return folders if beside in folders else [*folders, beside]
 
 
 @functools.cache
 def load_core() -> ctypes.CDLL:
-    """The 'core' library with its argument types set.
+    """Return the 'core' library with the types of its functions set.
 
     Raises:
         RuntimeError: it is missing, does not load, or has another ABI version.
@@ -109,60 +107,12 @@ def load_core() -> ctypes.CDLL:
         core = ctypes.CDLL(str(path))
     except OSError as error:  # FileNotFoundError among them
         raise RuntimeError(f"the native attention kernels cannot be loaded: {error}") from error
-    core.kda_abi_version.restype = ctypes.c_int32
     if core.kda_abi_version() != ABI_VERSION:
         raise RuntimeError(
             f"{path} has ABI version {core.kda_abi_version()} and this package needs {ABI_VERSION}: "
             f"install the package again so that both are of one version"
         )
-    core.kda_cpu_isa.restype = ctypes.c_char_p
-    core.kda_cpu_workspace_size.restype = ctypes.c_size_t
-    core.kda_cpu_workspace_size.argtypes = [ctypes.POINTER(Arguments)]
-    core.kda_cpu_check.restype = ctypes.c_int
-    core.kda_cpu_check.argtypes = [ctypes.POINTER(Arguments), ctypes.c_char_p, ctypes.c_size_t]
-    core.kda_cpu_forward.restype = ctypes.c_int
-    core.kda_cpu_forward.argtypes = [
-        ctypes.POINTER(Arguments),
-        ctypes.c_void_p,
-        ctypes.POINTER(Executor),
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-    ]
-    return core
-
-
-@functools.cache
-def load_backward() -> ctypes.CDLL:
-    """The 'core' library with the argument types of its backward pass set.
-
-    Raises:
-        RuntimeError: as `load_core`.
-    """
-    core = load_core()
-    core.kda_cpu_backward.restype = ctypes.c_int
-    core.kda_cpu_backward.argtypes = [
-        ctypes.POINTER(Arguments),
-        ctypes.POINTER(Gradients),
-        ctypes.POINTER(Executor),
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-    ]
-    return core
-
-
-@functools.cache
-def load_cuda() -> ctypes.CDLL:
-    """The 'core' library with the argument types of its CUDA part set.  Built without nvcc, it answers UNSUPPORTED.
-
-    Raises:
-        RuntimeError: as `load_core`.
-    """
-    core = load_core()
-    core.kda_cuda_forward.restype = ctypes.c_int
-    core.kda_cuda_forward.argtypes = [
-        ctypes.POINTER(Arguments),
-        ctypes.c_void_p,  # cudaStream_t
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-    ]
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        function = getattr(core, name)
+        function.restype, function.argtypes = result, arguments
     return core

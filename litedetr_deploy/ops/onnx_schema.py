@@ -12,7 +12,7 @@ _CONCRETE = {"F": "tensor(float)", "I": "tensor(int64)"}
 
 
 def register() -> None:
-    """Makes both ops known to onnx; a second call changes nothing."""
+    """Make both ops known to onnx; a second call changes nothing."""
     for op_type, inputs in schema.INPUTS.items():
         if not onnx.defs.has(op_type, schema.VERSION, schema.DOMAIN):
             onnx.defs.register_schema(_operator_schema(op_type, inputs))

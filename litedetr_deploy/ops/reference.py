@@ -39,7 +39,8 @@ def key_aware_deform_attn(
         [N, Q, M*D] in the dtype of `value`.  The arithmetic runs in the wider of the dtypes of `value` and
         `reference_points`.
 
-    A sample outside the map reads a zero key and a zero value: its logit is 0 and it takes part in the softmax.
+    A sample outside the map reads a zero key and a zero value: its logit is 0 and it takes part in the softmax.  Where
+    an offset or a reference is NaN or infinite, the samples that it places are outside: neither spreads to the output.
     """
     n, q, channels = query.shape
     dtype = torch.promote_types(value.dtype, reference_points.dtype)

@@ -1,7 +1,7 @@
-"""The two attention ops, written down once: domain, types, version, inputs, attributes.
+"""The two attention ops, written down once: domain, types, version, inputs, shapes, attributes.
 
 Everything in Python that names an op, an input or an attribute reads it here; the C++ side has the same in
-`plugins/onnxruntime` and `plugins/tensorrt`.
+`plugins/op.h`.
 """
 
 DOMAIN = "litedetr"
@@ -13,25 +13,34 @@ PLAIN = "MSDeformAttn"
 # (name, type letter, optional).  T: float, float16 or bfloat16 storage; F: float; U: T or float; I: int64.
 INPUTS = {
     KEY_AWARE: (
-        ("query", "T", False),  # [N, Q, M*D], after the query projection
-        ("value", "T", False),  # [N, S, M*D], after the value projection, padding zeroed
-        ("reference_points", "F", False),  # [N, Q, L, 2 or 4]
-        ("sampling_offsets", "U", False),  # [N, Q, M*L*P*2], the raw output of the offset Linear
-        ("spatial_shapes", "I", False),  # [L, 2], (height, width), fine to coarse
-        ("key", "T", True),  # [N, S, M*D]; absent: the key is the value
+        ("query", "T", False),  # after the query projection
+        ("value", "T", False),  # after the value projection, padding zeroed
+        ("reference_points", "F", False),
+        ("sampling_offsets", "U", False),  # the raw output of the offset Linear
+        ("spatial_shapes", "I", False),  # (height, width), fine to coarse
+        ("key", "T", True),  # absent: the key is the value
     ),
     PLAIN: (
-        ("attention_logits", "T", False),  # [N, Q, M*L*P], before the softmax
+        ("attention_logits", "T", False),  # before the softmax
         ("value", "T", False),
         ("reference_points", "F", False),
         ("sampling_offsets", "U", False),
         ("spatial_shapes", "I", False),
     ),
 }
-OUTPUT = "output"  # [N, Q, M*D], type T
-ATTRIBUTES = ("num_heads", "num_points")  # int
+OUTPUT = "output"  # of type T
+# N: batch, Q: queries, S: tokens of all levels, M: heads, D: channels of a head, L: levels, P: points of a level,
+# R: 2, (x, y), or 4, (x, y, w, h).
+SHAPES = {
+    "query": ("N", "Q", "M*D"),
+    "attention_logits": ("N", "Q", "M*L*P"),
+    "value": ("N", "S", "M*D"),
+    "reference_points": ("N", "Q", "L", "R"),
+    "sampling_offsets": ("N", "Q", "M*L*P*2"),
+    "spatial_shapes": ("L", "2"),
+    "key": ("N", "S", "M*D"),
+    OUTPUT: ("N", "Q", "M*D"),
+}
+ATTRIBUTES = ("num_heads", "num_points")  # M and P, int
 # TensorRT's parser finds a plugin by op type and these two string attributes.
 PLUGIN_ATTRIBUTES = {"plugin_version": str(VERSION), "plugin_namespace": ""}
-
-MAX_LEVELS = 8
-MAX_POINTS = 8

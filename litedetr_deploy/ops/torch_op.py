@@ -48,8 +48,8 @@ def key_aware_deform_attn(
         ValueError: a shape or a type does not fit; the message names the tensor.
         RuntimeError: the native library is missing, or cannot do what was asked.
     """
-    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, key)
-    return _run_cpu(schema.KEY_AWARE, _checked(schema.KEY_AWARE, inputs, num_heads, num_points), num_heads, num_points)
+    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points, key)
+    return _attend(schema.KEY_AWARE, _run_cpu, *inputs)
 
 
 @torch.library.custom_op(f"{schema.DOMAIN}::ms_deform_attn", mutates_args=(), device_types="cpu")
@@ -63,32 +63,8 @@ def ms_deform_attn(
     num_points: int,
 ) -> Tensor:
     """[N, Q, M*D]; see the module's docstring.  Raises as `key_aware_deform_attn` does."""
-    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
-    return _run_cpu(schema.PLAIN, _checked(schema.PLAIN, inputs, num_heads, num_points), num_heads, num_points)
-
-
-@key_aware_deform_attn.register_kernel("cuda")
-def _(query, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points, key=None) -> Tensor:
-    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, key)
-    return _run_cuda(schema.KEY_AWARE, _checked(schema.KEY_AWARE, inputs, num_heads, num_points), num_heads, num_points)
-
-
-@ms_deform_attn.register_kernel("cuda")
-def _(attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points) -> Tensor:
-    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
-    return _run_cuda(schema.PLAIN, _checked(schema.PLAIN, inputs, num_heads, num_points), num_heads, num_points)
-
-
-@key_aware_deform_attn.register_fake
-def _(query, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points, key=None) -> Tensor:
-    inputs = (query, value, reference_points, sampling_offsets, spatial_shapes, key)
-    return _empty_output(_checked(schema.KEY_AWARE, inputs, num_heads, num_points))
-
-
-@ms_deform_attn.register_fake
-def _(attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points) -> Tensor:
-    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes)
-    return _empty_output(_checked(schema.PLAIN, inputs, num_heads, num_points))
+    inputs = (attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points)
+    return _attend(schema.PLAIN, _run_cpu, *inputs)
 
 
 @torch.library.custom_op(f"{schema.DOMAIN}::deform_attn_backward", mutates_args=(), device_types="cpu")
@@ -104,31 +80,24 @@ def deform_attn_backward(
     num_points: int,
     key_aware: bool,
     references_wanted: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The native backward pass of both ops, for float32 tensors: `queries` are the attention logits of the plain op.
 
     Returns:
-        The gradients of queries, value and sampling_offsets, of reference_points where wanted, of key where there is
-        one.
+        The gradients of queries, value, reference_points, sampling_offsets and key; that of reference_points is empty
+        where it is not wanted, that of key where there is none.
     """
     op_type = schema.KEY_AWARE if key_aware else schema.PLAIN
-    inputs = (queries, value, reference_points, sampling_offsets, spatial_shapes, key)[: len(schema.INPUTS[op_type])]
-    names = [name for name, _, _ in schema.INPUTS[op_type]]
-    tensors = {name: t.contiguous() for name, t in zip(names, inputs, strict=True) if t is not None}
+    inputs = (queries, value, reference_points, sampling_offsets, spatial_shapes, key)
+    tensors = {name: tensor.contiguous() for name, tensor in _named(op_type, inputs).items()}
     output_gradient = output_gradient.contiguous()
     gradients = _empty_gradients(queries, value, reference_points, sampling_offsets, key, references_wanted)
-    places = iter(gradients)
+    names = ("query", "value", "reference_points", "sampling_offsets", "key")
+    addresses = {name: tensor.data_ptr() or None for name, tensor in zip(names, gradients, strict=True)}
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
-    status = native.load_backward().kda_cpu_backward(
+    status = native.load_core().kda_cpu_backward(
         _arguments(op_type, tensors, num_heads, num_points, output_gradient),
-        native.Gradients(
-            output=output_gradient.data_ptr(),
-            query=next(places).data_ptr(),
-            value=next(places).data_ptr(),
-            sampling_offsets=next(places).data_ptr(),
-            reference_points=next(places).data_ptr() if references_wanted else None,
-            key=next(places).data_ptr() if key is not None else None,
-        ),
+        native.Gradients(output=output_gradient.data_ptr(), **addresses),
         _torch_threads(),
         message,
         _MESSAGE_SIZE,
@@ -138,27 +107,24 @@ def deform_attn_backward(
 
 
 @deform_attn_backward.register_fake
-def _(
-    output_gradient,
-    queries,
-    value,
-    reference_points,
-    sampling_offsets,
-    spatial_shapes,
-    key,
-    num_heads,
-    num_points,
-    key_aware,
-    references_wanted,
-) -> list[Tensor]:
-    return _empty_gradients(queries, value, reference_points, sampling_offsets, key, references_wanted)
+def _empty_backward(output_gradient, queries, value, references, offsets, spatial_shapes, key, *options):
+    *_, references_wanted = options
+    return _empty_gradients(queries, value, references, offsets, key, references_wanted)
 
 
 def _empty_gradients(
     queries: Tensor, value: Tensor, references: Tensor, offsets: Tensor, key: Tensor | None, references_wanted: bool
-) -> list[Tensor]:
-    owners = [queries, value, offsets, *([references] if references_wanted else []), *([] if key is None else [key])]
-    return [torch.empty_like(owner, memory_format=torch.contiguous_format) for owner in owners]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gradient_of(owner: Tensor, wanted: bool = True) -> Tensor:
+        return torch.empty_like(owner, memory_format=torch.contiguous_format) if wanted else owner.new_empty(0)
+
+    return (
+        gradient_of(queries),
+        gradient_of(value),
+        gradient_of(references, references_wanted),
+        gradient_of(offsets),
+        value.new_empty(0) if key is None else gradient_of(key),
+    )
 
 
 def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
@@ -179,15 +145,14 @@ def _differentiate(op_type: str, ctx, output_gradient: Tensor) -> tuple[Tensor |
 
 def _differentiate_natively(op_type, output_gradient, tensors, wanted, num_heads, num_points) -> list[Tensor | None]:
     key = tensors[5] if len(tensors) > 5 else None
-    queries, value, offsets, *rest = deform_attn_backward(
+    queries, value, references, offsets, of_key = deform_attn_backward(
         output_gradient, *tensors[:5], key, num_heads, num_points, op_type == schema.KEY_AWARE, wanted[2]
     )
-    references = rest.pop(0) if wanted[2] else None
-    return [queries, value, references, offsets, None, *rest]
+    return [queries, value, references, offsets, None, of_key][: len(tensors)]
 
 
 def _differentiate_reference(op_type, output_gradient, tensors, wanted, num_heads, num_points) -> list[Tensor | None]:
-    attend = reference.key_aware_deform_attn if op_type == schema.KEY_AWARE else reference.ms_deform_attn
+    attend: Callable = reference.key_aware_deform_attn if op_type == schema.KEY_AWARE else reference.ms_deform_attn
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
         output = attend(*leaves[:5], num_heads, num_points, *leaves[5:])
@@ -195,56 +160,40 @@ def _differentiate_reference(op_type, output_gradient, tensors, wanted, num_head
     return [next(gradients) if want else None for want in wanted]
 
 
-key_aware_deform_attn.register_autograd(
-    functools.partial(_differentiate, schema.KEY_AWARE), setup_context=_save_for_backward
-)
-ms_deform_attn.register_autograd(functools.partial(_differentiate, schema.PLAIN), setup_context=_save_for_backward)
-for _op in (key_aware_deform_attn, ms_deform_attn):
-    _op.register_autocast("cpu", torch.float32)
+def _attend(op_type: str, run: Callable, *arguments) -> Tensor:
+    """Check the op's arguments, in their order, and `run` on the tensors by name."""
+    *inputs, num_heads, num_points = arguments[:7]
+    tensors = _checked(op_type, (*inputs, *arguments[7:]), num_heads, num_points)
+    return run(op_type, tensors, num_heads, num_points)
 
 
-def _empty_output(tensors: dict[str, Tensor]) -> Tensor:
-    queries, value = next(iter(tensors.values())), tensors["value"]
-    return value.new_empty(queries.shape[0], queries.shape[1], value.shape[2])
+def _named(op_type: str, inputs: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    """The inputs that are there, by name."""
+    names = (name for name, _, _ in schema.INPUTS[op_type])
+    return {name: tensor for name, tensor in zip(names, inputs, strict=False) if tensor is not None}
 
 
 def _checked(op_type: str, inputs: tuple[Tensor | None, ...], num_heads: int, num_points: int) -> dict[str, Tensor]:
     """The inputs that are there, by name, after all checks that shapes and types alone allow; sizes may be symbolic.
-    What the values of spatial_shapes tell is checked by the kernel."""
-    named = zip(schema.INPUTS[op_type], inputs, strict=True)
-    tensors = {name: tensor for (name, _, _), tensor in named if tensor is not None}
-    _require(
-        num_heads > 0 and num_points > 0,
-        lambda: f"num_heads is {num_heads} and num_points is {num_points}; both should be at least 1",
-    )
+    What the kernels support, and the values of spatial_shapes, the native library checks."""
+    tensors = _named(op_type, inputs)
+    if num_heads < 1 or num_points < 1:
+        raise ValueError(f"num_heads is {num_heads} and num_points is {num_points}; both should be at least 1")
     _check_types(op_type, tensors)
-    queries = next(iter(tensors.values()))
-    value, references, spatial_shapes = tensors["value"], tensors["reference_points"], tensors["spatial_shapes"]
+    queries, value = next(iter(tensors.values())), tensors["value"]
+    references, num_levels = tensors["reference_points"].shape, tensors["spatial_shapes"].shape[0]
     n, s, channels = value.shape
-    q, num_levels = queries.shape[1], spatial_shapes.shape[0]
     _require(
-        channels % num_heads == 0, lambda: f"value has {channels} channels; they should divide by the {num_heads} heads"
+        channels % num_heads == 0, "value has {} channels; they should divide by the {} heads", channels, num_heads
     )
-    _require(
-        references.shape[3] in (2, 4),
-        lambda: f"reference_points has shape {_text(references.shape)}; the last size should be 2 or 4",
-    )
+    _require(references[3] in (2, 4), "reference_points has shape {}; the last size should be 2 or 4", references)
     samples = num_heads * num_levels * num_points
-    wanted = {
-        "query": (n, q, channels),
-        "attention_logits": (n, q, samples),
-        "key": (n, s, channels),
-        "reference_points": (n, q, num_levels, references.shape[3]),
-        "sampling_offsets": (n, q, samples * 2),
-        "spatial_shapes": (num_levels, 2),
-    }
+    sizes = {"N": n, "Q": queries.shape[1], "S": s, "M*D": channels, "R": references[3], "2": 2}
+    sizes |= {"L": num_levels, "M*L*P": samples, "M*L*P*2": samples * 2}
     for name, tensor in tensors.items():
-        if name in wanted:
-            for size, wanted_size in zip(tensor.shape, wanted[name], strict=True):
-                _require(
-                    size == wanted_size,
-                    lambda: f"{name} has shape {_text(tensor.shape)}; it should be {_text(wanted[name])}",
-                )
+        wanted = [sizes[size] for size in schema.SHAPES[name]]
+        for size, wanted_size in zip(tensor.shape, wanted, strict=True):
+            _require(size == wanted_size, "{} has shape {}; it should be {}", name, tensor.shape, wanted)
     return tensors
 
 
@@ -257,34 +206,33 @@ def _check_types(op_type: str, tensors: dict[str, Tensor]) -> None:
         "F": (torch.float32,),
         "I": (torch.int64,),
     }
-    ranks = {"reference_points": 4, "spatial_shapes": 2}
     letters = {name: letter for name, letter, _ in schema.INPUTS[op_type]}
     for name, tensor in tensors.items():
-        rank, letter = ranks.get(name, 3), letters[name]
-        _require(
-            tensor.dim() == rank, lambda: f"{name} has shape {_text(tensor.shape)}; it should have {rank} dimensions"
-        )
-        wanted = " or ".join(_name(dtype) for dtype in dict.fromkeys(allowed[letter]))
-        _require(tensor.dtype in allowed[letter], lambda: f"{name} is {_name(tensor.dtype)}; it should be {wanted}")
+        rank, types = len(schema.SHAPES[name]), allowed[letters[name]]
+        _require(tensor.dim() == rank, "{} has shape {}; it should have {} dimensions", name, tensor.shape, rank)
+        wanted = " or ".join(dict.fromkeys(map(_text, types)))
+        fix = f"; cast it with {name}.float()" if torch.float32 in types else ""
+        _require(tensor.dtype in types, "{} is {}; it should be {}{}", name, tensor.dtype, wanted, fix)
 
 
-def _require(condition: bool, message: Callable[[], str]) -> None:
+def _empty_output(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int) -> Tensor:
+    queries, value = next(iter(tensors.values())), tensors["value"]
+    return value.new_empty(queries.shape[0], queries.shape[1], value.shape[2])
+
+
+def _require(condition: bool, message: str, *values: object) -> None:
     if condition is not True:  # False, or a comparison of symbolic sizes
-        torch._check_value(condition, message)
+        torch._check_value(condition, lambda: message.format(*map(_text, values)))
 
 
-def _text(shape: tuple) -> str:
-    return str(list(shape))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _text(value: object) -> str:
+    return str(list(value) if isinstance(value, tuple) else value).removeprefix("torch.")
 
 
 def _run_cpu(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int) -> Tensor:
     core = native.load_core()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    output = _empty_output(tensors)
+    output = _empty_output(op_type, tensors, num_heads, num_points)
     arguments = _arguments(op_type, tensors, num_heads, num_points, output)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     status = core.kda_cpu_check(arguments, message, _MESSAGE_SIZE)
@@ -298,9 +246,9 @@ def _run_cpu(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_point
 def _run_cuda(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_points: int) -> Tensor:
     """On PyTorch's current stream of the tensors' device."""
     device = _common_cuda_device(tensors)
-    core = native.load_cuda()
+    core = native.load_core()
     tensors = {name: _contiguous_and_aligned(tensor) for name, tensor in tensors.items()}
-    output = _empty_output(tensors)
+    output = _empty_output(op_type, tensors, num_heads, num_points)
     arguments = _arguments(op_type, tensors, num_heads, num_points, output)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     with torch.cuda.device(device):
@@ -312,13 +260,9 @@ def _run_cuda(op_type: str, tensors: dict[str, Tensor], num_heads: int, num_poin
 
 def _common_cuda_device(tensors: dict[str, Tensor]) -> torch.device:
     device = next(tensor.device for tensor in tensors.values() if tensor.is_cuda)  # one is, or this would not run
+    message = "{} is on {}; it should be on {}, where the others are: {}.to('{}')"
     for name, tensor in tensors.items():
-        _require(
-            tensor.device == device,
-            lambda: (
-                f"{name} is on {tensor.device}; it should be on {device}, where the others are: {name}.to('{device}')"
-            ),
-        )
+        _require(tensor.device == device, message, name, tensor.device, device, name, device)
     return device
 
 
@@ -372,6 +316,13 @@ def _torch_threads() -> native.Executor:
         run=ctypes.cast(native.load_core().kda_run_parallel_for, ctypes.c_void_p),
         self=ctypes.cast(libtorch.torch_parallel_for, ctypes.c_void_p),
     )
+
+
+for _op, _op_type in ((key_aware_deform_attn, schema.KEY_AWARE), (ms_deform_attn, schema.PLAIN)):
+    _op.register_kernel("cuda")(functools.partial(_attend, _op_type, _run_cuda))
+    _op.register_fake(functools.partial(_attend, _op_type, _empty_output))
+    _op.register_autograd(functools.partial(_differentiate, _op_type), setup_context=_save_for_backward)
+    _op.register_autocast("cpu", torch.float32)
 
 
 def onnx_translations(attention: str) -> dict[Callable, Callable]:

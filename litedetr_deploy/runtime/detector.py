@@ -30,13 +30,16 @@ class Detections:
 class Detector:
     """Runs an artifact on images.
 
-    artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that `litedetr build`
-        made from one; or a session, which has what `OnnxSession` has.
-    providers, threads: as `open_session` takes them.
-    class_names: name of each label; those in the artifact when not given.
+    An artifact that was not verified, or was changed since, runs with a `Notice` (see `artifact.distrust`).
 
-    An artifact that was not verified, or was changed since, runs with a `Notice` (see `artifact.distrust`).  Raises
-    LiteDetrError when the artifact cannot be loaded or does not have a detector's inputs and outputs.
+    Args:
+        artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that
+            `litedetr build` made from one; or a session, which has what `OnnxSession` has.
+        providers, threads: as `open_session` takes them.
+        class_names: name of each label; those in the artifact when not given.
+
+    Raises:
+        LiteDetrError: when the artifact cannot be loaded or does not have a detector's inputs and outputs.
     """
 
     def __init__(self, artifact, providers=None, threads=None, class_names=None):
@@ -65,14 +68,16 @@ class Detector:
     ) -> list[Detections]:
         """Return a list with the `Detections` of each image, their boxes clipped to it.
 
-        images: one image or an iterable of them, each as `load_image` takes it.
-        threshold: detections with a lower score are dropped.
-        batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
-        resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official evaluation's
-        'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model takes a pixel mask,
-        else 'stretch'.
+        Args:
+            images: one image or an iterable of them, each as `load_image` takes it.
+            threshold: detections with a lower score are dropped.
+            batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
+            resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official
+                evaluation's 'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model
+                takes a pixel mask, else 'stretch'.
 
-        Raises LiteDetrError for an image that cannot be read and for a `resize` that the model cannot take.
+        Raises:
+            LiteDetrError: for an image that cannot be read and for a `resize` that the model cannot take.
         """
         return list(self.stream(images, threshold, batch_size, resize))
 

@@ -121,13 +121,8 @@ def _onnxruntime():
         _run_one_op(model)
         yield Finding("ONNX Runtime", "op", OK, f"{schema.KEY_AWARE} runs and is right")
     except Exception as error:  # ONNX Runtime's classes share no base
-        yield Finding(
-            "ONNX Runtime",
-            "op",
-            BROKEN,
-            "does not run",
-            f"{error}. Build the op library again: pip install --force-reinstall .",
-        )
+        remedy = f"{error}. Build the op library again: pip install --force-reinstall ."
+        yield Finding("ONNX Runtime", "op", BROKEN, "does not run", remedy)
 
 
 def _one_op_model():
@@ -135,20 +130,14 @@ def _one_op_model():
     from onnx import TensorProto, helper
 
     types = {"I": TensorProto.INT64}
-    inputs = [name for name, _, optional in schema.INPUTS[schema.KEY_AWARE] if not optional]
+    inputs = {name: letter for name, letter, optional in schema.INPUTS[schema.KEY_AWARE] if not optional}
     node = helper.make_node(
-        schema.KEY_AWARE,
-        inputs,
-        [schema.OUTPUT],
-        domain=schema.DOMAIN,
-        num_heads=1,
-        num_points=1,
+        schema.KEY_AWARE, list(inputs), [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
         **schema.PLUGIN_ATTRIBUTES,
-    )
+    )  # fmt: skip
     values = [
         helper.make_tensor_value_info(name, types.get(letter, TensorProto.FLOAT), None)
-        for name, letter, optional in schema.INPUTS[schema.KEY_AWARE]
-        if not optional
+        for name, letter in inputs.items()
     ]
     output = helper.make_tensor_value_info(schema.OUTPUT, TensorProto.FLOAT, None)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
@@ -159,16 +148,14 @@ def _one_op_model():
 def _run_one_op(model):
     """Run `_one_op_model` on a 1x1 map sampled at its centre, which must give back the value there."""
     value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
-    [output] = create_session(model).run(
-        None,
-        {
-            "query": np.ones((1, 1, 4), np.float32),
-            "value": value,
-            "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
-            "sampling_offsets": np.zeros((1, 1, 2), np.float32),
-            "spatial_shapes": np.ones((1, 2), np.int64),
-        },
-    )
+    feed = {
+        "query": np.ones((1, 1, 4), np.float32),
+        "value": value,
+        "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
+        "sampling_offsets": np.zeros((1, 1, 2), np.float32),
+        "spatial_shapes": np.ones((1, 2), np.int64),
+    }
+    [output] = create_session(model).run(None, feed)
     if not np.allclose(output, value):
         raise ValueError(f"it gives {output.tolist()} where {value.tolist()} is right")
 

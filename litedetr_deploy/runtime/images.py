@@ -46,10 +46,12 @@ def find_images(paths) -> list[Path]:
 def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
     """Return `source` as an RGB PIL image, turned upright as its EXIF orientation says.
 
-    source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
-    first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
+    Args:
+        source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
+            first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
 
-    Raises LiteDetrError that names the file, or the array's shape and type.
+    Raises:
+        LiteDetrError: names the file, or the array's shape and type.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -144,13 +146,15 @@ class Prepared(NamedTuple):
 
 
 def prepare(image: Image.Image, mode: str, size: tuple | None = None) -> Prepared:
-    """Resize an RGB PIL image and return it as `Prepared`.
-
-    mode: 'shortest_edge', as the official evaluation resizes; 'stretch', to `size` whatever the aspect ratio;
-    'letterbox', to fit `size` at the same aspect ratio, at the top left, the rest filled with the ImageNet mean.
-    size: (height, width) of the model's input, for 'stretch' and 'letterbox'.
+    """Return a PIL image as a model takes it, resized.
 
     The resize is bilinear with antialiasing, torchvision's for PIL images, hence the official evaluation's.
+
+    Args:
+        image: RGB.
+        mode: 'shortest_edge', as the official evaluation resizes; 'stretch', to `size` whatever the aspect ratio;
+            'letterbox', to fit `size` at the same aspect ratio, at the top left, the rest filled with ImageNet's mean.
+        size: (height, width) of the model's input, for 'stretch' and 'letterbox'.
     """
     if mode == "shortest_edge":
         width, height = shortest_edge_size(*image.size)

@@ -20,14 +20,16 @@ def create_session(
 ):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
-    onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
-    providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
-    threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core, when
-        not given.
-    options: `onnxruntime.SessionOptions` to go on from, for instance with profiling enabled.
+    Args:
+        onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
+        providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
+        threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core,
+            when not given.
+        options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
 
-    Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
-    damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
+    Raises:
+        LiteDetrError: when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
+            damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
     """
     name = "the given bytes" if isinstance(onnx, bytes) else os.fspath(onnx)
     if not isinstance(onnx, bytes):
@@ -205,8 +207,11 @@ _OUTPUTS = {"detections": {"labels", "boxes", "scores"}, "raw": {"pred_logits", 
 def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mapping | Collection, fixed=True) -> None:
     """Raise LiteDetrError where a model's metadata contradicts its graph.
 
-    inputs, outputs: name -> shape; an int where a size is fixed.
-    fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
+    Args:
+        name: of the model, for the message.
+        metadata: what `litedetr export` wrote.
+        inputs, outputs: name -> shape; an int where a size is fixed.
+        fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
     """
 
     def refuse(what, said, found):
@@ -216,14 +221,14 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
         )
 
     kind = metadata.get("outputs")
-    if kind in _OUTPUTS and not _OUTPUTS[kind] <= set(outputs):
+    if isinstance(kind, str) and kind in _OUTPUTS and not _OUTPUTS[kind] <= set(outputs):
         refuse("outputs are", f"{kind!r}, {', '.join(sorted(_OUTPUTS[kind]))}", ", ".join(sorted(outputs)))
     if "pixel_mask" in metadata and bool(metadata["pixel_mask"]) != ("pixel_mask" in inputs):
         refuse("pixel_mask is", metadata["pixel_mask"], "no such input" if metadata["pixel_mask"] else "that input")
     if "image_size" in metadata and "images" in inputs:
         sides = [side if isinstance(side, int) else None for side in inputs["images"][2:]]
         wanted = metadata["image_size"] or ([None, None] if fixed else sides)
-        if list(wanted) != sides:
+        if wanted != sides:
             found = "x".join("any" if side is None else str(side) for side in sides)
             refuse("image_size is", metadata["image_size"] or "dynamic", f"images of {found}")
     names = metadata.get("class_names")
@@ -232,8 +237,7 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
             f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
             "the model again."
         )
-    logits = outputs.get("pred_logits") if isinstance(outputs, Mapping) else None
-    classes = logits[-1] if logits else None
+    classes = outputs["pred_logits"][-1] if isinstance(outputs, Mapping) and outputs.get("pred_logits") else None
     if names and isinstance(classes, int) and classes != len(names):
         refuse("class_names are", len(names), f"{classes} classes")
 

@@ -49,9 +49,12 @@ def predict_files(
 def drawing_paths(files: Sequence[Path], output: Path | None) -> list[Path | None]:
     """Return where the drawing of each file goes: `output` itself, or a file in it; None for nowhere.
 
-    output: an image file for one image; else a folder, which is made when the first drawing is there.
+    Args:
+        files: the images.
+        output: an image file for one image; else a folder, which is made when the first drawing is there.
 
-    Raises LiteDetrError where it is neither, cannot be written, or is one of the images.
+    Raises:
+        LiteDetrError: where `output` is neither, cannot be written, or is one of the images.
     """
     if output is None:
         return [None] * len(files)

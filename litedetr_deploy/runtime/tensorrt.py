@@ -113,9 +113,10 @@ def read_record(engine: str | os.PathLike) -> dict:
     try:
         record = json.loads(path.read_text())
         recorded = record["sha256"]
+        record["metadata"] = dict(record.get("metadata") or {})
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LiteDetrError(
             f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
             "it again, build the engine again, or remove it if trtexec built the engine."

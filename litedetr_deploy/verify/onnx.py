@@ -18,6 +18,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -102,7 +103,7 @@ def verify_onnx(
     # ONNX Runtime's CPU has few kernels for bfloat16.
     graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto)
     regions = find_regions(proto, model)
-    values = {value for region in regions for value in region.values}
+    values = set().union(*(region.values for region in regions))
     probed = _Graph(typed.float_twin(proto) if half else proto, values)
     for size in [graph.size] if graph.size else DYNAMIC_SIZES:
         name = "" if graph.size else f"{size[0]}x{size[1]}, "
@@ -132,7 +133,7 @@ def verify_onnx(
         if precision in ("fp16", "int8"):
             wanted = _run_pytorch(model, probes[0], outputs["topk_indices"])
             _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
-        compare_regions(verdict, case, regions, outputs, seen, model, half)
+        compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
     return verdict
 
 
@@ -141,6 +142,7 @@ class _Graph:
 
     def __init__(self, proto: onnx.ModelProto, values: Iterable[str] = ()):
         proto = copy.deepcopy(proto)
+        del proto.metadata_props[:]  # it describes the graph without further outputs
         graph = proto.graph
         shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.input}
         self.inputs, self.masked = shapes.keys(), "pixel_mask" in shapes
@@ -320,13 +322,13 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
         "reference_points": rng.random((n, queries, config.num_levels, 4)),
         "sampling_offsets": rng.standard_normal((n, queries, samples * 2)) * 2,
     }
-    feed = {}
+    feed: dict[str, Any] = {}
     for name, array in arrays.items():
         array[2] = array[0]
         feed[name] = torch.from_numpy(array).to(torch.float32 if name == "reference_points" else dtype)
     feed["spatial_shapes"] = shapes
     op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
-    attributes = {"num_heads": config.num_heads, "num_points": config.decoder_points}
+    attributes: dict[str, Any] = {"num_heads": config.num_heads, "num_points": config.decoder_points}
     session = create_session(_one_node(op_type, feed, attributes))
     arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in feed.items()}
     output = session.run(None, arrays)[0]
@@ -349,7 +351,7 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
     verdict.add(case, "identical rows, bit for bit", largest(output[0] - output[2]), 0.0)
 
 
-def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, int]) -> bytes:
+def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, Any]) -> bytes:
     """A model of the op alone, whose floats come and go as float32 and are cast to the op's types inside."""
     helper, kinds = onnx.helper, onnx.TensorProto
     types = {torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.bfloat16: kinds.BFLOAT16}

@@ -1,4 +1,4 @@
-"""Every attention of a graph by itself: what it makes of its own inputs, against the definition in float64.
+"""Every attention of a graph by itself: what its projections and the op make of their own inputs, in float64.
 
 Final outputs alone can say little: with random weights, what attention adds to a token is within the rounding of all
 the rest.  An attention's own output tells more, and whether it tells enough is measured: with its offsets or its logits
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.attention import DeformableAttention
 from ..model.detector import Detector
 from ..ops import reference, schema
+from .typed import fake_quantized_weight
 from .verdict import Verdict
 
 QUERIES = 256  # of each attention, evenly spread: float64 takes its time
@@ -27,9 +29,12 @@ WRONG = 1.01  # times offsets or logits: must be noticed
 # What an output may be off by, root mean square, as a part of it: so many times what the definition itself is off by in
 # float32, so many epsilons of float32 and, where it is stored in half, of the half type.
 SPREADS, FLOOR, HALF_FLOOR = 4, 8, 0.75
-_FUNCTIONS = {schema.KEY_AWARE: reference.key_aware_deform_attn, schema.PLAIN: reference.ms_deform_attn}
-# The modules whose outputs the op takes, where it is lowered to standard ops.
-_MODULES = {
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    schema.KEY_AWARE: reference.key_aware_deform_attn,
+    schema.PLAIN: reference.ms_deform_attn,
+}
+# Input of the op -> the Linear that makes it.
+_PROJECTIONS = {
     "query": "query_proj",
     "attention_logits": "attention_weights",
     "value": "value_proj",
@@ -42,46 +47,51 @@ _MODULES = {
 class Region:
     """One attention of a graph.
 
+    projections: name of a Linear -> the graph's values that go in and come out.
     inputs: of the op, by its names -> a value of the graph; those that it lacks are folded away.
     """
 
     module: str
     op_type: str
+    projections: dict[str, tuple[str, str]]
     inputs: dict[str, str]
     output: str
 
     @property
-    def values(self) -> list[str]:
-        return [*self.inputs.values(), self.output]
+    def values(self) -> set[str]:
+        return {self.output, *self.inputs.values(), *(value for pair in self.projections.values() for value in pair)}
 
 
 def find_regions(proto: onnx.ModelProto, model: Detector) -> list[Region]:
     """Return the attentions of `model` as the graph has them, as nodes of the op or in standard ops."""
     nodes = {node.name: node for node in proto.graph.node}
-    last = {}  # value that a module makes
-    for node in proto.graph.node:
-        for scope in {node.name.split("/")[0], "/".join(node.name.split("/")[:2])}:
-            last[scope] = node.output[0]
     made = {output: node.name for node in proto.graph.node for output in node.output}
+    last = {}  # value that a module, or an attention in standard ops, makes in the end
+    for node in proto.graph.node:
+        module, _, rest = node.name.partition("/")
+        last[module] = last[f"{module}/{rest.partition('/')[0]}"] = node.output[0]
     regions = []
     for name, module in _attentions(model):
         op_type = schema.PLAIN if module.query_proj is None else schema.KEY_AWARE
-        scope = f"detector.{name}/{op_type}"
+        prefix = f"detector.{name}"
+        scope = f"{prefix}/{op_type}"
+        projections = {
+            child: (nodes[f"{prefix}.{child}/MatMul"].input[0], last[f"{prefix}.{child}"])
+            for child in _PROJECTIONS.values()
+            if f"{prefix}.{child}/MatMul" in nodes
+        }
+        if scope not in last or not {"value_proj", "sampling_offsets"} <= projections.keys():
+            continue  # what another tool has renamed
         if scope in nodes and nodes[scope].domain == schema.DOMAIN:
             names = (name for name, _, _ in schema.INPUTS[op_type])
             inputs = {name: value for name, value in zip(names, nodes[scope].input) if value}
         else:
-            inputs = {
-                key: last[f"detector.{name}.{child}"]
-                for key, child in _MODULES.items()
-                if f"detector.{name}.{child}" in last
-            }
+            inputs = {key: projections[child][1] for key, child in _PROJECTIONS.items() if child in projections}
             sliced = [node.input[0] for node in proto.graph.node if node.name.startswith(f"{scope}/Slice")]
             outside = [value for value in sliced if value in made and f"/{op_type}/" not in made[value]]
             if outside:
                 inputs["reference_points"] = outside[0]
-        if scope in last and {"value", "sampling_offsets"} <= inputs.keys():
-            regions.append(Region(name, op_type, inputs, last[scope]))
+        regions.append(Region(name, op_type, projections, inputs, last[scope]))
     return regions
 
 
@@ -104,6 +114,7 @@ def geometry(model: Detector):
             hook.remove()
 
 
+@torch.inference_mode()
 def compare_regions(
     verdict: Verdict,
     case: str,
@@ -112,6 +123,7 @@ def compare_regions(
     seen: dict[str, tuple[Tensor, Tensor, Tensor | None]],
     model: Detector,
     half: torch.dtype | None,
+    types: dict[str, float | None],
 ) -> None:
     """Add a row for every attention to `verdict`, and say there where a wrong attention would pass.
 
@@ -123,24 +135,35 @@ def compare_regions(
         seen: as `geometry` gives it, on the same input.
         model: the detector.
         half: the graph's half type; None in FP32.
+        types: of the graph's modules, as `typed.modules` gives them.
     """
     modules, blind = dict(_attentions(model)), []
+    floor = FLOOR * torch.finfo(torch.float32).eps + (0.0 if half is None else HALF_FLOOR * torch.finfo(half).eps)
     for region in regions:
         module = modules[region.module]
+        differences, tolerances = [], []
+
+        def add(found: Tensor, wanted: Tensor, in_float32: Tensor, differences=differences, tolerances=tolerances):
+            differences.append(_relative(found - wanted, wanted))
+            tolerances.append(SPREADS * _relative(in_float32 - wanted, wanted) + floor)
+
+        for child, (source, result) in region.projections.items():
+            linear = getattr(module, child)
+            x, found = _rows(values[source]), _rows(values[result]).double()
+            weight = linear.weight.detach()
+            if (name := f"detector.{region.module}.{child}") in types:
+                weight = weight.to(half).float() if types[name] is None else fake_quantized_weight(weight)
+            add(found, F.linear(x.double(), weight.double(), linear.bias.double()), F.linear(x, weight, linear.bias))
         inputs = _inputs(region, module, values, *seen[region.module])
-        first = schema.INPUTS[region.op_type][0][0]
-        compute = functools.partial(
-            _FUNCTIONS[region.op_type], num_heads=module.num_heads, num_points=module.num_points
-        )
-        wanted = compute(**inputs)
-        found = torch.from_numpy(values[region.output])[:, _chosen(values[region.output])].double()
+        counts = {"num_heads": module.num_heads, "num_points": module.num_points}
+        compute = functools.partial(_FUNCTIONS[region.op_type], **counts)
+        found, wanted = _rows(values[region.output]).double(), compute(**inputs)
         singles = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-        tolerance = SPREADS * _relative(compute(**singles) - wanted, wanted) + FLOOR * torch.finfo(torch.float32).eps
-        if half is not None:
-            tolerance += HALF_FLOOR * torch.finfo(half).eps
-        verdict.add(f"{case}, attention alone, relative", region.module, _relative(found - wanted, wanted), tolerance)
-        wrong = (compute(**inputs | {name: inputs[name] * WRONG}) for name in ("sampling_offsets", first))
-        if all(_relative(found - other, wanted) <= tolerance for other in wrong):
+        add(found, wanted, compute(**singles))
+        verdict.add(f"{case}, attention alone, relative", region.module, max(differences), max(tolerances))
+        names = ("sampling_offsets", schema.INPUTS[region.op_type][0][0])
+        wrong = (compute(**inputs | {name: inputs[name] * WRONG}) for name in names)
+        if all(_relative(found - other, wanted) <= max(tolerances) for other in wrong):
             blind.append(region.module)
     if len(regions) < len(modules):
         verdict.undecided = (
@@ -150,7 +173,7 @@ def compare_regions(
     elif blind:
         others = f" ({len(blind)} of {len(modules)} attentions)" if len(blind) > 1 else ""
         verdict.undecided = (
-            f"it would pass with the offsets and logits of {blind[0]} off by 1 % as well{others}. Weights that are "
+            f"it would pass with the offsets or logits of {blind[0]} off by 1 % as well{others}. Weights that are "
             "zero or untrained do that, and images in which there is nothing: give trained weights, or other images."
         )
 
@@ -172,10 +195,11 @@ def _inputs(region: Region, module: DeformableAttention, values, references, sha
     inputs["spatial_shapes"] = shapes
     inputs.setdefault("reference_points", references.double())
     for name in (schema.INPUTS[region.op_type][0][0], "sampling_offsets", "reference_points"):
-        inputs[name] = inputs[name][:, _chosen(inputs[name])]
+        inputs[name] = _rows(inputs[name])
     return inputs
 
 
-def _chosen(values) -> np.ndarray:
-    """Return which queries of values [N, Q, ...] are looked at."""
-    return np.linspace(0, values.shape[1] - 1, min(QUERIES, values.shape[1])).astype(np.int64)
+def _rows(values: np.ndarray | Tensor) -> Tensor:
+    """Return QUERIES of the Q rows of values [N, Q, ...], or all where there are fewer."""
+    chosen = np.linspace(0, values.shape[1] - 1, min(QUERIES, values.shape[1])).astype(np.int64)
+    return torch.as_tensor(values[:, chosen])

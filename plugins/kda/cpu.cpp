@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kQueryChunk = 128;
 
 const Kernel* best_kernel() {
-#if defined(__x86_64__)
+#if defined(KDA_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq")) {
@@ -125,7 +125,7 @@ void run(const kda_executor* executor, int64_t count, kda_task task, Plan* plan)
 }  // namespace
 
 bool select_isa(const char* isa) {
-#if defined(__x86_64__)
+#if defined(KDA_X86)
   const Kernel* const kernels[] = {&kGenericKernel, &kAvx2Kernel, &kAvx512Kernel};
 #else
   const Kernel* const kernels[] = {&kGenericKernel};

@@ -16,7 +16,7 @@ namespace {
 
 /* The instruction set of the forward pass. */
 const Kernel* kernel() {
-#if defined(__x86_64__)
+#if defined(KDA_X86)
   if (strcmp(kda_cpu_isa(), kAvx512Kernel.isa) == 0) return &kAvx512Kernel;
   if (strcmp(kda_cpu_isa(), kAvx2Kernel.isa) == 0) return &kAvx2Kernel;
 #endif

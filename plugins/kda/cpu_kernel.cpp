@@ -344,7 +344,7 @@ struct Attention {
   /* Constants where they can be, which loops are unrolled by. */
   KDA_INLINE int count_samples() const { return kFour ? 16 : a->num_levels * a->num_points; }
   KDA_INLINE int64_t count_vectors() const { return kVectors ? kVectors : plan->stride / kLanes; }
-  KDA_INLINE int64_t stride() const { return count_vectors() * kLanes; }
+  KDA_INLINE int64_t stride() const { return kVectors ? kVectors * kLanes : plan->stride; }
   /* Floats from a token of a map to the next. */
   KDA_INLINE int32_t token() const { return static_cast<int32_t>(kInPlace ? num_heads * dim : stride()); }
 

@@ -11,7 +11,8 @@
  * The softmax runs jointly over levels and points.  Sampling is bilinear with zero padding and
  * align_corners = false: pixel = location * size - 0.5.  A sample outside the map reads a zero key and a
  * zero value, hence a logit of 0, and still takes part in the softmax.  A corner outside the map contributes
- * nothing, even where the nearest pixel inside holds NaN or Inf.
+ * nothing, even where the nearest pixel inside holds NaN or Inf.  Where an offset or a reference is NaN or infinite,
+ * the samples that it places are outside.
  *
  * This directory includes no header of any framework.
  */

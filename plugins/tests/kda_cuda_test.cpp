@@ -137,8 +137,10 @@ void test_messages() {
          [](kda_arguments* a) { a->num_levels = 9; });
   expect("reference_points has a last dimension of 3; it must be 2 (x, y) or 4 (x, y, w, h)", KDA_INVALID_ARGUMENT,
          [](kda_arguments* a) { a->reference_width = 3; });
-  expect("sampling_offsets has dtype 1 (float16); it must be float32 or the dtype of value, float32",
-         KDA_INVALID_ARGUMENT, [](kda_arguments* a) { a->offset_dtype = KDA_FLOAT16; });
+  expect(
+      "sampling_offsets is float16 where value is float32; it must be float32 or the type of value: cast the offsets "
+      "to float32, or export the model again",
+      KDA_INVALID_ARGUMENT, [](kda_arguments* a) { a->offset_dtype = KDA_FLOAT16; });
   expect("query is NULL; it must point to the tensor's data", KDA_INVALID_ARGUMENT,
          [](kda_arguments* a) { a->query = nullptr; });
   expect("value starts at address 0x1008; it must be a multiple of 16: pass a copy", KDA_INVALID_ARGUMENT,

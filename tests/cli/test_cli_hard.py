@@ -190,3 +190,22 @@ def test_raw_boxes_are_clipped(main, image, tmp_path):
     model = save_raw_detector(tmp_path / "m.onnx", logits, boxes)
     _, out, _ = main("predict", model, image, "--json")
     assert json.loads(out)["images"][0]["detections"][0]["box"] == [0, 0, 100, 100]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["export", "lite-dino-shapes", "-o", "m.onnx", "--attention", "opp"], "Did you mean 'op'?"),
+        (["export", "lite-dino-shapes", "-o", "m.onnx", "--variant", "lite-dino-r5O"], "Did you mean 'lite-dino-r50'?"),
+        (
+            ["export", "lite-dino-shapes", "-o", "m.onnx", "--variant", "dino-r5O-h3l1-2+1x3"],
+            "Did you mean 'dino-r50'?",
+        ),
+        (["evaluate", "m.onnx", "--shapes", "--image-size", "100000"], "10,000,000,000 pixels"),
+        (["evaluate", "m.onnx", "--shapes", "--image-sizes", "0"], "at least 64 pixels"),
+        (["benchmark", "gflops", "--image-size", "1x1"], "at least 64 pixels"),
+    ],
+)
+def test_mistyped_values(main, arguments, message):
+    status, _, err = main(*arguments)
+    assert status == 2 and message in err.splitlines()[-1]

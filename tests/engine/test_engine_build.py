@@ -241,7 +241,7 @@ def test_metadata_that_lacks_what_a_build_needs(build, tmp_path):
 
     proto = onnx.load(save_detector(tmp_path / "model.onnx"))
     seal(proto, tmp_path / "model.onnx", {"attention": "gather"})
-    with pytest.raises(ld.LiteDetrError, match="lacks 'precision'"):
+    with pytest.raises(ld.LiteDetrError, match="gives None as precision; it must be 'fp32'"):
         build(tmp_path / "model.onnx")
 
 

@@ -88,7 +88,7 @@ def test_the_command_line_counts_more(built, recipe):
         ("[build\n", "is not TOML"),
         ("[deploy]\n", "has a table 'deploy'; its tables are export and build"),
         ("[export]\n", r"has no table \[build\]: it says nothing to `litedetr build`"),
-        ("[build]\nbatches = 4\n", "the option 'batches'; it has backend, batch"),
+        ("[build]\nbatches = 4\n", "the option 'batches'; it has backend, batch. Did you mean 'batch'?"),
     ],
 )
 def test_what_is_no_recipe(recipe, text, message):

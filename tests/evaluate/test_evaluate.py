@@ -526,3 +526,16 @@ def test_a_file_that_is_not_verified_is_evaluated_with_a_notice(tmp_path):
     model = save_detector(tmp_path / "model.onnx", verification=None)
     with pytest.warns(Notice, match="model.onnx was not verified"):
         evaluate(model, write_coco(tmp_path / "data", OBJECTS))
+
+
+def test_threads_of_pytorch_are_bounded():
+    torch = pytest.importorskip("torch")
+    from litedetr_deploy.machine import usable_cores
+
+    before = torch.get_num_threads()
+    try:
+        with pytest.warns(Notice, match="100000 threads are asked for"):
+            evaluate("lite-dino-shapes", data.drawn_shapes(1), threads=100_000)
+        assert torch.get_num_threads() == usable_cores()
+    finally:
+        torch.set_num_threads(before)

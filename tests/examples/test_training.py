@@ -1,4 +1,4 @@
-"""The training of the shipped detector, examples/shapes/: its losses, its steps, and how it goes on when interrupted."""
+"""The training of the shipped detector, examples/shapes/: its losses, its steps, and how it resumes."""
 
 import json
 import sys

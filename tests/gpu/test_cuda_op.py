@@ -143,7 +143,9 @@ def test_compile():
         shape = Shape(key)
         inputs = make_inputs(shape)
         torch._dynamo.reset()
-        compiled = torch.compile(lambda tensors: run_op(shape, tensors) * 2, fullgraph=True, backend=backend)
+        compiled = torch.compile(
+            lambda tensors, shape=shape: run_op(shape, tensors) * 2, fullgraph=True, backend=backend
+        )
         assert torch.equal(compiled(inputs), run_op(shape, inputs) * 2)
 
 

@@ -117,15 +117,14 @@ def make_session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.Infere
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def make_op_model(shape: Shape, **attributes: int) -> onnx.ModelProto:
-    """A model of one node, every size dynamic."""
+def make_op_model(shape: Shape, version: int = schema.VERSION, **attributes: int | str) -> onnx.ModelProto:
+    """A model of one node, every size dynamic; `version`: of the domain that it imports."""
     element = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
     types = {"T": element[shape.dtype], "F": onnx.TensorProto.FLOAT, "I": onnx.TensorProto.INT64}
     types["U"] = onnx.TensorProto.FLOAT if shape.float_offsets else element[shape.dtype]
-    ranks = {"reference_points": 4, "spatial_shapes": 2}
     inputs = [
         onnx.helper.make_tensor_value_info(
-            name, types[letter], [f"{name}_{axis}" for axis in range(ranks.get(name, 3))]
+            name, types[letter], [f"{name}_{axis}" for axis in range(len(schema.SHAPES[name]))]
         )
         for name, letter, optional in schema.INPUTS[shape.op_type]
         if not optional or shape.key == "own"
@@ -139,7 +138,7 @@ def make_op_model(shape: Shape, **attributes: int) -> onnx.ModelProto:
     )
     output = onnx.helper.make_tensor_value_info(schema.OUTPUT, types["T"], [None] * 3)
     graph = onnx.helper.make_graph([node], "one op", inputs, [output])
-    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(schema.DOMAIN, version)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
@@ -240,6 +239,12 @@ def assert_spreads_right(shape: Shape, inputs: dict[str, Tensor], output: Tensor
     """NaN and Inf reach the outputs that they reach in the reference, and no other."""
     wanted = run_reference(shape, inputs)
     assert torch.equal(output.isfinite(), wanted.isfinite())
+
+
+def put_samples_nowhere(inputs: dict[str, Tensor], name: str, number: float) -> None:
+    """Write `number` into some of 'reference_points' or 'sampling_offsets': x and y, centre and box in turn."""
+    coordinates = inputs[name].view(-1)
+    coordinates[::5] = number
 
 
 def repeat_rows(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:

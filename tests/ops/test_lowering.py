@@ -73,11 +73,14 @@ def test_equal_rows_give_equal_bits(attention):
     assert torch.equal(output[0], output[1]) and torch.equal(output[0], output[2])
 
 
-def test_gather_reads_nothing_at_an_infinite_offset():
-    shape = cases.Shape()
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["sampling_offsets", "reference_points"])
+@pytest.mark.parametrize("key, width", [(key, width) for key, width, dtype in KINDS if dtype == torch.float32])
+def test_gather_reads_nothing_at_no_place(key, width, name, number):
+    shape = cases.exported_shape(key, width, torch.float32)
     inputs = cases.make_inputs(shape)
-    inputs["sampling_offsets"][0, 0, ::5] = torch.inf
-    session = cases.exported_session("gather", "shared", 2, torch.float32)
+    cases.put_samples_nowhere(inputs, name, number)
+    session = cases.exported_session("gather", key, width, torch.float32)
     cases.assert_right(shape, inputs, cases.run_session(session, inputs))
 
 

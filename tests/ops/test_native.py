@@ -1,18 +1,28 @@
 """Finding the compiled libraries, and what importing the package loads."""
 
-import ctypes
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from litedetr_deploy.ops import native
 
 
-def test_core_has_the_structure_that_the_header_declares(tmp_path):
-    assert native.load_core().kda_cpu_isa().decode() in ("avx512", "avx2", "neon", "generic")
-    # int64 x 3, int32 x 8, pointers x 7, with no padding between
-    assert ctypes.sizeof(native.Arguments) == 3 * 8 + 8 * 4 + 7 * 8
+def test_core_answers_with_an_instruction_set_of_this_machine():
+    machine = platform.machine()
+    wanted = {"x86_64": {"avx512", "avx2", "generic"}, "aarch64": {"neon"}}.get(machine, {"generic"})
+    cpu = Path("/proc/cpuinfo").read_text() if machine == "x86_64" else ""
+    if "avx2" in cpu and "f16c" in cpu and "fma" in cpu:
+        wanted = {"avx512", "avx2"} if "avx512bw" in cpu else {"avx2"}
+    assert native.load_core().kda_cpu_isa().decode() in wanted
+
+
+def test_other_abi_version(monkeypatch):
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    with pytest.raises(RuntimeError, match="has ABI version 1 and this package needs 2: install the package again"):
+        native.load_core.__wrapped__()
 
 
 def test_library_from_the_environment(monkeypatch, tmp_path):

@@ -34,6 +34,17 @@ def test_nan_and_inf_spread_as_in_the_reference(case):
     cases.assert_spreads_right(shape, inputs, run(shape, inputs))
 
 
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["sampling_offsets", "reference_points"])
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("key", ["shared", "own", "none"])
+def test_sample_at_no_place_reads_nothing(key, width, name, number):
+    shape = cases.Shape(key=key, width=width)
+    inputs = cases.make_inputs(shape)
+    cases.put_samples_nowhere(inputs, name, number)
+    cases.assert_right(shape, inputs, run(shape, inputs))
+
+
 @pytest.mark.parametrize("empty", ["batch", "queries"])
 @pytest.mark.parametrize("key", ["shared", "own", "none"])
 def test_empty_input_gives_empty_output(key, empty):
@@ -83,12 +94,16 @@ def test_shape_inference(dtype):
         ("query", torch.zeros(2, 5, 15), r"query has shape \[2, 5, 15\]; it should be \[2, 5, 16\]"),
         ("value", torch.zeros(2, 48, 15), "value has 15 channels; they should divide by the 2 heads"),
         ("key", torch.zeros(2, 47, 16), r"key has shape \[2, 47, 16\]; it should be \[2, 48, 16\]"),
-        ("reference_points", torch.zeros(2, 5, 3, 3), r"reference_points has shape \[2, 5, 3, 3\]; .* 2 or 4"),
+        (
+            "reference_points",
+            torch.zeros(2, 5, 3, 3),
+            r"reference_points has a last dimension of 3; .* 2 \(x, y\) or 4",
+        ),
         ("reference_points", torch.zeros(2, 4, 3, 2), r"reference_points has shape \[2, 4, 3, 2\]; .* \[2, 5, 3, 2\]"),
         ("sampling_offsets", torch.zeros(2, 5, 46), r"sampling_offsets has shape \[2, 5, 46\]; .* \[2, 5, 48\]"),
         ("spatial_shapes", torch.tensor([[5, 7], [3, 4], [2, 1]]), "48 tokens"),
         ("spatial_shapes", torch.ones(3, 3).long(), r"spatial_shapes has shape \[3, 3\]; it should be \[3, 2\]"),
-        ("spatial_shapes", torch.ones(9, 2).long(), "spatial_shapes has 9 levels; the kernels take at most 8"),
+        ("spatial_shapes", torch.ones(9, 2).long(), r"reference_points has shape \[2, 5, 3, 2\]; .* \[2, 5, 9, 2\]"),
     ],
 )
 def test_errors_name_the_op_and_the_tensor(name, wrong, message):
@@ -100,8 +115,33 @@ def test_errors_name_the_op_and_the_tensor(name, wrong, message):
 
 @pytest.mark.parametrize("key, op_type", [("shared", "KeyAwareDeformAttn"), ("none", "MSDeformAttn")])
 def test_attribute_that_cannot_be(key, op_type):
-    with pytest.raises(Exception, match=f"{op_type}: the attribute num_heads is 0; it should be at least 1"):
+    with pytest.raises(Exception, match=f"{op_type}: num_heads is 0; it must be at least 1"):
         cases.make_session(cases.make_op_model(cases.Shape(key=key), num_heads=0))
+
+
+@pytest.mark.parametrize("version", ["2", "99", ""])
+def test_other_version_of_the_op_is_refused(version):
+    with pytest.raises(
+        Exception, match=f"KeyAwareDeformAttn: plugin_version is '{version}'; this library has version 1"
+    ):
+        cases.make_session(cases.make_op_model(cases.Shape(), plugin_version=version))
+
+
+def test_more_levels_or_points_than_the_kernels_take():
+    shape = cases.Shape(maps=[(1, 1)] * 9)
+    with pytest.raises(Exception, match="KeyAwareDeformAttn: spatial_shapes has 9 levels; the kernels take at most 8"):
+        run(shape, cases.make_inputs(shape))
+    with pytest.raises(Exception, match="KeyAwareDeformAttn: num_points is 9; the kernels take at most 8"):
+        cases.make_session(cases.make_op_model(cases.Shape(points=9)))
+
+
+@pytest.mark.parametrize("key, op_type", [("shared", "KeyAwareDeformAttn"), ("none", "MSDeformAttn")])
+def test_half_offsets_of_float_values(key, op_type):
+    model = cases.make_op_model(cases.Shape(key=key))
+    model.graph.input[3].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    message = "sampling_offsets is float16 where value is float32; .*: cast the offsets to float32, or export the model"
+    with pytest.raises(Exception, match=f"{op_type}: {message}"):
+        cases.make_session(model)
 
 
 def test_attribute_that_is_missing():

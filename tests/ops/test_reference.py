@@ -64,6 +64,21 @@ def test_sample_outside_takes_part_in_the_softmax():
     assert cases.run_reference(shape, inputs).tolist() == [[[0.5] * 4]]
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["sampling_offsets", "reference_points"])
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("key", ["shared", "own", "none"])
+def test_coordinate_that_is_no_number_is_outside(key, width, name, number):
+    """The same as a sample far away, whatever other coordinates it has."""
+    shape = cases.Shape(key=key, width=width)
+    inputs, far = cases.make_inputs(shape), cases.make_inputs(shape)
+    cases.put_samples_nowhere(inputs, name, number)
+    size = 2 if name == "sampling_offsets" else width
+    nowhere = inputs[name].view(-1, size).isfinite().all(-1).logical_not()
+    far[name].view(-1, size)[nowhere] = torch.tensor([1e6, 1e6, 0.0, 0.0])[:size]
+    assert torch.equal(cases.run_reference(shape, inputs), cases.run_reference(shape, far))
+
+
 @pytest.mark.parametrize("offset, reached", [(0.0, True), (0.75, True), (1.0, False), (1.25, False), (-1.25, False)])
 def test_nan_does_not_leave_the_pixels_around_it(offset, reached):
     # One row of three pixels, the first NaN; the sample starts on its centre, 1.0 is the centre of the next.

@@ -36,13 +36,16 @@ def test_nan_and_inf_spread_as_in_the_reference(case):
     cases.assert_spreads_right(shape, inputs, cases.run_torch(shape, inputs))
 
 
-@pytest.mark.parametrize("offset", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("key", ["shared", "none"])
-def test_sample_at_no_place_reads_nothing(key, offset):
-    shape = cases.Shape(key=key)
-    inputs = cases.make_inputs(shape)
-    inputs["sampling_offsets"][0, 0, ::5] = offset
-    cases.assert_right(shape, inputs, cases.run_torch(shape, inputs))
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["sampling_offsets", "reference_points"])
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("key", ["shared", "own", "none"])
+def test_sample_at_no_place_reads_nothing(key, width, name, number):
+    for maps, queries in (((5, 7), (3, 4), (1, 1)), 5), (((20, 24), (10, 12), (5, 6), (3, 3)), 9):  # repacked, in place
+        shape = cases.Shape(key=key, width=width, head_dim=16, maps=list(maps), queries=queries)
+        inputs = cases.make_inputs(shape)
+        cases.put_samples_nowhere(inputs, name, number)
+        cases.assert_right(shape, inputs, cases.run_torch(shape, inputs))
 
 
 @pytest.mark.parametrize("empty", ["batch", "queries"])
@@ -104,7 +107,11 @@ def test_compiles_in_one_graph():
         ("reference_points", torch.zeros(2, 5, 3, 3), r"reference_points has shape \[2, 5, 3, 3\]; .* 2 or 4"),
         ("reference_points", torch.zeros(2, 5, 3, 2).double(), "reference_points is float64; it should be float32"),
         ("sampling_offsets", torch.zeros(2, 5, 46), r"sampling_offsets has shape \[2, 5, 46\]; .* \[2, 5, 48\]"),
-        ("sampling_offsets", torch.zeros(2, 5, 48).half(), "sampling_offsets is float16; it should be float32"),
+        (
+            "sampling_offsets",
+            torch.zeros(2, 5, 48).half(),
+            r"sampling_offsets is float16; it should be float32; cast it with sampling_offsets.float\(\)",
+        ),
         ("spatial_shapes", torch.tensor([[5, 7], [3, 4], [2, 1]]), "48 tokens"),
         ("spatial_shapes", torch.tensor([[5, 7], [3, 4], [1, 1]]).int(), "spatial_shapes is int32; it should be int64"),
         ("spatial_shapes", torch.tensor([[-5, -7], [3, 4], [1, 1]]), "spatial_shapes"),

@@ -1,3 +1,6 @@
+import contextlib
+import warnings
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -165,3 +168,12 @@ def test_more_threads_than_cores_are_not_started(tmp_path):
     with pytest.warns(Notice, match="100000 threads are asked for"):
         session = ld.create_session(save_detector(tmp_path / "model.onnx"), threads=100_000)
     assert session.get_session_options().intra_op_num_threads == usable_cores()
+
+
+@pytest.mark.parametrize("key", ["outputs", "image_size", "op_version", "class_names", "attention", "verification"])
+@pytest.mark.parametrize("value", [7, "text", [], [[]], {}, {"verdict": []}, True, None, -1.5], ids=repr)
+def test_metadata_of_any_kind_gives_a_session_or_says_what_is_wrong(tmp_path, key, value):
+    path = save_detector(tmp_path / "model.onnx", **{key: value})
+    with contextlib.suppress(ld.LiteDetrError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        ld.Detector(path).predict(np.zeros((9, 9, 3), np.uint8))

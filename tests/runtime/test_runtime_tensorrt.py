@@ -403,7 +403,7 @@ def test_damaged_or_replaced(trt, plan):
     path.write_bytes(b"another engine")
     with pytest.raises(ld.LiteDetrError, match=r"not the engine that model\.plan\.json describes.*copy both"):
         tensorrt.TensorRTSession(path)
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", "[" * 100_000, '{"sha256": "", "metadata": 7}'):
         tensorrt.record_path(path).write_text(text)
         with pytest.raises(ld.LiteDetrError, match=r"model\.plan\.json, which describes .* cannot be read"):
             tensorrt.TensorRTSession(path)

@@ -56,6 +56,14 @@ def test_registry_lists_both_creators(registry):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("version", ["2", "99", ""])
+def test_registry_has_no_other_version(registry, op, version):
+    """What TensorRT's parser asks for by a node's plugin_version, and then says is not there."""
+    assert registry.get_creator(op, str(schema.VERSION), "") is not None
+    assert registry.get_creator(op, version, "") is None
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("phase, fields", [("BUILD", BUILD_FIELDS), ("RUNTIME", ENGINE_FIELDS)])
 def test_plugin_is_created(registry, op, phase, fields):
     plugin = create(registry, op, fields, getattr(trt.TensorRTPhase, phase))
@@ -70,8 +78,8 @@ def test_plugin_is_created(registry, op, phase, fields):
     "phase, fields, message",
     [
         ("BUILD", {"num_heads": 8}, "the field num_points (one int32) is missing"),
-        ("BUILD", BUILD_FIELDS | {"num_heads": 0}, "the field num_heads is 0; it should be at least 1"),
-        ("BUILD", BUILD_FIELDS | {"num_points": 9}, "the field num_points is 9; it should be 1 to 8"),
+        ("BUILD", BUILD_FIELDS | {"num_heads": 0}, "num_heads is 0; it must be at least 1"),
+        ("BUILD", BUILD_FIELDS | {"num_points": 9}, "num_points is 9; the kernels take at most 8"),
         (
             "BUILD",
             BUILD_FIELDS | {"num_points": np.array([4.0], np.float32)},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,15 +59,17 @@ def load_model(
         path = assets.path(str(checkpoint)) if checkpoint in assets.NAMES else Path(checkpoint)
         source, file_name, checkpoint = f"checkpoint {str(path)!r}", path.name, read_checkpoint(path)
     arguments = checkpoint.get("args")
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    arguments = arguments if isinstance(arguments, Mapping) else {}
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    elif not isinstance(arguments, Mapping):
+        arguments = {}
     if arguments.get("value_proj_after"):
         raise LiteDetrError(
             "the checkpoint was trained with value_proj_after = True, which the official code itself cannot run; there "
             "is nothing to deploy it as. Train with value_proj_after = False."
         )
     state_dict = _state_dict(checkpoint, source)
-    weights = Weights.translated(state_dict, official.rules_of(state_dict) or [])
+    weights = Weights(state_dict, official.rules_of(state_dict))
     config, contradiction = recognise(weights, variant, arguments, file_name, force_variant, overrides)
     with torch.device("meta"):
         model = Detector(config)
@@ -91,7 +94,10 @@ def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
     }
     if model.class_names:
         arguments["class_names"] = list(model.class_names)
-    tensors = {official.official_key(key, config): value.detach() for key, value in model.state_dict().items()}
+    tensors = {  # copies: those of a checkpoint can be parts of one memory, which safetensors refuses
+        official.official_key(key, config): value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
     write_checkpoint(path, tensors, arguments)
 
 
@@ -101,7 +107,7 @@ def _class_names(arguments: Mapping, config: DetectorConfig) -> tuple[str, ...] 
         # The labels of a model with COCO's 91 slots are COCO's category ids.
         return CLASS_NAMES if config.num_classes == len(CLASS_NAMES) else None
     if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
-        found = f"{names!r:.80}"
+        found = reprlib.repr(names)
     elif len(names) != config.num_classes:
         found = f"a list of {len(names)}"
     else:
@@ -116,9 +122,7 @@ def _state_dict(contents: Mapping, source: str) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-    tensors = {
-        k.removeprefix("module."): v for k, v in contents.items() if isinstance(k, str) and isinstance(v, Tensor)
-    }
+    tensors = {str(key).removeprefix("module."): value for key, value in contents.items() if isinstance(value, Tensor)}
     if not tensors:
         raise LiteDetrError(
             f"{source} holds no tensors; its keys are {some(contents)}. Give a dict of tensors, or one whose "
@@ -131,26 +135,21 @@ def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
     """Return the state dict of `model`, every key checked."""
     config = model.config
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {
-        key: value
-        for key, value in weights.tensors.items()
-        # The official attention always has this projection, also where nothing reads it.
-        if config.key_aware or ".query_proj." not in key
-    }
+    found = dict(weights.tensors)
+    if not config.key_aware:  # the official module has the projection also where nothing reads it
+        found = {key: value for key, value in found.items() if ".query_proj." not in key}
     if config.family == "h-detr" and "tgt_embed.weight" in found:
         # The others belong to its one-to-many branch.
-        found["tgt_embed.weight"] = found["tgt_embed.weight"][: config.num_queries].clone()
+        found["tgt_embed.weight"] = found["tgt_embed.weight"][: config.num_queries]
     types = [f"{weights.names[key]} ({value.dtype})" for key, value in found.items() if not is_weight(value)]
     if types:
         raise LiteDetrError(
             f"the checkpoint's weights are of a type that is not supported: {some(types)}. Give the floating-point "
             "weights of the training (float32, float16, bfloat16 or float64); INT8 is made by the export."
         )
-    different = (
-        "heads that differ between layers, which must be one shared head"
-        if config.is_dino
-        else "copies of one head that differ"
-    )
+    different = "heads that differ between layers, which must be one shared head"
+    if not config.is_dino:
+        different = "copies of one head that differ"
     problems = {
         "missing": [theirs(key, weights.rules) for key in wanted if key not in found],
         "unexpected": [weights.names[key] for key in found if key not in wanted],
@@ -164,13 +163,7 @@ def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(keys, 10)}" for what, keys in problems.items() if keys)
         raise LiteDetrError(
-            f"the checkpoint does not fit {config.name} ({_summary(config)}). {listed}. Give the checkpoint as the "
+            f"the checkpoint does not fit {config.name}. {listed}. Give the checkpoint as the "
             "training saved it, and the variant that was trained."
         )
     return {key: value.float() for key, value in found.items()}
-
-
-def _summary(config: DetectorConfig) -> str:
-    default = parse_variant(config.name)
-    values = dataclasses.asdict(config).items()
-    return ", ".join(f"{k}={v}" for k, v in values if v != getattr(default, k)) or "as published"

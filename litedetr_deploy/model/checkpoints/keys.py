@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -17,18 +17,9 @@ Rules = list[tuple[str, str | None]]
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def ours(key: str, rules: Rules) -> str | None:
+def translate(key: str, rules: Iterable[tuple[str, str | None]]) -> str | None:
     """Return our key for theirs, None where inference does not read it; a key that no rule fits stays as it is."""
-    return _translate(key, rules)
-
-
-def theirs(key: str, rules: Rules) -> str:
-    """Return their key for ours."""
-    return _translate(key, ((our, their) for their, our in rules if our is not None)) or key
-
-
-def _translate(key: str, pairs: Iterable[tuple[str, str | None]]) -> str | None:
-    for source, target in pairs:
+    for source, target in rules:
         before, star, after = source.partition("*")
         if key == source:
             return target
@@ -37,7 +28,11 @@ def _translate(key: str, pairs: Iterable[tuple[str, str | None]]) -> str | None:
     return key
 
 
-@dataclass
+def theirs(key: str, rules: Rules) -> str:
+    """Return their key for ours."""
+    return translate(key, ((our, their) for their, our in rules if our is not None)) or key
+
+
 class Weights:
     """The tensors of a checkpoint, by our keys.
 
@@ -45,43 +40,33 @@ class Weights:
     different: keys of the checkpoint that should hold what another key of it holds, and do not.
     """
 
-    rules: Rules
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    different: list[str] = field(default_factory=list)
-
-    @classmethod
-    def translated(cls, state_dict: Mapping[str, Tensor], rules: Rules) -> Weights:
-        weights = cls(rules)
+    def __init__(self, state_dict: Mapping[str, Tensor], rules: Rules):
+        self.rules, self.different = rules, list[str]()
+        self.tensors, self.names = dict[str, Tensor](), dict[str, str]()
         for name, value in state_dict.items():
-            key = ours(name, rules)
-            if key is None:
-                continue
-            if key not in weights.tensors:
-                weights.tensors[key], weights.names[key] = value, name
-            elif not _same(weights.tensors[key], value):
-                weights.different.append(name)
-        return weights
+            key = translate(name, rules)
+            if key is not None and key not in self.tensors:
+                self.tensors[key], self.names[key] = value, name
+            elif key is not None and not _same(self.tensors[key], value):
+                self.different.append(name)
 
     def having(self, pattern: str) -> list[str]:
         """Return our keys that fit `pattern`, in which `*` stands for anything."""
-        return [key for key in self.tensors if fnmatchcase(key, pattern)]
+        return fnmatch.filter(self.tensors, pattern)
 
     def count(self, prefix: str) -> int:
         """Return how many different numbers follow `prefix` in our keys, as those of layers do."""
-        numbers = {key.removeprefix(prefix).split(".")[0] for key in self.tensors if key.startswith(prefix)}
-        return sum(number.isdecimal() for number in numbers)
+        return len({match[1] for key in self.tensors if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", key))})
 
     def size(self, pattern: str) -> int:
-        """Return the first dimension that most tensors of `pattern` have, so that one that is missing or wrong does not
-        decide; 0 where none has any."""
+        """Return the first dimension of most tensors of `pattern`, so that no single wrong one decides; 0 of none."""
         sizes = Counter(value.shape[0] for key in self.having(pattern) if (value := self.tensors[key]).ndim)
         return sizes.most_common(1)[0][0] if sizes else 0
 
 
 def some(names: Iterable[object], limit: int = 4) -> str:
-    """Return the first names as text, and how many more there are."""
-    listed = [str(name) for name in names]
+    """Return the first names as text, control characters escaped, and how many more there are."""
+    listed = [repr(str(name))[1:-1] for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 

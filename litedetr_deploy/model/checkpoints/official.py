@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
 from ..config import DetectorConfig
 from ..swin import SHAPES as SWINS
@@ -21,6 +21,7 @@ def rules(is_dino: bool, decoder_layers: int, has_body: bool) -> Rules:
             wanted of the last.
         has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's.
     """
+    heads: dict[str, Sequence[str | None]]
     if is_dino:
         heads = {head: [f"{head}.*"] * decoder_layers for head in ("class_embed", "bbox_embed")}
     else:
@@ -46,11 +47,10 @@ def rules(is_dino: bool, decoder_layers: int, has_body: bool) -> Rules:
     ]
 
 
-def rules_of(keys: Iterable[str]) -> Rules | None:
-    """Return the rules for a state dict with these keys; None where they are not official ones."""
-    found = {key.split(".")[0] for key in keys}
-    if "transformer" not in found:
-        return None
+def rules_of(keys: Collection[str]) -> Rules:
+    """Return the rules for a state dict with these keys; none for one that is not of these repositories."""
+    if not any(key.startswith("transformer.") for key in keys):
+        return []
     layers = {match[1] for key in keys if (match := re.match(r"transformer\.decoder\.layers\.(\d+)\.", key))}
     is_dino = not any(key.startswith("transformer.pos_trans") for key in keys)
     return rules(is_dino, len(layers), any(key.startswith("backbone.0.body.") for key in keys))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 
 from ...errors import LiteDetrError
@@ -40,7 +41,7 @@ _WEIGHTS = "the weights"
 
 
 def recognise(
-    weights: Weights, variant: str | None, arguments: Mapping, file_name: str, force: bool, overrides: Mapping
+    weights: Weights, variant: str | None, arguments: Mapping, file_name: str, force: bool, overrides: dict
 ) -> tuple[DetectorConfig, str | None]:
     """Return the configuration, and the contradiction that `force` overruled, None where there was none.
 
@@ -106,8 +107,8 @@ def recognise(
     heads = fields["num_heads"]
     for part, width in offsets.items():
         levels = 1 if part == "encoder" and fields["same_loc"] else fields["num_levels"]
-        if isinstance(heads, int) and heads > 0 and levels > 0:  # which DetectorConfig asks for
-            fields.setdefault(f"{part}_points", width // (2 * heads * levels))
+        if isinstance(heads, int) and heads > 0:  # else DetectorConfig says so
+            fields.setdefault(f"{part}_points", max(1, width // (2 * heads * max(1, levels))))
     try:
         return DetectorConfig(**fields), contradiction or None
     except LiteDetrError as error:
@@ -139,8 +140,8 @@ def _by_arguments(arguments: Mapping, overrides: Mapping) -> dict:
             continue
         if type(value) is not int or value < 1:
             raise LiteDetrError(
-                f"the checkpoint's training arguments say {name} = {value!r:.80}; it must be a whole number from 1. "
-                "Correct it in the checkpoint's 'args', and save it again."
+                f"the checkpoint's training arguments say {name} = {reprlib.repr(value)}; it must be a whole number "
+                "from 1. Correct it in the checkpoint's 'args', and save it again."
             )
         said[field] = value
     return said
@@ -159,13 +160,15 @@ def _by_weights(weights: Weights) -> dict:
             "model with iterative box refinement is supported. Use the checkpoint that was trained with --two_stage "
             "and --with_box_refine."
         )
-    encoder_offsets, decoder_offsets = (
-        "encoder.layers.*.self_attn.sampling_offsets.",
-        "decoder.layers.*.cross_attn.sampling_offsets.",
-    )
-    modules = ("input_proj.", "enc_output.", "class_embed.", encoder_offsets, decoder_offsets,
-               "encoder.layers.*.linear1.", "decoder.layers.*.linear1.")  # fmt: skip
-    lacking = [f"{theirs(module, weights.rules)}*" for module in modules if not weights.having(f"{module}*")]
+    modules = {
+        "num_classes": "*class_embed.*",
+        "hidden_dim": "enc_output*",
+        "encoder_offsets": "encoder.layers.*.self_attn.sampling_offsets.*",
+        "decoder_offsets": "decoder.layers.*.cross_attn.sampling_offsets.*",
+        "dim_feedforward": "encoder.layers.*.linear1.*",
+        "decoder_dim_feedforward": "decoder.layers.*.linear1.*",
+    }
+    lacking = [theirs(module, weights.rules) for module in modules.values() if not weights.having(module)]
     backbone = _backbone(weights)
     if lacking or not backbone:
         raise LiteDetrError(
@@ -180,13 +183,8 @@ def _by_weights(weights: Weights) -> dict:
     fields = {
         "family": family,
         **backbone,
-        "num_classes": weights.size("*class_embed.*"),
-        "hidden_dim": weights.size("enc_output*"),
+        **{field: weights.size(module) for field, module in modules.items()},
         "num_levels": weights.count("input_proj."),
-        "encoder_offsets": weights.size(f"{encoder_offsets}*"),
-        "decoder_offsets": weights.size(f"{decoder_offsets}*"),
-        "dim_feedforward": weights.size("encoder.layers.*.linear1.*"),
-        "decoder_dim_feedforward": weights.size("decoder.layers.*.linear1.*"),
         "encoder_layers": layers,
         "decoder_layers": weights.count("decoder.layers."),
         "key_aware": not weights.having("encoder.*.attention_weights.*"),
@@ -195,10 +193,9 @@ def _by_weights(weights: Weights) -> dict:
     # Encoder and decoder have as many points; offsets shared by all levels are narrower by their number.
     fields["same_loc"] = fields["encoder_offsets"] * fields["num_levels"] == fields["decoder_offsets"]
     # Under the official keys H-DETR's queries are those of both branches.
-    if weights.names.get("tgt_embed.weight", "query_embed.weight") != "query_embed.weight":
-        fields["num_queries"] = weights.size("tgt_embed.weight")
-    light = sorted({int(match[1]) for key in weights.having("encoder.layers.*[12]2.*")
-                    if (match := re.match(r"encoder\.layers\.(\d+)\.(?:linear[12]2|norm22)\.", key))})  # fmt: skip
+    if weights.names.get("tgt_embed.weight") != "query_embed.weight" and (queries := weights.size("tgt_embed.weight")):
+        fields["num_queries"] = queries
+    light = [i for i in range(layers) if weights.having(f"encoder.layers.{i}.*[12]2.*")]  # linear12, linear22, norm22
     fields["small_expand"] = bool(light)
     if light:
         every = layers // len(light)
@@ -214,14 +211,13 @@ def _by_weights(weights: Weights) -> dict:
 def _backbone(weights: Weights) -> dict:
     """Return the fields of the backbone, none where it is neither ResNet nor Swin."""
     if weights.having("backbone.layer3.*.conv3.*"):
-        found, what = (weights.count("backbone.layer3."),), "ResNet has {} blocks in its third stage"
-        known = {name: (stages[2],) for name, (_, stages) in RESNETS.items()}
+        found: tuple[int, ...] = (weights.count("backbone.layer3."),)
+        known: dict[str, tuple[int, ...]] = {name: stages[2:3] for name, (_, stages) in RESNETS.items()}
+        what = "ResNet has {} blocks in its third stage"
     elif weights.having("backbone.patch_embed.*"):
         found = (weights.size("backbone.patch_embed.*"), weights.count("backbone.layers.2.blocks."))
-        known, what = (
-            {name: (dim, stages[2]) for name, (dim, stages, _) in SWINS.items()},
-            "Swin has {} channels, {} blocks in its third stage",
-        )
+        known = {name: (dim, stages[2]) for name, (dim, stages, _) in SWINS.items()}
+        what = "Swin has {} channels, {} blocks in its third stage"
     else:
         return {}
     name = next((name for name, shape in known.items() if shape == found), None)
