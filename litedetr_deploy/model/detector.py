@@ -77,7 +77,10 @@ class Detector(nn.Module):
         Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
         [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].
         """
-        encoded = self.encode(images, pixel_mask)
+        return self.decode(self.encode(images, pixel_mask), topk_indices)
+
+    def decode(self, encoded: Encoded, topk_indices: Tensor | None = None) -> dict[str, Tensor]:
+        """Select queries and refine them to detections; returns what `forward` does."""
         proposal_scores = encoded.proposal_logits.amax(-1)
         if topk_indices is None:
             topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
@@ -112,9 +115,12 @@ class Detector(nn.Module):
         content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
         return content, embedded[..., :dim]
 
-    def encode(self, images: Tensor, pixel_mask: Tensor | None = None) -> Encoded:
-        """Everything before the decoder; the arguments are those of `forward`."""
-        maps = self._maps(images)
+    def encode(self, images: Tensor, pixel_mask: Tensor | None = None, maps: list[Tensor] | None = None) -> Encoded:
+        """Compute everything before the decoder; the arguments are those of `forward`.
+
+        maps: what `project` gave for these images, where it is known already.
+        """
+        maps = self.project(images) if maps is None else maps
         shapes = [tuple(m.shape[-2:]) for m in maps]
         spatial_shapes = sizes_tensor([size for shape in shapes for size in shape], images.device).view(-1, 2)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
@@ -151,7 +157,7 @@ class Detector(nn.Module):
         head = self.enc_out_class_embed
         return head(features) if self.config.is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
+    def project(self, images: Tensor) -> list[Tensor]:
         """Return the projected maps of all levels, [N, dim, h, w] each."""
         backbone_maps = self.backbone(images)
         maps = [projection(m) for projection, m in zip(self.input_proj, backbone_maps)]

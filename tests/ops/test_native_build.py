@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "get_onnxruntime_headers.sh"
 # What CMake and the script need, and no package manager.
-PROGRAMS = "cmake c++ g++ gcc cc ld as ar ranlib make sh bash uname env find mktemp rm mkdir dirname basename".split()
+PROGRAMS = (
+    "cmake", "c++", "g++", "gcc", "cc", "ld", "as", "ar", "ranlib", "make", "sh", "bash", "uname", "env", "find",
+    "mktemp", "rm", "mkdir", "dirname", "basename",
+)  # fmt: skip
 
 
 def configure(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess:
