@@ -1,4 +1,4 @@
-"""Draws what detectors cost, GFLOPs and milliseconds by part: the README's picture, from a report of latency.py.
+"""Draws what detectors cost, GFLOPs and milliseconds by part: the README's chart, from a report of latency.py.
 
 python benchmarks/figure.py benchmarks/results/latency-variants.json docs/cost.png
 """
@@ -21,7 +21,7 @@ SHOWN = {BACKBONE: "backbone", ENCODER: "encoder", DECODER: "decoder and heads",
 REST = "the rest"
 
 
-def main(report: Path, picture: Path) -> None:
+def main(report: Path, chart: Path) -> None:
     rows = [row for row in json.loads(report.read_text())["results"] if row["status"] == "measured"
             and (tuple(row["image_size"]), row["threads"]) == (IMAGE_SIZE, THREADS)]  # fmt: skip
     counts = [count(row["variant"], IMAGE_SIZE)["parts"] for row in rows]
@@ -36,7 +36,7 @@ def main(report: Path, picture: Path) -> None:
         axes.set_xlabel(label)
     panels[1].invert_yaxis()  # they share it, and both have turned it
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    with replaced_when_done(picture) as temporary:
+    with replaced_when_done(chart) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
