@@ -234,7 +234,7 @@ def test_wrong_use(options, says, tmp_path):
 
 
 def test_int8_without_images(tmp_path):
-    with pytest.raises(ld.LiteDetrError, match="sensitivity .* need the images"):
+    with pytest.raises(ld.LiteDetrError, match="sensitivity, .* need the images"):
         ld.export_onnx(traced()[0], tmp_path / "model.onnx", precision="int8", int8=limits.Int8(sensitivity=True))
     with pytest.raises(ld.LiteDetrError, match="model.calibration.json does not exist"):
         ld.export_onnx(traced()[0], tmp_path / "model.onnx", precision="int8")
