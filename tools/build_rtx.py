@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import litedetr_deploy as ld
-from litedetr_deploy.export.limits import PRECISIONS
+from litedetr_deploy.export.limits import PRECISIONS, Int8
 from litedetr_deploy.verify.probes import drawn_image
 
 VARIANT = "lite-dino-r50-h3l1-2+1x3"
@@ -28,9 +28,9 @@ def main(folder: Path) -> None:
         for precision in PRECISIONS:
             began = time.monotonic()
             onnx, plan = (folder / f"{height}x{width}-{precision}{suffix}" for suffix in (".onnx", ".plan"))
-            pictures = {"calibration": [drawn_image()], "calibration_method": "minmax"} if precision == "int8" else {}
+            int8 = Int8([drawn_image()], method="minmax") if precision == "int8" else None
             # Not verified: random weights of this depth say little about rounding, and the tests verify small ones.
-            ld.export_onnx(model, onnx, "gather", precision, (height, width), verify=False, **pictures)
+            ld.export_onnx(model, onnx, "gather", precision, (height, width), int8=int8, verify=False)
             report = ld.build_engine(
                 onnx,
                 plan,

@@ -237,7 +237,8 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
             f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
             "the model again."
         )
-    classes = outputs["pred_logits"][-1] if isinstance(outputs, Mapping) and outputs.get("pred_logits") else None
+    logits = outputs.get("pred_logits") if isinstance(outputs, Mapping) else None
+    classes = logits[-1] if logits else None
     if names and isinstance(classes, int) and classes != len(names):
         refuse("class_names are", len(names), f"{classes} classes")
 
