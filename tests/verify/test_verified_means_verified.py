@@ -156,7 +156,7 @@ def test_a_file_that_was_rewritten(exported, tmp_path):
         assert "rewritten after it was verified" in distrust(rewritten, onnx_metadata(load_onnx(rewritten), name))
 
 
-def test_without_verification_nothing_is_claimed(tmp_path, monkeypatch):
+def test_a_size_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("litedetr_deploy.export.export._trace", None)  # refused before anything is traced
     with pytest.raises(ld.LiteDetrError, match="16,777,216 are supported"):
         ld.export_onnx(make_model(), tmp_path / "model.onnx", image_size=(100_000, 100_000))

@@ -60,11 +60,3 @@ def official_key(key: str, config: DetectorConfig = _DINO) -> str:
     """Return the key under which official checkpoints hold our parameter `key`; of a shared head the first one."""
     has_body = not (config.is_dino and config.backbone in SWINS)
     return theirs(key, rules(config.is_dino, config.decoder_layers, has_body))
-
-
-def __getattr__(name: str):
-    if name == "load_model":  # its former place
-        from . import load_model
-
-        return load_model
-    raise AttributeError(name)
