@@ -28,13 +28,14 @@ from torch import nn
 from ..artifact import load_onnx, onnx_metadata
 from ..errors import LiteDetrError
 from ..model.attention import SelfAttention
-from ..model.deployed import PROBES, Deployed, postprocess
+from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import reference, schema, torch_op
 from ..runtime.session import create_session
 from . import typed
-from .probes import Probe, make_probes, stack
+from .probes import Probe, make_probes, nudged, stack
+from .reference import run_pytorch
 from .regions import compare_regions, find_regions, geometry
 from .verdict import Verdict, check_finite, compare, largest, mean
 from .weights import not_finite
@@ -114,7 +115,7 @@ def verify_onnx(
             progress(f"verify: {case}")
             outputs = graph.run(probe.image, probe.mask)
             with geometry(model) as found:
-                wanted = _run_pytorch(model, probe, outputs["topk_indices"])
+                wanted = run_pytorch(model, probe.image, outputs["topk_indices"], mask=probe.mask)
             seen = seen or found
             if not check_finite(verdict, case, outputs, wanted, NAMES):
                 return verdict
@@ -131,7 +132,7 @@ def verify_onnx(
         case = name + probes[0].name
         outputs = probed.run(probes[0].image, probes[0].mask)
         if precision in ("fp16", "int8"):
-            wanted = _run_pytorch(model, probes[0], outputs["topk_indices"])
+            wanted = run_pytorch(model, probes[0].image, outputs["topk_indices"], mask=probes[0].mask)
             _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
         compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
     return verdict
@@ -167,15 +168,6 @@ class _Graph:
         return feed | {self._values.get(name, name): array for name, array in found.items()}
 
 
-def _run_pytorch(model: Detector, probe: Probe, topk_indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what PyTorch makes of the same image with the same choice of queries."""
-    mask = None if probe.mask is None else torch.from_numpy(probe.mask)
-    with torch.inference_mode():
-        images = Deployed(model, "raw").normalise(torch.from_numpy(probe.image), mask)
-        values = model(images, mask, torch.from_numpy(topk_indices))
-    return {name: values[name].numpy() for name in PROBES}
-
-
 @dataclass
 class _Yardstick:
     """tolerances: largest differences that rounding explains, by value; typed: whether those of logits and boxes are
@@ -203,26 +195,28 @@ class _Yardstick:
 
 def _yardstick(model: Detector, probe: Probe, wanted) -> _Yardstick:
     """Compare PyTorch with itself with other threads and with the last bit of every pixel changed at random."""
-    image = probe.image
-    bits = np.random.default_rng(2).integers(-1, 2, image.shape, np.int32)
-    nudged = np.abs((image.view(np.int32) + bits * (image > 0)).view(np.float32))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
     try:
-        other = _run_pytorch(model, probe._replace(image=nudged), wanted["topk_indices"])
+        other = run_pytorch(model, nudged(probe.image), wanted["topk_indices"], mask=probe.mask)
     finally:
         torch.set_num_threads(threads)
+    return _Yardstick(float_tolerances(other, wanted))
+
+
+def float_tolerances(other: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return how far each value of a float32 model may be off, from what PyTorch makes of nearly the same image."""
     tolerances = {}
     for name in NAMES:
         scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
         spread = largest(other[name] - wanted[name])
         tolerances[name] = float(np.clip(SPREADS * spread, FLOORS[name] * scale, CAPS[name] * scale))
-    return _Yardstick(tolerances)
+    return tolerances
 
 
 def _typed_yardstick(rounding: Detector, precision: str, probe: Probe, wanted) -> _Yardstick:
     """Compare PyTorch in FP32 with what `_rounding` made of it."""
-    other = _run_pytorch(rounding, probe, wanted["topk_indices"])
+    other = run_pytorch(rounding, probe.image, wanted["topk_indices"], mask=probe.mask)
     yardstick = _Yardstick({}, typed=True)
     eps = torch.finfo(HALVES[precision]).eps
     for name in NAMES:

@@ -50,3 +50,9 @@ def stack(probes: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray | None]:
     """Return images [N, 3, H, W] and masks [N, H, W] of a batch of probes."""
     images = np.concatenate([probe.image for probe in probes])
     return images, None if probes[0].mask is None else np.concatenate([probe.mask for probe in probes])
+
+
+def nudged(images: np.ndarray) -> np.ndarray:
+    """Return images in 0..1 with the last bit of every value changed at random: what rounding alone may change."""
+    bits = np.random.default_rng(2).integers(-1, 2, images.shape, np.int32)
+    return np.abs((images.view(np.int32) + bits * (images > 0)).view(np.float32))

@@ -131,29 +131,24 @@ def make_reference(path: Path, weights: Weights, image_size: tuple[int, int], pr
     import torch
 
     from ..model.flops import count_flops
-    from .onnx import CAPS, FLOORS, SPREADS
+    from .onnx import SPREADS, float_tolerances
+    from .probes import nudged
 
     model = weights.model
     images = _draw(image_size)
     wanted = run_pytorch(model, images)
     arrays = {"images": images, **wanted, "gflops": count_flops(model.config, image_size).total("fvcore") / 1e9}
-    # The last bit of every pixel changed at random: how far PyTorch's own rounding goes in this model.
-    bits = np.random.default_rng(2).integers(-1, 2, images.shape, np.int32)
-    nudged = np.abs((images.view(np.int32) + bits * (images > 0)).view(np.float32))
     for precision in precisions:
-        if precision == "fp32":
-            other = run_pytorch(model, nudged, wanted[INDICES])
+        if precision == "fp32":  # how far PyTorch's own rounding goes in this model
+            tolerances = float_tolerances(run_pytorch(model, nudged(images), wanted[INDICES]), wanted)
         else:
-            other = run_pytorch(model, images, wanted[INDICES], getattr(torch, ROUNDING[precision]))
-        for name in QUANTITIES:
-            scale = 1.0 if name == BOXES else max(1.0, float(np.abs(wanted[name]).max()))
-            if precision == "fp32":
-                spread = SPREADS * largest(other[name] - wanted[name])
-                tolerance = np.clip(spread, FLOORS[name] * scale, CAPS[name] * scale)
-            else:
-                rounding = torch.finfo(getattr(torch, ROUNDING[precision])).eps
-                tolerance = max(SPREADS * mean(other[name] - wanted[name]), 0.5 * rounding * scale)
-            arrays[f"tolerance {precision} {name}"] = tolerance
+            half = getattr(torch, ROUNDING[precision])
+            other, tolerances = run_pytorch(model, images, wanted[INDICES], half), {}
+            for name in QUANTITIES:
+                scale = 1.0 if name == BOXES else max(1.0, float(np.abs(wanted[name]).max()))
+                spread = SPREADS * mean(other[name] - wanted[name])
+                tolerances[name] = max(spread, 0.5 * torch.finfo(half).eps * scale)
+        arrays |= {f"tolerance {precision} {name}": tolerances[name] for name in QUANTITIES}
     _save(path, arrays)
     return Reference(path, weights)
 
@@ -176,14 +171,19 @@ def _save(path: Path, arrays: dict) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def run_pytorch(model, images: np.ndarray, indices: np.ndarray | None = None, dtype=None) -> dict[str, np.ndarray]:
-    """Return the outputs that are compared, for a choice of queries and with the matrices in `dtype` where given."""
+def run_pytorch(
+    model, images: np.ndarray, indices: np.ndarray | None = None, dtype=None, mask: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return the outputs that are compared, for a choice of queries and with the matrices in `dtype` where given.
+
+    images [N, 3, H, W] in 0..1; mask [N, H, W], True = padding.
+    """
     import torch
 
     from ..model.deployed import Deployed
 
-    normalised = Deployed(model, "raw").normalise(torch.from_numpy(images), None)
+    padding = None if mask is None else torch.from_numpy(mask)
     forced = None if indices is None else torch.from_numpy(indices.astype(np.int64))
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
-        values = model(normalised, None, forced)
+        values = model(Deployed(model, "raw").normalise(torch.from_numpy(images), padding), padding, forced)
     return {name: values[name].float().numpy() for name in QUANTITIES} | {INDICES: values[INDICES].numpy()}

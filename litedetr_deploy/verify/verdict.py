@@ -43,12 +43,8 @@ class Row:
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
-        place = f"{self.case}, {self.quantity}"
-        return (
-            f"{place}: {self.trouble}"
-            if self.trouble
-            else (f"{place}: differs by {self.difference:.1e}, {self.tolerance:.1e} is allowed")
-        )
+        differs = f"differs by {self.difference:.1e}, {self.tolerance:.1e} is allowed"
+        return f"{self.case}, {self.quantity}: {self.trouble or differs}"
 
 
 @dataclass
@@ -149,22 +145,17 @@ def check_finite(
     all are."""
     finite = True
     for name in names:
-        bad = [
-            side
-            for side, values in (("the artifact", outputs), (verdict.against, wanted))
+        sides = {"the artifact": outputs, verdict.against: wanted}
+        bad = {
+            side: values[name]
+            for side, values in sides.items()
             if name in values and not np.isfinite(values[name]).all()
-        ]
+        }
         if bad:
             finite = False
-            kind = (
-                "NaN"
-                if any(np.isnan(values[name]).any() for values in (outputs, wanted) if name in values)
-                else "an infinity"
-            )
-            who = f"{verdict.against} as well" if len(bad) == 2 else f"{bad[0]} only"
-            verdict.add(
-                case, name, np.inf, 0.0, f"holds {kind} in {who}" if len(bad) == 1 else f"holds {kind}, in {who}"
-            )
+            kind = "NaN" if any(np.isnan(values).any() for values in bad.values()) else "an infinity"
+            where = f", in {verdict.against} as well" if len(bad) == 2 else f" in {next(iter(bad))} only"
+            verdict.add(case, name, np.inf, 0.0, f"holds {kind}{where}")
     return finite
 
 
