@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import LiteDetrError, Notice, not_installed
 from .files import replaced_when_done
@@ -122,13 +122,7 @@ def opset_version(model: str | os.PathLike | bytes, domain: str) -> int | None:
     Needs no package onnx: OperatorSetIdProto is found as it is serialized, 1: domain, 2: version as a varint.
     """
     mark = b"\x0a" + bytes([len(domain)]) + domain.encode() + b"\x10"
-    with contextlib.ExitStack() as stack:
-        contents: bytes | mmap.mmap = b""
-        if isinstance(model, bytes):
-            contents = model
-        elif os.path.getsize(model):
-            file = stack.enter_context(open(model, "rb"))
-            contents = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    with contextlib.nullcontext(model) if isinstance(model, bytes) else _mapped(model) as contents:
         place = contents.rfind(mark)  # it stands behind the graph
         number = contents[place + len(mark) : place + len(mark) + 10] if place >= 0 else b""
     version = 0
@@ -139,13 +133,30 @@ def opset_version(model: str | os.PathLike | bytes, domain: str) -> int | None:
     return None
 
 
+@contextlib.contextmanager
+def _mapped(path: str | os.PathLike, writable: bool = False) -> Iterator[Any]:
+    """Give the bytes of a file, which need not fit into memory; those of a `writable` file can be set."""
+    with open(path, "r+b" if writable else "rb") as file:
+        if os.path.getsize(path):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ) as contents:
+                yield contents
+        else:  # which cannot be mapped
+            yield b""
+
+
+def json_object(text: str) -> dict | None:
+    """Return the JSON object in a text that anybody may have written; None where it is something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def parse_metadata(text: str, path: object) -> dict:
     """Return the metadata of the file `path` from its text; raise LiteDetrError where it is no JSON object."""
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
+    metadata = json_object(text)
+    if metadata is None:
         raise LiteDetrError(
             f"the metadata entry {METADATA_KEY!r} of {path} is not a JSON object: {text[:80]!r}. Something rewrote it "
             "after the export: export the model again."
@@ -166,32 +177,31 @@ def onnx_metadata(model: onnx.ModelProto, path: object) -> dict:
 
 def seal(path: str | os.PathLike) -> None:
     """Write into the metadata of an ONNX file, whose `digest` is NO_DIGEST so far, the digest of all other bytes."""
-    contents = bytearray(Path(path).read_bytes())
-    place = _digest_place(contents)
-    if place is None:
-        raise ValueError(f"{path} has no digest in its metadata")
-    contents[place] = _digest_without(contents, place).encode()
-    Path(path).write_bytes(contents)
+    with _mapped(path, writable=True) as contents:
+        place = _digest_place(contents)
+        if place is None:
+            raise ValueError(f"{path} has no digest in its metadata")
+        contents[place] = _digest_without(contents, place)
 
 
 def is_sealed(path: str | os.PathLike) -> bool:
     """Return whether an ONNX file still has the bytes that `seal` saw."""
-    contents = bytearray(Path(path).read_bytes())
-    place = _digest_place(contents)
-    return place is not None and contents[place].decode() == _digest_without(contents, place)
+    with _mapped(path) as contents:
+        place = _digest_place(contents)
+        return place is not None and contents[place] == _digest_without(contents, place)
 
 
-def _digest_place(contents: bytearray) -> slice | None:
+def _digest_place(contents: mmap.mmap | bytes) -> slice | None:
     places = [match.span(1) for match in _DIGEST_FIELD.finditer(contents)]
     return slice(*places[-1]) if places else None
 
 
-def _digest_without(contents: bytearray, place: slice) -> str:
-    view = memoryview(contents)
-    digest = hashlib.sha256(view[: place.start])
-    digest.update(NO_DIGEST.encode())
-    digest.update(view[place.stop :])
-    return digest.hexdigest()
+def _digest_without(contents: mmap.mmap | bytes, place: slice) -> bytes:
+    with memoryview(contents) as view:
+        digest = hashlib.sha256(view[: place.start])
+        digest.update(NO_DIGEST.encode())
+        digest.update(view[place.stop :])
+    return digest.hexdigest().encode()
 
 
 def distrust(path: str | os.PathLike, metadata: dict) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...artifact import CHECKPOINT_SUFFIXES, METADATA_KEY, SUFFIXES, check_file
+from ...artifact import CHECKPOINT_SUFFIXES, METADATA_KEY, SUFFIXES, check_file, json_object
 from ...errors import LiteDetrError
 from ...files import replaced_when_done
 
@@ -56,11 +56,8 @@ def _read_safetensors(path: Path) -> Mapping:
             f"checkpoint {str(path)!r} is not a readable safetensors file: {error}. Download or copy it again, or "
             "give it the suffix .pth where torch.save wrote it."
         ) from error
-    try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
+    arguments = json_object(text)
+    if arguments is None:
         raise LiteDetrError(
             f"the metadata {METADATA_KEY!r} of checkpoint {str(path)!r} is not a JSON object: {text[:80]!r}. Save the "
             "model again with save_checkpoint, or leave that entry out."
