@@ -17,6 +17,7 @@ student-25.safetensors to student-100.safetensors, checkpoints for `litedetr exp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -175,7 +176,7 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         position = self.positions[index]
         epoch, place = divmod(position, len(self.files))
-        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.files))
+        order = _order(len(self.files), self.seed, epoch)
         step = np.random.default_rng([self.seed, 1, position // self.per_step])
         shortest = round(self.shortest * step.uniform(SMALLEST_SHARE, 1))
         image = load_image(self.files[order[place]])
@@ -183,6 +184,11 @@ class Images(Dataset):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = image.resize(shortest_edge_size(*image.size, shortest, self.longest), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def collate(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:

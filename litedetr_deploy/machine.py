@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 import warnings
+from pathlib import Path
 
 from .errors import LiteDetrError, Notice
 
@@ -11,6 +14,23 @@ from .errors import LiteDetrError, Notice
 def usable_cores() -> int:
     """Return how many logical cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_cpu() -> tuple[str, list[str]]:
+    """Return the name of the processor and the names of its features, as Linux has them; none where it is another."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name, fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def bounded_threads(threads: int | None) -> int | None:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LiteDetrError
+from ..files import check_writable
 from ..ops import native, reference, torch_op
 from . import harness, official, report, timing
 from .harness import Result, Settings
@@ -673,10 +673,8 @@ def _run(options: argparse.Namespace) -> int:
         thread_counts = timing.whole_numbers(options.threads or both, "--threads")
         timing.check_threads(thread_counts)
     else:
-        batches, dtypes = (
-            timing.whole_numbers(options.batches or "1,4,16", "--batches"),
-            chosen(options.dtypes, DTYPES, "--dtypes"),
-        )
+        batches = timing.whole_numbers(options.batches or "1,4,16", "--batches")
+        dtypes = chosen(options.dtypes, DTYPES, "--dtypes")
         sizes = [dataclasses.replace(size, batch=batch, dtype=dtype)
                  for size in sizes for batch in batches for dtype in dtypes]  # fmt: skip
     kernel = native.load_core().kda_cpu_isa().decode()
@@ -744,8 +742,7 @@ def check_options(options: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LiteDetrError(f"{folder} cannot be made: {error.strerror}. Choose another folder.") from None
-        if not os.access(folder, os.W_OK):
-            raise LiteDetrError(f"{folder} cannot be written. Choose another folder, or change its permissions.")
+        check_writable(folder)
 
 
 def _show(title: str, stage: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib.metadata
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import LiteDetrError
-from ..machine import usable_cores
+from ..machine import describe_cpu, installed_version, usable_cores
 
 # Seconds of rest before a timed call.  The threads of the library that ran before keep spinning in wait for more work
 # (milliseconds in ONNX Runtime, some 20 ms in GNU OpenMP) and would take the processor from the one that is timed.
@@ -198,26 +197,16 @@ def check_threads(counts: Iterable[int]) -> None:
 
 def machine(packages: Sequence[str]) -> dict:
     """What a reader needs to know about the machine, as JSON types; `packages` are the distributions to name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
+    cpu, flags = describe_cpu()
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu,
         "cpu_features": [flag for flag in flags if re.match(r"avx|amx|fma|f16c|asimd|sve|i8mm|bf16", flag)],
         "cores": usable_cores(),
         "cache_mib": round(cache_bytes() / (1 << 20), 1),
         "memory_gib": round(memory_bytes() / (1 << 30), 1),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {package: version for package in packages if (version := _version(package))},
+        "packages": {package: version for package in packages if (version := installed_version(package))},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,18 +1,16 @@
 """What of this machine and this installation matters to a model that is to run here."""
 
 import ctypes
-import importlib.metadata
 import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
 from ..errors import LiteDetrError
-from ..machine import usable_cores
+from ..machine import describe_cpu, installed_version, usable_cores
 from ..ops import native, schema
 from .session import create_session, import_onnxruntime, register_ops
 from .tensorrt import MODULES, import_tensorrt
@@ -62,7 +60,7 @@ def _packages():
     yield Finding("packages", "litedetr-deploy", OK, __version__)
     yield Finding("packages", "python", OK, f"{platform.python_version()} on {platform.platform()}")
     for name, distributions, needed, remedy in PACKAGES:
-        versions = [version for version in map(_version, distributions) if version]
+        versions = [version for version in map(installed_version, distributions) if version]
         if versions:
             yield Finding("packages", name, OK, versions[0])
         else:
@@ -72,13 +70,6 @@ def _packages():
             yield Finding("packages", backend, OK, import_tensorrt(backend).__version__)
         except LiteDetrError as error:
             yield Finding("packages", backend, ABSENT, "not installed", f"builds and runs engines: {error}")
-
-
-def _version(distribution):
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _libraries():
@@ -161,13 +152,11 @@ def _run_one_op(model):
 
 
 def _cpu():
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = [line.partition(":") for line in text.splitlines()]
-    fields = {key.strip(): value.strip() for key, _, value in lines}
-    flags = fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
-    yield Finding("CPU", "model", OK, fields.get("model name") or platform.processor() or platform.machine())
+    name, flags = describe_cpu()
+    yield Finding("CPU", "model", OK, name)
     yield Finding("CPU", "cores for this process", OK, str(usable_cores()))
-    yield Finding("CPU", "features", OK, " ".join(name for name in CPU_FEATURES if name in flags) or "not known")
+    features = " ".join(feature for feature in CPU_FEATURES if feature in flags)
+    yield Finding("CPU", "features", OK, features or "not known")
 
 
 def _gpu():
