@@ -26,6 +26,16 @@ def average_precision(dataset: Dataset, detections: dict) -> dict[str, float | N
 
     detections: image id -> Detections, whose labels are category ids of the data; an image without an entry has none.
     """
+    evaluation = matched(dataset, detections)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = {name: float(evaluation.stats[place]) for name, place in METRICS.items()}
+    return {name: None if value < 0 else value for name, value in values.items()}
+
+
+def matched(dataset: Dataset, detections: dict):
+    """Return pycocotools' COCOeval with the detections matched to the objects, image by image, in its `evalImgs`."""
     coco, cocoeval = import_pycocotools()
     found = []
     for image, one in detections.items():
@@ -54,7 +64,4 @@ def average_precision(dataset: Dataset, detections: dict) -> dict[str, float | N
             indexed.append(index)
         evaluation = cocoeval.COCOeval(*indexed, "bbox")
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    values = {name: float(evaluation.stats[place]) for name, place in METRICS.items()}
-    return {name: None if value < 0 else value for name, value in values.items()}
+    return evaluation

@@ -86,8 +86,9 @@ def _check_names(entries, file, folder):
 
 
 def drawn_shapes(count: int | None = None) -> Dataset:
-    """Return the validation set of drawn shapes, or its first `count` images."""
-    scenes = [shapes.scene(index, shapes.VALIDATION_SEED) for index in range(shapes.VALIDATION_COUNT)[:count]]
+    """Return the validation set of drawn shapes, or the first `count` scenes of its seed, which can be more."""
+    numbers = range(shapes.VALIDATION_COUNT if count is None else count)
+    scenes = [shapes.scene(index, shapes.VALIDATION_SEED) for index in numbers]
     contents = shapes.coco_annotations([(labels, boxes) for _, labels, boxes in scenes])
     fingerprint = hashlib.sha256(json.dumps(contents).encode())
     for image, *_ in scenes:
