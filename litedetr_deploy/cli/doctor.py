@@ -3,28 +3,20 @@
 from dataclasses import asdict
 from itertools import groupby
 
-import typer
-
-from ._console import escaped, guarded, print_json, stdout_console
-from ._options import AsJson
+from ._console import escaped, finish, stdout_console
 
 # In a terminal of ASCII the second.
 MARKS = {"ok": ("[green]✓[/]", "+"), "absent": ("[yellow]–[/]", "-"), "broken": ("[bold red]✗[/]", "x")}
 
 
-@guarded
-def doctor(as_json: AsJson = False):
+def doctor(as_json: bool = False):
     """Look at this machine and this installation; exit with 1 if models cannot run on the CPU."""
     from ..runtime.environment import broken, inspect_environment
 
     findings = inspect_environment()
     missing = broken(findings)
-    if as_json:
-        print_json({"findings": [asdict(finding) for finding in findings], "healthy": not missing})
-    else:
-        _print(findings, missing)
-    if missing:
-        raise typer.Exit(1)
+    report = {"findings": [asdict(finding) for finding in findings], "healthy": not missing}
+    finish(report, as_json, not missing, lambda _: _print(findings, missing))
 
 
 def _print(findings, missing):
