@@ -12,19 +12,17 @@ import numpy as np
 
 from ..artifact import CANNOT_TELL, FAILED, NOT_VERIFIED, VERIFIED
 
+Arrays = Mapping[str, np.ndarray]
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)  # stands for a difference that is not finite: JSON has no infinity
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity that was compared.
-
-    difference: what was measured, a magnitude; tolerance: what it may be; trouble: what no figure says, such as a NaN.
-    """
+    """One quantity that was compared; trouble: what no figure says, such as a NaN."""
 
     case: str
     quantity: str
-    difference: float
+    difference: float  # a magnitude
     tolerance: float
     trouble: str = ""
 
@@ -72,7 +70,6 @@ class Verdict:
 
     @property
     def status(self) -> str:
-        """VERIFIED, FAILED, CANNOT_TELL or NOT_VERIFIED."""
         if not all(row.passed for row in self.rows):
             return FAILED
         if not self.rows:
@@ -85,7 +82,7 @@ class Verdict:
 
     @property
     def worst(self) -> Row | None:
-        """The row that is closest to its tolerance, or furthest beyond; None without rows."""
+        """The row that is closest to its tolerance, or furthest beyond."""
         return max(self.rows, key=lambda row: row.share, default=None)
 
     @property
@@ -96,7 +93,6 @@ class Verdict:
         return self.undecided if self.status == CANNOT_TELL else self.skipped
 
     def __str__(self) -> str:
-        """One line for people."""
         if self.status == VERIFIED:
             worst = self.worst
             return (
@@ -110,11 +106,10 @@ class Verdict:
         return "not verified" + (f": {self.skipped}" if self.skipped else "")
 
     def to_dict(self) -> dict:
-        """JSON types: the verdict, its line for people, and all rows."""
         return {**self.summary(), "text": str(self), "rows": [row.to_dict() for row in self.rows]}
 
     def summary(self) -> dict:
-        """JSON types, for a file's metadata: the verdict, and the largest difference of every quantity."""
+        """Return what a file's metadata says of it, as JSON types."""
         largest: dict[str, float] = {}
         for row in self.rows:
             largest[row.quantity] = max(row.difference, largest.get(row.quantity, 0.0))
@@ -134,24 +129,13 @@ def mean(difference: np.ndarray) -> float:
     return float(np.nan_to_num(np.abs(difference), nan=np.inf).mean()) if np.size(difference) else 0.0
 
 
-def check_finite(
-    verdict: Verdict,
-    case: str,
-    outputs: Mapping[str, np.ndarray],
-    wanted: Mapping[str, np.ndarray],
-    names: Iterable[str],
-) -> bool:
-    """Add a row for every tensor of `names` that is not finite, in `outputs` or in what it should be; return whether
-    all are."""
+def check_finite(verdict: Verdict, case: str, outputs: Arrays, wanted: Arrays, names: Iterable[str]) -> bool:
+    """Return whether all tensors of `names` are finite in `outputs` and in what they should be; add a row of others."""
     finite = True
     for name in names:
         sides = {"the artifact": outputs, verdict.against: wanted}
-        bad = {
-            side: values[name]
-            for side, values in sides.items()
-            if name in values and not np.isfinite(values[name]).all()
-        }
-        if bad:
+        tensors = {side: values[name] for side, values in sides.items() if name in values}
+        if bad := {side: values for side, values in tensors.items() if not np.isfinite(values).all()}:
             finite = False
             kind = "NaN" if any(np.isnan(values).any() for values in bad.values()) else "an infinity"
             where = f", in {verdict.against} as well" if len(bad) == 2 else f" in {next(iter(bad))} only"
@@ -160,18 +144,16 @@ def check_finite(
 
 
 def compare(
-    outputs: Mapping[str, np.ndarray],
-    reference: Mapping[str, np.ndarray],
+    outputs: Arrays,
+    reference: Arrays,
     tolerances: Mapping[str, float],
     verdict: Verdict | None = None,
     case: str = "outputs",
     distance=largest,
 ) -> Verdict:
-    """Compare what an artifact computed with what is right.
+    """Compare what an artifact computed with what is right, and add the rows to `verdict`, or to a new one.
 
-    outputs, reference: name -> array; tolerances: name -> how far `distance` of the difference may go, for the names to
-        compare.
-    verdict: to add the rows to; a new one when not given.
+    tolerances: of the names to compare, how far `distance` of the difference may go.
     """
     verdict = Verdict() if verdict is None else verdict
     if not check_finite(verdict, case, outputs, reference, tolerances):

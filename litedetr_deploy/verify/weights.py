@@ -12,12 +12,7 @@ LISTED = 4  # tensors that a message names
 
 
 def check_weights(model: Detector) -> None:
-    """Check that all weights are float32 and finite.
-
-    Raises:
-        LiteDetrError: a weight is of another type.
-        CheckFailed: a weight holds NaN or an infinity; the message names the checkpoint's tensors.
-    """
+    """Raise LiteDetrError for a weight that is not float32, CheckFailed for one that is not finite."""
     for name, tensor in model.named_parameters():
         if tensor.dtype != torch.float32:
             raise LiteDetrError(
