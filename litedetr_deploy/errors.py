@@ -30,10 +30,7 @@ class Notice(UserWarning):
 
 
 def not_installed(error: ImportError, needed_for: str = "This") -> LiteDetrError | None:
-    """Return the error that names the extra to install for a failed import; None where no extra brings the module.
-
-    needed_for: what needs it, as the start of a sentence.
-    """
+    """Return the error that names the extra to install for a failed import; None where no extra brings the module."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 
@@ -131,32 +130,27 @@ class Stages:
             disable=not self._console.is_terminal,
             speed_estimate_period=600,  # seconds; an image can take many
         )
-        self._stage = self._task = self._began = None
 
     def __enter__(self):
         self._progress.start()
         return self
 
     def __exit__(self, error_type, error, trace):
-        self._finish(completed=error_type is None)
+        if error_type is None:
+            self._finish()
         self._progress.stop()
 
     def __call__(self, stage, done=0, total=None):
-        if stage != self._stage:
-            self._finish(completed=True)
-            self._stage, self._began = stage, time.monotonic()
-            self._task = self._progress.add_task(printable(stage), total=total, completed=done)
+        if [task.description for task in self._progress.tasks] != [printable(stage)]:
+            self._finish()
+            self._progress.add_task(printable(stage), total=total, completed=done)
         else:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 
-    def _finish(self, completed):
-        if self._stage is None:
-            return
-        self._progress.remove_task(self._task)
-        if completed:
-            seconds = time.monotonic() - self._began
-            self._console.print(f"{printable(self._stage)}  {seconds:.1f} s", style="dim", markup=False)
-        self._stage = None
+    def _finish(self):
+        for task in self._progress.tasks:
+            self._progress.remove_task(task.id)
+            self._console.print(f"{task.description}  {task.elapsed:.1f} s", style="dim", markup=False)
 
 
 def finish(report, as_json, passed, show, *arguments):

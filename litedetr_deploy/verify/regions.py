@@ -120,30 +120,28 @@ def compare_regions(
     floor = FLOOR * torch.finfo(torch.float32).eps + (0.0 if half is None else HALF_FLOOR * torch.finfo(half).eps)
     for region in regions:
         module = modules[region.module]
-        differences, tolerances = [], []
-
-        def add(found: Tensor, wanted: Tensor, in_float32: Tensor, differences=differences, tolerances=tolerances):
-            differences.append(_relative(found - wanted, wanted))
-            tolerances.append(SPREADS * _relative(in_float32 - wanted, wanted) + floor)
-
+        checks = []  # what the graph has, what is right, and what that is in float32
         for child, (source, result) in region.projections.items():
             linear = getattr(module, child)
             x, found = _rows(values[source]), _rows(values[result]).double()
             weight = linear.weight.detach()
             if (name := f"detector.{region.module}.{child}") in types:
                 weight = weight.to(half).float() if types[name] is None else fake_quantized_weight(weight)
-            add(found, F.linear(x.double(), weight.double(), linear.bias.double()), F.linear(x, weight, linear.bias))
+            right = F.linear(x.double(), weight.double(), linear.bias.double())
+            checks.append((found, right, F.linear(x, weight, linear.bias)))
         inputs = _inputs(region, module, values, *seen[region.module])
         counts = {"num_heads": module.num_heads, "num_points": module.num_points}
         keyed = region.op_type == schema.KEY_AWARE
         compute = functools.partial(reference.key_aware_deform_attn if keyed else reference.ms_deform_attn, **counts)
         found, wanted = _rows(values[region.output]).double(), compute(**inputs)
         singles = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-        add(found, wanted, compute(**singles))
-        verdict.add(f"{case}, attention alone, relative", region.module, max(differences), max(tolerances))
+        checks.append((found, wanted, compute(**singles)))
+        difference = max(_relative(found - right, right) for found, right, _ in checks)
+        tolerance = SPREADS * max(_relative(rounded - right, right) for _, right, rounded in checks) + floor
+        verdict.add(f"{case}, attention alone, relative", region.module, difference, tolerance)
         names = ("sampling_offsets", schema.INPUTS[region.op_type][0][0])
         wrong = (compute(**inputs | {name: inputs[name] * WRONG}) for name in names)
-        if all(_relative(found - other, wanted) <= max(tolerances) for other in wrong):
+        if all(_relative(found - other, wanted) <= tolerance for other in wrong):
             blind.append(region.module)
     if len(regions) < len(modules):
         verdict.undecided = (
