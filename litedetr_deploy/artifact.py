@@ -49,10 +49,8 @@ def sha256(path: str | os.PathLike) -> str:
 
 def damaged(path: str | os.PathLike, why: object) -> LiteDetrError:
     """Return the error for a file that is no ONNX model or a damaged one."""
-    return LiteDetrError(
-        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it "
-        "again."
-    )
+    advice = "Check that it was copied completely, or export it again."
+    return LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {why}. {advice}")
 
 
 def load_onnx(path: str | os.PathLike, weights: bool = True) -> onnx.ModelProto:
@@ -88,10 +86,8 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
                 "not read. Save the model as one file, or with its weights beside it."
             )
         if not file.is_file():
-            raise LiteDetrError(
-                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there "
-                "too."
-            )
+            beside = f"{entries['location']!r}, which is not beside it. Copy that file there too."
+            raise LiteDetrError(f"{path} keeps its weights in {beside}")
         end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < end:
             raise LiteDetrError(
@@ -213,10 +209,9 @@ def cache_folder() -> Path:
 
 
 class Store:
-    """What is done of a long run, on disk as lines of JSON, so that the same run resumes after an interruption.
+    """What is done of a long run, as lines of JSON in the file `path`, so that it resumes after an interruption.
 
-    identity: JSON types that tell this run from others; what a file holds of another run is dropped.
-    path: None keeps nothing on disk.
+    identity: JSON types that tell this run from others; what the file holds of another run is dropped.
     """
 
     def __init__(self, path: Path | None, identity: object):
@@ -230,9 +225,8 @@ class Store:
     def _read(self) -> None:
         with self._used():
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, IndexError
-        ):  # damaged, or cut short by a killed process
+        # It may be damaged, or cut short by a killed process.
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
             if json.loads(lines[0])["identity"] == self._identity:
                 for item in (json.loads(line) for line in lines[1:] if line.endswith(b"\n")):
                     self.items[item["key"]] = item["value"]

@@ -69,10 +69,8 @@ def _explain(error):
     if isinstance(error, OSError):
         text = "The operating system refused this: check the disk space and the path, and run the command again."
         return f"{error}. {text}", LiteDetrError.exit_status
-    return (
-        f"unexpected {type(error).__name__}: {error}. This is likely a bug; run the command again with "
-        f"{DEBUG_VARIABLE}=1 to see where it comes from."
-    ), INTERNAL_ERROR
+    text = f"This is likely a bug; run the command again with {DEBUG_VARIABLE}=1 to see where it comes from."
+    return f"unexpected {type(error).__name__}: {error}. {text}", INTERNAL_ERROR
 
 
 @contextlib.contextmanager
@@ -119,17 +117,12 @@ class Stages:
                 return Text(f"{task.completed:.0f}/{task.total:.0f}{rate}{time_left}")
 
         self._console = Console(stderr=True, highlight=False)
+        spinner = SpinnerColumn("line" if self._console.options.ascii_only else "dots")
+        columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn(), Bar(), Done()
         self._progress = Progress(
-            SpinnerColumn("line" if self._console.options.ascii_only else "dots"),
-            TextColumn("{task.description}", markup=False),
-            TimeElapsedColumn(),
-            Bar(),
-            Done(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal,
             speed_estimate_period=600,  # seconds; an image can take many
-        )
+        )  # fmt: skip
 
     def __enter__(self):
         self._progress.start()

@@ -61,10 +61,9 @@ def evaluate(
         with replaced_when_done(output) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
 
+    verdict = "" if tolerance is None else f"; the APs agree within {tolerance:g}"
     if not passed:
         verdict = f"; CHECK FAILED: the APs differ by more than {tolerance:g}"
-    else:
-        verdict = "" if tolerance is None else f"; the APs agree within {tolerance:g}"
     end = (
         f"{printable(dataset.name)}: {report['images']} images with {report['objects']} objects, done in "
         f"{time.monotonic() - began:.0f} s{f', report in {printable(output)}' if output else ''}{verdict}"

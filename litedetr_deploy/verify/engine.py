@@ -8,7 +8,7 @@ must be found again with the same label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,21 +24,12 @@ CONFIDENT = 0.05  # score
 FEWEST = 10  # detections that are compared even where none is confident
 
 
-def verify_engine(
-    session,
-    reference,
-    precision: str,
-    batch: tuple[int, int],
-    sizes: Sequence[tuple[int, int]],
-    images: Sequence | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Verdict:
+def verify_engine(session, reference, precision, batch, sizes, images=None, progress=lambda stage: None) -> Verdict:
     """Compare an engine with its ONNX model; undecided where detections of noise would pass for an image's as well.
 
     Args:
         session, reference: the engine and the ONNX model, both as `OnnxSession`.
-        batch: smallest and largest that the engine takes.
-        sizes: (height, width) to try.
+        batch: smallest and largest that the engine takes; sizes: (height, width) to try.
         images, progress: as in `verify`.
     """
     verdict = Verdict("the ONNX model", "the engine")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from ..artifact import load_onnx, onnx_metadata
-from ..errors import LiteDetrError
+from ..errors import CheckFailed, LiteDetrError
 from ..model.attention import SelfAttention
+from ..model.checkpoints.official import official_key
 from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
@@ -35,7 +36,6 @@ from .probes import Probe, feed, make_probes, nudged, stack
 from .reference import BOXES, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
 from .regions import compare_regions, find_regions, geometry
 from .verdict import Verdict, check_finite, compare, largest, mean
-from .weights import not_finite
 
 NAMES = {SCORES: "token scores", LOGITS: "logits", BOXES: "boxes"}
 # Of a typed model: the floors are in epsilons of its half type, and what passes the caps is another result.  The
@@ -49,15 +49,11 @@ RAN = {"fp32": "the model", "fp16": "the model and its float twin", "bf16": "the
 RAN["int8"] = RAN["fp16"]
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
+LISTED = 4  # weights that a message names
 DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
 
 
-def verify_onnx(
-    path: str | os.PathLike,
-    model: Detector,
-    images: Sequence | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Verdict:
+def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=lambda stage: None) -> Verdict:
     """Run what `export_onnx` wrote in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compare.
 
     Inputs are images and noise; batches of one and of three with two identical rows; at two sizes where the graph
@@ -70,11 +66,10 @@ def verify_onnx(
     precision, missing = metadata.get("precision", "fp32"), [name for name in PROBES if name not in known]
     if missing or precision not in RAN:
         what = f"has no value {missing[0]!r} to compare" if missing else f"is of an unknown precision, {precision!r}"
-        raise LiteDetrError(
-            f"{path} {what}. Verify the file that `litedetr export` wrote, before other tools rewrite it."
-        )
+        advice = "Verify the file that `litedetr export` wrote, before other tools rewrite it."
+        raise LiteDetrError(f"{path} {what}. {advice}")
     verdict = Verdict(ran=RAN[precision])
-    for key, trouble in not_finite(model).items():
+    for key, trouble in _not_finite(model).items():
         verdict.add("weights", key, np.inf, 0.0, f"{trouble} in the checkpoint itself")
     if verdict.rows:
         return verdict
@@ -119,6 +114,34 @@ def verify_onnx(
             _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
         compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
     return verdict
+
+
+def check_weights(model: Detector) -> None:
+    """Raise LiteDetrError for a weight that is not float32, CheckFailed for one that is not finite."""
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise LiteDetrError(
+                f"the weight {official_key(name, model.config)} is of type {str(tensor.dtype).removeprefix('torch.')}; "
+                "it must be float32. Give the weights as they were trained: what is stored smaller is chosen at the "
+                "export, with --precision (precision=)."
+            )
+    bad = [f"{key} {trouble}" for key, trouble in _not_finite(model).items()]
+    if bad:
+        others = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        raise CheckFailed(
+            f"the checkpoint's own weights are not finite: {', '.join(bad[:LISTED])}{others}. PyTorch computes nothing "
+            "useful with them either, and nothing was exported. Take an earlier checkpoint, or repair these tensors."
+        )
+
+
+def _not_finite(model: Detector) -> dict[str, str]:
+    """Return what is wrong with the weights that hold NaN or an infinity, by their keys in official checkpoints."""
+    bad = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            kind, count = "NaN" if tensor.isnan().any() else "an infinity", int((~tensor.isfinite()).sum())
+            bad[official_key(name, model.config)] = f"holds {kind} in {count:,} of {tensor.numel():,} values"
+    return bad
 
 
 class _Graph:

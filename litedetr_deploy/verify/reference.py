@@ -7,7 +7,7 @@ See `verify.onnx` for why the choice of queries is compared apart from what foll
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from .. import assets
 from ..files import replaced_when_done
 from .probes import make_probes, nudged
-from .verdict import Verdict, compare, largest, mean
+from .verdict import Arrays, Verdict, compare, largest, mean
 
 SCORES, INDICES, LOGITS, BOXES = "proposal_scores", "topk_indices", "pred_logits", "pred_boxes"
 QUANTITIES = (SCORES, LOGITS, BOXES)
@@ -83,8 +83,7 @@ class Reference:
     def check(self, outputs: dict[str, np.ndarray], precision: str) -> Verdict:
         """Compare what a contender made of `images`, or of a batch of copies of it, with what PyTorch made.
 
-        outputs: pred_logits and pred_boxes, or labels, boxes and scores; and where it can tell them, proposal_scores
-            and topk_indices.
+        outputs: pred_logits and pred_boxes, or scores; and where it can tell them, proposal_scores and topk_indices.
         """
         verdict, wanted = Verdict(), self.arrays
         tolerance = {name: float(wanted[f"tolerance {precision} {name}"]) for name in QUANTITIES}
@@ -129,13 +128,7 @@ def choice_error(scores: np.ndarray, indices: np.ndarray) -> float:
     return largest(np.take_along_axis(scores, indices, axis=1) - best)
 
 
-def tolerances(
-    other: Mapping[str, np.ndarray],
-    wanted: Mapping[str, np.ndarray],
-    floors: Mapping[str, float] = FLOORS,
-    caps: Mapping[str, float] = CAPS,
-    distances: Mapping[str, Callable[[np.ndarray], float]] = LARGEST,
-) -> dict[str, float]:
+def tolerances(other: Arrays, wanted: Arrays, floors=FLOORS, caps=CAPS, distances=LARGEST) -> dict[str, float]:
     """Return how far each value may be off, from what PyTorch makes of it with another rounding."""
     found = {}
     for name in QUANTITIES:
@@ -177,9 +170,7 @@ def _write(path: Path, arrays: dict, weights: Weights | None = None) -> Referenc
     return Reference(path, weights)
 
 
-def run_pytorch(
-    model, images: np.ndarray, indices: np.ndarray | None = None, dtype=None, mask: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def run_pytorch(model, images: np.ndarray, indices=None, dtype=None, mask=None) -> dict[str, np.ndarray]:
     """Return the outputs that are compared, for a choice of queries and with the matrices in `dtype` where given.
 
     images [N, 3, H, W] in 0..1; mask [N, H, W], True = padding.

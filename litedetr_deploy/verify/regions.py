@@ -1,8 +1,7 @@
 """Every attention of a graph by itself: what its projections and the op make of their own inputs, in float64.
 
-Final outputs alone can say little: with random weights, what attention adds to a token is within the rounding of all
-the rest.  An attention's own output tells more, and whether it tells enough is measured: with its offsets or its logits
-off by one percent, the comparison must fail.
+With random weights, what attention adds to a token is within the rounding of the final outputs.  Whether its own output
+tells enough is measured: with its offsets or its logits off by one percent, the comparison must fail.
 """
 
 from __future__ import annotations
@@ -62,12 +61,12 @@ def find_regions(proto: onnx.ModelProto, model: Detector) -> list[Region]:
     regions = []
     for name, module in _attentions(model):
         op_type = schema.PLAIN if module.query_proj is None else schema.KEY_AWARE
-        prefix = f"detector.{name}"
-        scope = f"{prefix}/{op_type}"
+        scope = f"detector.{name}/{op_type}"
+        linears = {child: f"detector.{name}.{child}" for child in _PROJECTIONS.values()}
         projections = {
-            child: (nodes[f"{prefix}.{child}/MatMul"].input[0], last[f"{prefix}.{child}"])
-            for child in _PROJECTIONS.values()
-            if f"{prefix}.{child}/MatMul" in nodes
+            child: (nodes[f"{linear}/MatMul"].input[0], last[linear])
+            for child, linear in linears.items()
+            if f"{linear}/MatMul" in nodes
         }
         if scope not in last or not {"value_proj", "sampling_offsets"} <= projections.keys():
             continue  # what another tool has renamed
@@ -100,21 +99,11 @@ def geometry(model: Detector):
 
 
 @torch.inference_mode()
-def compare_regions(
-    verdict: Verdict,
-    case: str,
-    regions: list[Region],
-    values: dict[str, np.ndarray],
-    seen: dict[str, tuple[Tensor, Tensor, Tensor | None]],
-    model: Detector,
-    half: torch.dtype | None,
-    types: dict[str, float | None],
-) -> None:
+def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, seen, model: Detector, half, types):
     """Add a row for every attention to `verdict`, and say there where a wrong attention would pass.
 
-    Args:
-        values: of the graph, by name, as float32; seen: as `geometry` gives it, on the same input.
-        half: the graph's half type; types: of its modules, as `typed.modules` gives them.
+    values: of the graph, by name, as float32; seen: as `geometry` gives it, on the same input; half: the graph's half
+    type; types: of its modules, as `typed.modules` gives them.
     """
     modules, blind = dict(_attentions(model)), []
     floor = FLOOR * torch.finfo(torch.float32).eps + (0.0 if half is None else HALF_FLOOR * torch.finfo(half).eps)
@@ -157,7 +146,7 @@ def compare_regions(
 
 
 def _relative(difference: Tensor, wanted: Tensor) -> float:
-    """Return the root mean square of `difference` as a part of that of `wanted`; of nothing, as it is."""
+    """Return the root mean square of `difference` as a part of that of `wanted`."""
     return float(difference.square().mean().sqrt() / (wanted.square().mean().sqrt() or 1.0))
 
 

@@ -1,7 +1,4 @@
-"""The one verdict on an artifact: what was compared, how far it differs, against what yardstick, and whether it passed.
-
-Nothing else in this package decides whether outputs agree.
-"""
+"""The one verdict on an artifact; nothing else in this package decides whether outputs agree."""
 
 from __future__ import annotations
 
@@ -47,17 +44,13 @@ class Row:
 
 @dataclass
 class Verdict:
-    """against: what was compared with, as in 'PyTorch'; ran: what the figures were taken on.
-
-    undecided: why the comparison could not tell right from wrong; empty where a negative control failed as it must.
-    skipped: why nothing was compared.
-    """
+    """What was compared with what, and the rows of it."""
 
     against: str = "PyTorch"
-    ran: str = "the model"
+    ran: str = "the model"  # what the figures were taken on
     rows: list[Row] = field(default_factory=list)
-    undecided: str = ""
-    skipped: str = ""
+    undecided: str = ""  # why it cannot tell right from wrong; empty where a negative control failed as it must
+    skipped: str = ""  # why nothing was compared
 
     def add(self, case: str, quantity: str, difference: float, tolerance: float, trouble: str = "") -> None:
         """Add a row.  Raises ValueError for a tolerance that is not finite, which would let anything pass."""
@@ -94,11 +87,8 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.status == VERIFIED:
-            worst = self.worst
-            return (
-                f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance "
-                f"({worst.case}, {worst.quantity})"
-            )
+            worst = f"{self.worst.share:.0%} of its tolerance ({self.worst.case}, {self.worst.quantity})"
+            return f"verified against {self.against}; the worst figure is {worst}"
         if self.status == FAILED:
             return f"VERIFICATION FAILED against {self.against}: {self.why}"
         if self.status == CANNOT_TELL:
@@ -143,14 +133,7 @@ def check_finite(verdict: Verdict, case: str, outputs: Arrays, wanted: Arrays, n
     return finite
 
 
-def compare(
-    outputs: Arrays,
-    reference: Arrays,
-    tolerances: Mapping[str, float],
-    verdict: Verdict | None = None,
-    case: str = "outputs",
-    distance=largest,
-) -> Verdict:
+def compare(outputs: Arrays, reference: Arrays, tolerances, verdict=None, case="outputs", distance=largest) -> Verdict:
     """Compare what an artifact computed with what is right, and add the rows to `verdict`, or to a new one.
 
     tolerances: of the names to compare, how far `distance` of the difference may go.

@@ -58,9 +58,8 @@ def _verify_engine(engine, onnx, images, progress) -> Verdict:
     check_file(engine, "an engine that `litedetr build` made")
     record, reference = read_record(engine), OnnxSession(onnx)
     if "shapes" not in record:
-        raise LiteDetrError(
-            f"{engine} was not built by `litedetr build`: nothing says which sizes it takes. Build it with that."
-        )
+        what = "was not built by `litedetr build`: nothing says which sizes it takes. Build it with that."
+        raise LiteDetrError(f"{engine} {what}")
     precision = record["metadata"]["precision"]
     if precision == "bf16" or precision not in TOLERANCES:
         return Verdict("the ONNX model", "the engine", skipped=f"ONNX Runtime's CPU does not compute in {precision}")
