@@ -42,10 +42,7 @@ def not_installed(error: ImportError, needed_for: str = "This") -> LiteDetrError
 
 def printable(text: object) -> str:
     """Return `text` with control characters, newlines among them, escaped: it keeps to its line and moves no cursor."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in str(text)
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -22,10 +22,8 @@ def image_size(text):
         return None
     match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(text).strip(), re.ASCII)
     if not match:
-        raise LiteDetrError(
-            f"The image size is {text!r}; it must be HEIGHTxWIDTH in pixels, as in 800x1333, one number for a square, "
-            "as in 640, or 'dynamic'."
-        )
+        forms = "HEIGHTxWIDTH in pixels, as in 800x1333, one number for a square, as in 640, or 'dynamic'"
+        raise LiteDetrError(f"The image size is {text!r}; it must be {forms}.")
     size = int(match[1]), int(match[2] or match[1])
     check_size(*size)
     return size
@@ -44,9 +42,8 @@ def batch(text):
     try:
         numbers = list(map(int, text.split(",")))
     except ValueError:
-        raise LiteDetrError(
-            f"the batch is {text!r}; it must be the smallest, the best and the largest, as in 1,1,4, or one number."
-        ) from None
+        forms = "the smallest, the best and the largest, as in 1,1,4, or one number"
+        raise LiteDetrError(f"the batch is {text!r}; it must be {forms}.") from None
     return numbers * 3 if len(numbers) == 1 else numbers
 
 

@@ -184,13 +184,10 @@ def print_verdict(verdict, verbose=False):
 def new_table(first, *others):
     """Return a table with these headings; the first column, of names, is to the left and the others to the right."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for heading in others:
-        table.add_column(heading, justify="right", overflow="fold")
-    return table
+    columns = [Column(heading, justify="right", overflow="fold") for heading in others]
+    return Table(Column(first, overflow="fold"), *columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def escaped(text):

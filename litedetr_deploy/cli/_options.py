@@ -32,9 +32,9 @@ def described(command):
     return command
 
 
-def _parameter(name, command="all", switch=False, required=False):
+def _parameter(name, command="all", switch=False, required=False, **settings):
     meaning = (_MEANINGS["all"] | _MEANINGS.get(command, {}))[name]
-    settings = {"help": meaning} if isinstance(meaning, str) else dict(meaning)
+    settings |= {"help": meaning} if isinstance(meaning, str) else meaning
     flags = settings.pop("flags", [f"--{name.replace('_', '-')}"] if switch else ())  # no --no-... of a switch
     return typer.Argument(**settings) if required and not flags else typer.Option(*flags, **settings)
 
@@ -53,8 +53,7 @@ def _apply_recipe(context: typer.Context, path: Path | None):
 
 
 # Eager: the others take their defaults from what it leaves in the context.
-_RECIPE_HELP = "TOML file with options; what the command line says counts more."
-Recipe = Annotated[Path | None, typer.Option("--recipe", callback=_apply_recipe, is_eager=True, help=_RECIPE_HELP)]
+Recipe = Annotated[Path | None, _parameter("recipe", callback=_apply_recipe, is_eager=True)]
 
 Checkpoint = Annotated[str, _parameter("checkpoint", required=True)]
 Variant = Annotated[str | None, _parameter("variant")]

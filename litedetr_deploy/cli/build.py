@@ -71,8 +71,8 @@ def _print(report, verbose):
     if lost := report["lost_precision"]:
         print(f"CHECK FAILED: the graph's precision is {lost}, and no layer of the engine has it")
     target = report["gpu"] or f"compute capability {', '.join(report['compute_capabilities'])}"
+    what = f"{report['backend']} {report['version']} for {target}, {report['metadata']['precision']}"
     print(
-        f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, {report['backend']} {report['version']} "
-        f"for {target}, {report['metadata']['precision']}, made in {report['seconds']:.0f} s"
+        f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, {what}, made in {report['seconds']:.0f} s"
     )
     print_verdict(report["verdict"], verbose)

@@ -20,17 +20,15 @@ def doctor(as_json: bool = False):
 
 
 def _print(findings, missing):
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = stdout_console()
     marks = {state: pair[console.options.ascii_only] for state, pair in MARKS.items()}
     name_width = max(len(finding.name) for finding in findings)
     for topic, group in groupby(findings, key=lambda finding: finding.topic):
         console.print(f"\n[bold]{topic}[/]")
-        table = Table.grid(padding=(0, 1))
-        table.add_column()
-        table.add_column(min_width=name_width, no_wrap=True)
-        table.add_column(overflow="fold")
+        columns = Column(), Column(min_width=name_width, no_wrap=True), Column(overflow="fold")
+        table = Table.grid(*columns, padding=(0, 1))
         for finding in group:
             remedy = f"\n[dim]{escaped(finding.remedy)}[/]" if finding.remedy else ""
             table.add_row(marks[finding.state], finding.name, escaped(finding.value) + remedy)

@@ -78,16 +78,11 @@ def _print(report, verbose):
             table.add_row(escaped(row["layer"]), f"{row['logits']:.1e}", f"{row['boxes']:.1e}")
         stdout_console().print(table)
     metadata, counts, attentions = report["metadata"], report["nodes"], report["attention_nodes"]
-    print(
-        f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, "
-        f"{f'{attentions} attention nodes' if attentions else 'standard ONNX ops only'}, made in "
-        f"{report['seconds']:.0f} s"
-    )
+    ops = f"{attentions} attention nodes" if attentions else "standard ONNX ops only"
+    print(f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, {ops}, made in {report['seconds']:.0f} s")
     if metadata["precision"] != "fp32":
-        print(
-            f"{metadata['precision']}: {counts['int8']} nodes in INT8, {counts['half']} in half, {counts['float']} in "
-            f"FP32; {counts['casts']} casts"
-        )
+        nodes = f"{counts['int8']} nodes in INT8, {counts['half']} in half, {counts['float']} in FP32"
+        print(f"{metadata['precision']}: {nodes}; {counts['casts']} casts")
     if left_out := metadata["int8_left_out"]:
         print(f"left out of INT8 for the AP budget: {', '.join(left_out)}")
     print_verdict(report["verdict"], verbose)

@@ -87,7 +87,7 @@ def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=
     for size in [graph.size] if graph.size else DYNAMIC_SIZES:
         name = "" if graph.size else f"{size[0]}x{size[1]}, "
         probes = make_probes(images, size, graph.masked)
-        expected, yardsticks, seen = [], [], {}
+        compared, seen = [], {}
         for probe in probes:
             case = name + probe.name
             progress(f"verify: {case}")
@@ -98,20 +98,20 @@ def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=
             if not check_finite(verdict, case, outputs, wanted, NAMES):
                 return verdict
             if rounding is not None:  # what saturates depends on the image
-                yardsticks.append(_typed_yardstick(rounding, precision, probe, wanted))
-            else:
-                yardsticks.append(yardsticks[0] if yardsticks else _yardstick(model, probe, wanted))
-            _compare(verdict, case, outputs, wanted, yardsticks[-1])
-            expected.append(wanted)
+                yardstick = _typed_yardstick(rounding, precision, probe, wanted)
+            elif not compared:
+                yardstick = _yardstick(model, probe, wanted)
+            _compare(verdict, case, outputs, wanted, yardstick)
+            compared.append((wanted, yardstick))
         progress(f"verify: {name}batch of 3")
         batch = graph.run(*stack([probes[0], probes[-1], probes[0]]))
-        _compare_batch(verdict, f"{name}batch of 3", batch, [(expected[i], yardsticks[i]) for i in (0, -1)])
+        _compare_batch(verdict, f"{name}batch of 3", batch, [compared[0], compared[-1]])
         progress(f"verify: {name}each attention alone")
         case = name + probes[0].name
         outputs = probed.run(probes[0].image, probes[0].mask)
         if precision in ("fp16", "int8"):
             wanted = run_pytorch(model, probes[0].image, outputs["topk_indices"], mask=probes[0].mask)
-            _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
+            _compare(verdict, f"{case}, all rounded", outputs, wanted, compared[0][1])
         compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
     return verdict
 
