@@ -54,7 +54,7 @@ def report_error(text, status, as_json):
 def _explain(error):
     """Return what is said of an exception, and the exit status."""
     if isinstance(error, KeyboardInterrupt):  # its argument may say what was written before it
-        cause = error
+        cause: BaseException = error
         while cause and not isinstance(cause, Terminated):
             cause = cause.__context__  # it may have been raised anew, with what was written
         said = (error.args or ["nothing was written"])[0]

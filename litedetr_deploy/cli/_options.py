@@ -20,7 +20,7 @@ _MEANINGS = tomllib.loads(Path(__file__).with_name("options.toml").read_text("ut
 
 def described(command):
     """Give the parameters of `command` what options.toml says; those without default and flags are arguments."""
-    signature = inspect.signature(command)
+    signature = inspect.signature(command, eval_str=True)
     parameters = []
     for name, parameter in signature.parameters.items():
         kind = parameter.annotation
