@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -119,7 +120,7 @@ def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, 
             right = F.linear(x.double(), weight.double(), linear.bias.double())
             checks.append((found, right, F.linear(x, weight, linear.bias)))
         inputs = _inputs(region, module, values, *seen[region.module])
-        counts = {"num_heads": module.num_heads, "num_points": module.num_points}
+        counts: dict[str, Any] = {"num_heads": module.num_heads, "num_points": module.num_points}
         keyed = region.op_type == schema.KEY_AWARE
         compute = functools.partial(reference.key_aware_deform_attn if keyed else reference.ms_deform_attn, **counts)
         found, wanted = _rows(values[region.output]).double(), compute(**inputs)
