@@ -22,20 +22,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load_model": "model.checkpoints",
-    "save_checkpoint": "model.checkpoints",
-    "export_onnx": "export.export",
-    "build_engine": "engine.build",
-    "create_session": "runtime.session",
-    "Detector": "runtime.detector",
+    "load_model": "model.checkpoints", "save_checkpoint": "model.checkpoints", "export_onnx": "export.export",
+    "build_engine": "engine.build", "create_session": "runtime.session", "Detector": "runtime.detector",
     "LiteDetrError": "errors",
-}
-_MODULES = {
-    "native": "ops.native",
-    "ops": "ops",
-    "evaluate": "evaluate",
-    "verify": "verify",
-}  # the last two are callable
+}  # fmt: skip
+_MODULES = {"native": "ops.native", "ops": "ops", "evaluate": "evaluate", "verify": "verify"}  # two are callable
 
 __all__ = [*_NAMES, *_MODULES]
 

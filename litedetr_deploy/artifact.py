@@ -1,8 +1,5 @@
 """What a file of ours is: its metadata, suffixes and digest, how it is opened, what is said when it is damaged or no
-longer what was verified, and the store that an interrupted run resumes from.
-
-Imports nothing heavy: onnx is imported by the functions that need it.
-"""
+longer what was verified, and the store that an interrupted run resumes from.  Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -46,38 +43,23 @@ def check_file(path: str | os.PathLike, wanted: str) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    with _mapped(path) as contents:
+        return hashlib.sha256(contents).hexdigest()
 
 
 def damaged(path: str | os.PathLike, why: object) -> LiteDetrError:
     """Return the error for a file that is no ONNX model or a damaged one."""
-    return LiteDetrError(
-        f"{path} is not an ONNX model, or a damaged one: {why}. Check that it was copied completely, or export it "
-        "again."
-    )
+    advice = "Check that it was copied completely, or export it again."
+    return LiteDetrError(f"{path} is not an ONNX model, or a damaged one: {why}. {advice}")
 
 
-def import_onnx():
-    """Return the `onnx` package; raise LiteDetrError where it cannot be imported."""
+def load_onnx(path: str | os.PathLike, weights: bool = True) -> onnx.ModelProto:
+    """Return the ONNX model in the file `path`; without `weights`, external data is not read."""
+    check_file(path, "an ONNX model, for instance one that `litedetr export` made")
     try:
         import onnx
     except ImportError as error:
         raise (not_installed(error, "Reading an ONNX graph") or error) from error
-    return onnx
-
-
-def load_onnx(path: str | os.PathLike, weights: bool = True) -> onnx.ModelProto:
-    """Return the ONNX model in the file `path`; without `weights`, external data is not read.
-
-    Raises LiteDetrError for a file that is missing, no ONNX model or damaged, and for external data that is missing,
-    cut short, or outside the model's folder.
-    """
-    check_file(path, "an ONNX model, for instance one that `litedetr export` made")
-    onnx = import_onnx()
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own error classes differ between its implementations
@@ -104,10 +86,8 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
                 "not read. Save the model as one file, or with its weights beside it."
             )
         if not file.is_file():
-            raise LiteDetrError(
-                f"{path} keeps its weights in {entries['location']!r}, which is not beside it. Copy that file there "
-                "too."
-            )
+            beside = f"{entries['location']!r}, which is not beside it. Copy that file there too."
+            raise LiteDetrError(f"{path} keeps its weights in {beside}")
         end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < end:
             raise LiteDetrError(
@@ -119,7 +99,7 @@ def check_external_data(path: str | os.PathLike, model: onnx.ModelProto) -> None
 def opset_version(model: str | os.PathLike | bytes, domain: str) -> int | None:
     """Return the version of the opset `domain` that an ONNX model, a path or bytes, imports; None where it does not.
 
-    Needs no package onnx: OperatorSetIdProto is found as it is serialized, 1: domain, 2: version as a varint.
+    Needs no onnx: OperatorSetIdProto is found as it is serialized, 1: domain, 2: version as a varint.
     """
     mark = b"\x0a" + bytes([len(domain)]) + domain.encode() + b"\x10"
     with contextlib.nullcontext(model) if isinstance(model, bytes) else _mapped(model) as contents:
@@ -154,14 +134,13 @@ def json_object(text: str) -> dict | None:
 
 
 def parse_metadata(text: str, path: object) -> dict:
-    """Return the metadata of the file `path` from its text; raise LiteDetrError where it is no JSON object."""
-    metadata = json_object(text)
-    if metadata is None:
-        raise LiteDetrError(
-            f"the metadata entry {METADATA_KEY!r} of {path} is not a JSON object: {text[:80]!r}. Something rewrote it "
-            "after the export: export the model again."
-        )
-    return metadata
+    """Return the metadata of the file `path` from its text."""
+    if (metadata := json_object(text)) is not None:
+        return metadata
+    raise LiteDetrError(
+        f"the metadata entry {METADATA_KEY!r} of {path} is not a JSON object: {text[:80]!r}. Something rewrote it "
+        "after the export: export the model again."
+    )
 
 
 def onnx_metadata(model: onnx.ModelProto, path: object) -> dict:
@@ -178,48 +157,41 @@ def onnx_metadata(model: onnx.ModelProto, path: object) -> dict:
 def seal(path: str | os.PathLike) -> None:
     """Write into the metadata of an ONNX file, whose `digest` is NO_DIGEST so far, the digest of all other bytes."""
     with _mapped(path, writable=True) as contents:
-        place = _digest_place(contents)
+        place, digest = _digest(contents)
         if place is None:
             raise ValueError(f"{path} has no digest in its metadata")
-        contents[place] = _digest_without(contents, place)
+        contents[place] = digest
 
 
 def is_sealed(path: str | os.PathLike) -> bool:
     """Return whether an ONNX file still has the bytes that `seal` saw."""
     with _mapped(path) as contents:
-        place = _digest_place(contents)
-        return place is not None and contents[place] == _digest_without(contents, place)
+        place, digest = _digest(contents)
+        return place is not None and contents[place] == digest
 
 
-def _digest_place(contents: mmap.mmap | bytes) -> slice | None:
-    places = [match.span(1) for match in _DIGEST_FIELD.finditer(contents)]
-    return slice(*places[-1]) if places else None
-
-
-def _digest_without(contents: mmap.mmap | bytes, place: slice) -> bytes:
+def _digest(contents: mmap.mmap | bytes) -> tuple[slice | None, bytes]:
+    """Return where an ONNX file says its digest, None for nowhere, and what it should be."""
+    places = [slice(*match.span(1)) for match in _DIGEST_FIELD.finditer(contents)]
+    if not places:
+        return None, b""
     with memoryview(contents) as view:
-        digest = hashlib.sha256(view[: place.start])
+        digest = hashlib.sha256(view[: places[-1].start])
         digest.update(NO_DIGEST.encode())
-        digest.update(view[place.stop :])
-    return digest.hexdigest().encode()
+        digest.update(view[places[-1].stop :])
+    return places[-1], digest.hexdigest().encode()
 
 
 def distrust(path: str | os.PathLike, metadata: dict) -> str:
-    """Return why what `path` computes is not proven, as half a sentence; empty for a verified file that is intact.
-
-    metadata: what `litedetr export` or `litedetr build` wrote about it.
-    """
+    """Return why what `path` computes is not proven, as half a sentence; empty for a verified file that is intact."""
     if not metadata:
         return "was not made by this package, and nothing was verified"
     verification = metadata.get("verification")
-    verification = verification if isinstance(verification, dict) else {}
-    verdict, why = verification.get("verdict"), verification.get("why")
+    verdict, why = map(verification.get, ("verdict", "why")) if isinstance(verification, dict) else (None, None)
     if verdict != VERIFIED:
-        text = {
-            FAILED: "failed its verification",
-            CANNOT_TELL: "was not verified: the comparison cannot tell right from wrong",
-        }.get(str(verdict), "was not verified")
-        return f"{text} ({why})" if why else text
+        cannot_tell = "was not verified: the comparison cannot tell right from wrong"
+        texts = {FAILED: "failed its verification", CANNOT_TELL: cannot_tell}
+        return texts.get(str(verdict), "was not verified") + (f" ({why})" if why else "")
     if Path(path).suffix.lower() == ".onnx" and not is_sealed(path):
         return "was rewritten after it was verified"
     return ""
@@ -237,63 +209,58 @@ def cache_folder() -> Path:
 
 
 class Store:
-    """What is done of a long run, on disk as lines of JSON, so that the same run resumes after an interruption.
+    """What is done of a long run, as lines of JSON in the file `path`, so that it resumes after an interruption.
 
-    identity: JSON types that tell this run from others; what a file holds of another run is dropped.
-    path: None keeps nothing on disk.
+    identity: JSON types that tell this run from others; what the file holds of another run is dropped.
     """
 
     def __init__(self, path: Path | None, identity: object):
         self.path, self._identity = path, json.loads(json.dumps(identity))
         self.items: dict[str, dict] = {}
         if path is not None:
-            self.items = dict(self._read())
+            self._read()
         self.resumed = len(self.items)
         self._started = False
 
-    def _read(self) -> Iterator[tuple[str, dict]]:
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a killed process
-            if json.loads(lines[0])["identity"] != self._identity:
-                return
-            for line in lines[1:]:
-                if line.endswith(b"\n"):
-                    item = json.loads(line)
-                    yield item["key"], item["value"]
+    def _read(self) -> None:
+        with self._used():
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        # It may be damaged, or cut short by a killed process.
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+            if json.loads(lines[0])["identity"] == self._identity:
+                for item in (json.loads(line) for line in lines[1:] if line.endswith(b"\n")):
+                    self.items[item["key"]] = item["value"]
 
     def add(self, key: str, value: dict) -> None:
         """Keep `value`, JSON types, under `key`."""
         self.items[key] = value
         if self.path is None:
             return
-        try:
-            if not self._started:  # anew, so that what follows stands behind whole lines
+        with self._used():
+            if self._started:
+                with self.path.open("a") as file:
+                    file.write(_line(key=key, value=value))
+            else:  # anew, so that what follows stands behind whole lines
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with replaced_when_done(self.path) as temporary:
-                    header = json.dumps({"identity": self._identity})
-                    temporary.write_text("".join(f"{line}\n" for line in (header, *map(_line, self.items.items()))))
+                    lines = (_line(key=key, value=value) for key, value in self.items.items())
+                    temporary.write_text(_line(identity=self._identity) + "".join(lines))
                 self._started = True
-            else:
-                with self.path.open("a") as file:
-                    file.write(_line((key, value)) + "\n")
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _unwritable(self, error: OSError) -> LiteDetrError:
-        return LiteDetrError(
-            f"{self.path}, where this run keeps what is done, cannot be used: {error.strerror}. Choose another output, "
-            "or set XDG_CACHE_HOME to a folder that can be written."
-        )
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LiteDetrError(
+                f"{self.path}, where this run keeps what is done, cannot be used: {error.strerror}. Choose another "
+                "output, or set XDG_CACHE_HOME to a folder that can be written."
+            ) from error
 
 
-def _line(item: tuple[str, dict]) -> str:
-    return json.dumps({"key": item[0], "value": item[1]})
+def _line(**fields) -> str:
+    return json.dumps(fields) + "\n"

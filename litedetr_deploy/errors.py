@@ -30,10 +30,7 @@ class Notice(UserWarning):
 
 
 def not_installed(error: ImportError, needed_for: str = "This") -> LiteDetrError | None:
-    """Return the error that names the extra to install for a failed import; None where no extra brings the module.
-
-    needed_for: what needs it, as the start of a sentence.
-    """
+    """Return the error that names the extra to install for a failed import; None where no extra brings the module."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None
@@ -45,10 +42,7 @@ def not_installed(error: ImportError, needed_for: str = "This") -> LiteDetrError
 
 def printable(text: object) -> str:
     """Return `text` with control characters, newlines among them, escaped: it keeps to its line and moves no cursor."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in str(text)
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """Files and folders that appear complete or not at all.
 
-What is unfinished has a hidden name beside its target that says which process writes it, so that what a killed process
-has left is removed by the next one that writes there.
+What is unfinished has a hidden name that says which process writes it: what a killed one has left, the next removes.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ def check_writable(folder: str | os.PathLike) -> None:
 def replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name in the folder of `path`; it becomes `path` when the block ends, and vanishes if it fails.
 
-    An interruption (Ctrl-C) is a failure.  Raises LiteDetrError where the folder cannot be written.
+    An interruption (Ctrl-C) is a failure.
     """
     path = Path(path)
-    with _writing(path):
-        handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    with _writing(path) as prefix:
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -58,44 +57,33 @@ def replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, on the same disk; it is removed when the block ends.
-
-    Raises LiteDetrError where it cannot be made.
-    """
+    """Give a temporary folder beside `path`, on the same disk; it is removed when the block ends."""
     path = Path(path)
-    with _writing(path):
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    with _writing(path) as prefix:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _prefix(path: Path) -> str:
-    return f".{path.name[:100]}.litedetr-{_HOST}-{os.getpid()}-"
-
-
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    _remove_unfinished(path.parent)
-    try:
-        yield
-    except OSError as error:
-        raise LiteDetrError(
-            f"{path} cannot be written: {error.strerror}. Choose a folder that exists and is yours to write."
-        ) from error
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what processes that have ended have left in `folder`."""
+def _writing(path: Path) -> Iterator[str]:
+    """Remove what ended processes have left beside `path`, and give the start of an unfinished name."""
     with contextlib.suppress(OSError):
-        for entry in list(os.scandir(folder)):
+        for entry in list(os.scandir(path.parent)):
             found = _UNFINISHED.fullmatch(entry.name)
             if found and not _runs(int(found[1])):
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 else:
                     os.unlink(entry.path)
+    try:
+        yield f".{path.name[:100]}.litedetr-{_HOST}-{os.getpid()}-"
+    except OSError as error:
+        raise LiteDetrError(
+            f"{path} cannot be written: {error.strerror}. Choose a folder that exists and is yours to write."
+        ) from error
 
 
 def _runs(process: int) -> bool:

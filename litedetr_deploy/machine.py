@@ -17,7 +17,7 @@ def usable_cores() -> int:
 
 
 def describe_cpu() -> tuple[str, list[str]]:
-    """Return the name of the processor and the names of its features, as Linux has them; none where it is another."""
+    """Return the name of the processor and of its features, as Linux has them; none where it is another."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -26,7 +26,6 @@ def describe_cpu() -> tuple[str, list[str]]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -34,10 +33,9 @@ def installed_version(distribution: str) -> str | None:
 
 
 def bounded_threads(threads: int | None) -> int | None:
-    """Return `threads`, but no more than the usable cores: more wait for each other, and each takes memory.
+    """Return `threads`, or with a `Notice` the usable cores: more wait for each other, and each takes memory.
 
-    None, which leaves the choice to a library, stays None.  Gives a `Notice` where it is less; raises LiteDetrError for
-    a number below 1.
+    None, which leaves the choice to a library, stays None.
     """
     if threads is None:
         return None

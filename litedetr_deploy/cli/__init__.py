@@ -5,11 +5,13 @@ Exit status: 0 done, 1 a check failed, 2 wrong use or bad input, 3 a bug, 130 in
 
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
 from .. import __version__
-from ._console import Terminated, report_error
+from ._console import Terminated, guarded, report_error
+from ._options import described
 from .benchmark import benchmark
 from .build import build
 from .doctor import doctor
@@ -26,7 +28,7 @@ app = typer.Typer(
     help="Deploy Lite DETR and other detectors with deformable attention.",
 )
 for command in (export, build, verify, predict, evaluate, doctor):
-    app.command()(command)
+    app.command()(guarded(described(command)))
 app.add_typer(benchmark, name="benchmark")
 
 
@@ -36,13 +38,11 @@ def _print_version(wanted: bool):
         raise typer.Exit
 
 
+_VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+
+
 @app.callback()
-def options(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-    ),
-):
-    # Typer turns this function's signature into the options that stand before the command.
+def options(version: Annotated[bool, _VERSION] = False):  # what may stand before the command
     pass
 
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 
@@ -15,6 +15,7 @@ import typer
 from ..errors import LiteDetrError, Notice, not_installed, printable
 
 INTERNAL_ERROR = 3  # 1 means that a check failed, and a bug must not look like that
+SIGNALLED = 128  # plus the signal's number, as a shell reports what a signal has stopped
 DEBUG_VARIABLE = "LITEDETR_DEBUG"
 
 
@@ -23,10 +24,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def guarded(command):
-    """Wrap a command: each error becomes one paragraph on stderr, with --json an object on stdout, and its exit status.
-
-    A KeyboardInterrupt may carry the text that says what was written before it.
-    """
+    """Wrap a command: an error becomes a paragraph on stderr, with --json an object on stdout, and its exit status."""
 
     @functools.wraps(command)
     def run(*arguments, **options):
@@ -47,24 +45,20 @@ def guarded(command):
 def report_error(text, status, as_json):
     """Print an error as `guarded` does; return the exit to raise."""
     text = printable(text)
-    print(text if isinstance(status, _Interrupted) else f"error: {text}", file=sys.stderr)
+    print(text if status > SIGNALLED else f"error: {text}", file=sys.stderr)
     if as_json:
         print_json({"error": text, "exit_status": int(status)})
     return typer.Exit(int(status))
 
 
-class _Interrupted(int):
-    """Exit status of what a signal has stopped, as a shell reports it: 128 + the signal's number."""
-
-
-def _explain(error: BaseException | None):
+def _explain(error):
     """Return what is said of an exception, and the exit status."""
-    if isinstance(error, KeyboardInterrupt):
-        cause: BaseException | None = error
+    if isinstance(error, KeyboardInterrupt):  # its argument may say what was written before it
+        cause: BaseException = error
         while cause and not isinstance(cause, Terminated):
             cause = cause.__context__  # it may have been raised anew, with what was written
-        status = 128 + (signal.SIGTERM if cause else signal.SIGINT)
-        return f"interrupted; {(error.args or ['nothing was written'])[0]}", _Interrupted(status)
+        said = (error.args or ["nothing was written"])[0]
+        return f"interrupted; {said}", SIGNALLED + (signal.SIGTERM if cause else signal.SIGINT)
     if isinstance(error, ImportError):
         error = not_installed(error) or error
     if isinstance(error, LiteDetrError):
@@ -75,10 +69,8 @@ def _explain(error: BaseException | None):
     if isinstance(error, OSError):
         text = "The operating system refused this: check the disk space and the path, and run the command again."
         return f"{error}. {text}", LiteDetrError.exit_status
-    return (
-        f"unexpected {type(error).__name__}: {error}. This is likely a bug; run the command again with "
-        f"{DEBUG_VARIABLE}=1 to see where it comes from."
-    ), INTERNAL_ERROR
+    text = f"This is likely a bug; run the command again with {DEBUG_VARIABLE}=1 to see where it comes from."
+    return f"unexpected {type(error).__name__}: {error}. {text}", INTERNAL_ERROR
 
 
 @contextlib.contextmanager
@@ -99,10 +91,9 @@ def _notices_on_stderr():
 
 
 class Stages:
-    """Progress of long work on stderr: call it with the name of each stage as the stage begins.
+    """Progress of long work on stderr, a context manager: call it with the name of each stage as the stage begins.
 
-    On a terminal the running stage has a spinner and its time, and a bar where it is called with how much is `done` of
-    a `total`; each finished stage leaves a line.  A context manager.
+    On a terminal the running stage has a spinner, and a bar where `total` is given; a finished one leaves a line.
     """
 
     def __init__(self):
@@ -126,43 +117,43 @@ class Stages:
                 return Text(f"{task.completed:.0f}/{task.total:.0f}{rate}{time_left}")
 
         self._console = Console(stderr=True, highlight=False)
+        spinner = SpinnerColumn("line" if self._console.options.ascii_only else "dots")
+        columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn(), Bar(), Done()
         self._progress = Progress(
-            SpinnerColumn("line" if self._console.options.ascii_only else "dots"),
-            TextColumn("{task.description}", markup=False),
-            TimeElapsedColumn(),
-            Bar(),
-            Done(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal,
             speed_estimate_period=600,  # seconds; an image can take many
-        )
-        self._stage = self._task = self._began = None
+        )  # fmt: skip
 
     def __enter__(self):
         self._progress.start()
         return self
 
     def __exit__(self, error_type, error, trace):
-        self._finish(completed=error_type is None)
+        if error_type is None:
+            self._finish()
         self._progress.stop()
 
     def __call__(self, stage, done=0, total=None):
-        if stage != self._stage:
-            self._finish(completed=True)
-            self._stage, self._began = stage, time.monotonic()
-            self._task = self._progress.add_task(printable(stage), total=total, completed=done)
+        if [task.description for task in self._progress.tasks] != [printable(stage)]:
+            self._finish()
+            self._progress.add_task(printable(stage), total=total, completed=done)
         else:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 
-    def _finish(self, completed):
-        if self._stage is None:
-            return
-        self._progress.remove_task(self._task)
-        if completed:
-            seconds = time.monotonic() - self._began
-            self._console.print(f"{printable(self._stage)}  {seconds:.1f} s", style="dim", markup=False)
-        self._stage = None
+    def _finish(self):
+        for task in self._progress.tasks:
+            self._progress.remove_task(task.id)
+            self._console.print(f"{task.description}  {task.elapsed:.1f} s", style="dim", markup=False)
+
+
+def finish(report, as_json, passed, show, *arguments):
+    """End a command: print its report as JSON or `show` it, and exit with 1 where a check failed."""
+    if as_json:
+        print_json(report)
+    else:
+        show(report, *arguments)
+    if not passed:
+        raise typer.Exit(1)
 
 
 def print_json(value):
@@ -178,40 +169,25 @@ def stdout_console():
 
 
 def print_verdict(verdict, verbose=False):
-    """Print a verdict: one line where it passed, with `verbose` or where it did not the table of its rows before it.
-
-    verdict: what `Verdict.to_dict()` gives.
-    """
+    """Print what `Verdict.to_dict()` gives: one line, and before it with `verbose` or where it failed all rows."""
     if verdict["rows"] and (verbose or not verdict["passed"]):
-        _print_rows(verdict["rows"])
+        table = new_table("case", "quantity", "largest difference", "tolerance", "verdict")
+        for case, rows in itertools.groupby(verdict["rows"], key=lambda row: row["case"]):
+            for i, row in enumerate(rows):
+                cells = "" if i else case, row["quantity"], f"{row['difference']:.1e}", f"{row['tolerance']:.1e}"
+                state = escaped(row["trouble"] or ("ok" if row["passed"] else "FAILED"))
+                table.add_row(*map(escaped, cells), f"[{'green' if row['passed'] else 'bold red'}]{state}[/]")
+        stdout_console().print(table)
     print(printable(verdict["text"]))
-
-
-def _print_rows(rows):
-    table = new_table("case", "quantity", "largest difference", "tolerance", "verdict")
-    previous = None
-    for row in rows:
-        case = row["case"] if row["case"] != previous else ""
-        figures = f"{row['difference']:.1e}", f"{row['tolerance']:.1e}"
-        state = row["trouble"] or ("ok" if row["passed"] else "FAILED")
-        table.add_row(
-            *map(escaped, (case, row["quantity"], *figures)),
-            f"[{'green' if row['passed'] else 'bold red'}]{escaped(state)}[/]",
-        )
-        previous = row["case"]
-    stdout_console().print(table)
 
 
 def new_table(first, *others):
     """Return a table with these headings; the first column, of names, is to the left and the others to the right."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for heading in others:
-        table.add_column(heading, justify="right", overflow="fold")
-    return table
+    columns = [Column(heading, justify="right", overflow="fold") for heading in others]
+    return Table(Column(first, overflow="fold"), *columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def escaped(text):

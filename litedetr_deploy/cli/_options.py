@@ -1,57 +1,63 @@
-"""The options that several commands have, each said once."""
+"""The commands' options: a signature says their names, types and defaults, options.toml what they mean."""
 
+import inspect
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        help="Trained weights: .pth, .pt or .safetensors; or the name of those that come with this package, "
-        "lite-dino-shapes."
-    ),
-]
-Variant = Annotated[
-    str | None,
-    typer.Option(help="What the checkpoint holds, as in lite-dino-r50-h3l1-2+1x3; by default what the file says."),
-]
-ForceVariant = Annotated[
-    bool,
-    typer.Option("--force-variant", help="Take --variant although the checkpoint says otherwise; this is recorded."),
-]
-Images = Annotated[
-    list[Path] | None,
-    typer.Option(help="Image, or directory of images, to verify with; can be repeated.  Not given: drawn scenes."),
-]
-ImageSize = Annotated[
-    str,
-    typer.Option(
-        "--image-size",
-        "--image-sizes",
-        metavar="SIZE",
-        help="Input size in pixels: HEIGHTxWIDTH, one number for a square, or 'dynamic'.",
-    ),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        help="COCO folder, with annotations/instances_val2017.json and val2017 (or instances_val.json and val); or the "
-        "annotation file itself."
-    ),
-]
-Shapes = Annotated[bool, typer.Option("--shapes", help="Take the drawn shapes, which need no files, as the data.")]
-Count = Annotated[int | None, typer.Option(min=1, help="Take the first images only, this many.")]
-Resize = Annotated[
-    str | None,
-    typer.Option(
-        help="How an image becomes the model's input: shortest_edge, stretch or letterbox; by default what the model "
-        "was exported for."
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads, at most one a logical core; by default one a core.")
-]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify what is made.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the whole table of the verification.")]
+from ..errors import LiteDetrError
+from ._console import report_error
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+_MEANINGS = tomllib.loads(Path(__file__).with_name("options.toml").read_text("utf-8"))
+
+
+def described(command):
+    """Give the parameters of `command` what options.toml says; those without default and flags are arguments."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        kind = parameter.annotation
+        if not hasattr(kind, "__metadata__"):
+            required = parameter.default is parameter.empty
+            kind = Annotated[kind, _parameter(name, command.__name__, kind is bool, required)]
+        parameters.append(parameter.replace(annotation=kind))
+    command.__signature__ = signature.replace(parameters=parameters)
+    return command
+
+
+def _parameter(name, command="all", switch=False, required=False, **settings):
+    meaning = (_MEANINGS["all"] | _MEANINGS.get(command, {}))[name]
+    settings |= {"help": meaning} if isinstance(meaning, str) else meaning
+    flags = settings.pop("flags", [f"--{name.replace('_', '-')}"] if switch else ())  # no --no-... of a switch
+    return typer.Argument(**settings) if required and not flags else typer.Option(*flags, **settings)
+
+
+def _apply_recipe(context: typer.Context, path: Path | None):
+    if path is None or context.resilient_parsing:
+        return path
+    from ..engine.recipe import read_recipe
+
+    options = [parameter.name for parameter in context.command.params if parameter.name != "recipe"]
+    try:
+        context.default_map = read_recipe(path, context.command.name, options)
+    except LiteDetrError as error:
+        raise report_error(error, error.exit_status, "--json" in sys.argv) from None
+    return path
+
+
+# Eager: the others take their defaults from what it leaves in the context.
+Recipe = Annotated[Path | None, _parameter("recipe", callback=_apply_recipe, is_eager=True)]
+
+Checkpoint = Annotated[str, _parameter("checkpoint", required=True)]
+Variant = Annotated[str | None, _parameter("variant")]
+ForceVariant = Annotated[bool, _parameter("force_variant", switch=True)]
+ImageSize = Annotated[str, _parameter("image_size")]
+Count = Annotated[int | None, _parameter("count")]
+AsJson = Annotated[bool, _parameter("as_json")]

@@ -1,58 +1,33 @@
 """litedetr evaluate: how right and how fast is an artifact on annotated images?"""
 
+import functools
 import json
 import time
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..errors import LiteDetrError, printable
 from ..files import replaced_when_done
 from . import _checks
-from ._console import Stages, escaped, guarded, new_table, print_json, stdout_console
-from ._options import AsJson, Count, Data, ForceVariant, Resize, Shapes, Threads, Variant
+from ._console import Stages, escaped, finish, new_table, stdout_console
 
 
-@guarded
 def evaluate(
-    artifact: Annotated[
-        str,
-        typer.Argument(
-            help="ONNX model; engine (.plan); or checkpoint, or the name of one that comes with this package, to run "
-            "in PyTorch."
-        ),
-    ],
-    data: Data = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images of an annotation file.")] = None,
-    shapes: Shapes = False,
-    count: Count = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a run at most.")] = 1,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            "--image-size",
-            "--image-sizes",
-            help="Input size in pixels, HEIGHTxWIDTH or one number for a square, for a model of dynamic size or a "
-            "checkpoint; by default the data's or the other artifact's, if it is fixed.",
-        ),
-    ] = None,
-    resize: Resize = None,
-    variant: Variant = None,
-    force_variant: ForceVariant = False,
-    provider: Annotated[
-        list[str] | None,
-        typer.Option(help="Execution provider of ONNX Runtime for ONNX models; can be repeated, first choice first."),
-    ] = None,
-    threads: Threads = None,
-    against: Annotated[
-        str | None, typer.Option(help="A second artifact: evaluate both and compare their detections.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, help="With --against: fail when the two APs (0..1) differ by more.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the report, as JSON.")] = None,
-    as_json: AsJson = False,
+    artifact: str,
+    data: Path | None = None,
+    images: Path | None = None,
+    shapes: bool = False,
+    count: int | None = None,
+    batch_size: int = 1,
+    image_size: str | None = None,
+    resize: str | None = None,
+    variant: str | None = None,
+    force_variant: bool = False,
+    provider: list[str] | None = None,
+    threads: int | None = None,
+    against: str | None = None,
+    tolerance: float | None = None,
+    output: Path | None = None,
+    as_json: bool = False,
 ):
     """Compute the COCO AP and the latency of an artifact, or compare two.
 
@@ -86,37 +61,37 @@ def evaluate(
         with replaced_when_done(output) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
 
-    if as_json:
-        print_json(report)
-    else:
-        _print_report(report)
-        if not passed:
-            verdict = f"; CHECK FAILED: the APs differ by more than {tolerance:g}"
-        else:
-            verdict = "" if tolerance is None else f"; the APs agree within {tolerance:g}"
-        saved = f", report in {printable(output)}" if output else ""
-        print(
-            f"{printable(dataset.name)}: {report['images']} images with {report['objects']} objects, done in "
-            f"{time.monotonic() - began:.0f} s{saved}{verdict}"
-        )
+    verdict = "" if tolerance is None else f"; the APs agree within {tolerance:g}"
     if not passed:
-        raise typer.Exit(1)
+        verdict = f"; CHECK FAILED: the APs differ by more than {tolerance:g}"
+    end = (
+        f"{printable(dataset.name)}: {report['images']} images with {report['objects']} objects, done in "
+        f"{time.monotonic() - began:.0f} s{f', report in {printable(output)}' if output else ''}{verdict}"
+    )
+    finish(report, as_json, passed, _print, end)
 
 
-def _print_report(report):
+def _print(report, end):
     columns = [report, *([report["against"]] if "against" in report else [])]
-    table = new_table("", *(escaped(column["artifact"]) for column in columns))
+
+    def add_row(name, form, *keys):
+        values = [functools.reduce(dict.get, keys, column) for column in columns]
+        table.add_row(name, *("-" if value is None else format(value, form) for value in values))
+
+    names = [printable(column["artifact"]) for column in columns]
+    table = new_table("", *map(escaped, names))
     for name in report["metrics"]:
-        table.add_row(name, *(_number(column["metrics"][name], ".3f") for column in columns))
-    for name, key in (("median ms an image", "median"), ("90th percentile", "p90")):
-        table.add_row(name, *(_number(column["latency_ms"][key], ".1f") for column in columns))
-    table.add_row("images/s", *(_number(column["images_per_second"], ".2f") for column in columns))
-    table.add_row("input", *(_input(column) for column in columns))
+        add_row(name, ".3f", "metrics", name)
+    add_row("median ms an image", ".1f", "latency_ms", "median")
+    add_row("90th percentile", ".1f", "latency_ms", "p90")
+    add_row("images/s", ".2f", "images_per_second")
+    sizes = ["x".join(map(str, column["image_size"])) + ", " if column["image_size"] else "" for column in columns]
+    inputs = (f"{size}{column['resize']}, batch {column['batch_size']}" for size, column in zip(sizes, columns))
+    table.add_row("input", *inputs)
     stdout_console().print(table)
     if "comparison" in report:
         found = report["comparison"]["detections"]
         boxes, scores = found["box_difference_px"], found["score_difference"]
-        names = [printable(column["artifact"]) for column in columns]
         print(
             f"AP differs by {report['comparison']['ap_difference']:+.4f}. Of the detections that score "
             f"{found['score_floor']:g} or more, {found['matched']} match (same label, IoU {found['iou_floor']:g} or "
@@ -127,12 +102,4 @@ def _print_report(report):
                 f"Matches differ in boxes by {boxes['mean']:.2g} pixels in the mean and {boxes['largest']:.2g} at "
                 f"most, in scores by {scores['mean']:.2g} and {scores['largest']:.2g}."
             )
-
-
-def _number(value, form):
-    return "-" if value is None else format(value, form)
-
-
-def _input(column):
-    size = "x".join(map(str, column["image_size"])) + ", " if column["image_size"] else ""
-    return f"{size}{column['resize']}, batch {column['batch_size']}"
+    print(end)

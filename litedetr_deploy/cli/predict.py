@@ -3,33 +3,22 @@
 import statistics
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from ..artifact import check_file
 from ..errors import LiteDetrError, printable
-from . import _checks
-from ._console import guarded, print_json
-from ._options import AsJson, Resize, Threads
+from ._console import print_json
 
 
-@guarded
 def predict(
-    model: Annotated[
-        Path,
-        typer.Argument(help="ONNX model that `litedetr export` made, or engine (.plan) that `litedetr build` made."),
-    ],
-    images: Annotated[list[Path], typer.Argument(help="Images, or directories of images.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Where to save the images with boxes: a directory, or for one image a file."
-        ),
-    ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that counts.")] = 0.3,
-    resize: Resize = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
+    model: Path,
+    images: list[Path],
+    output: Path | None = None,
+    threshold: float = 0.3,
+    resize: str | None = None,
+    threads: int | None = None,
+    as_json: bool = False,
 ):
     """Detect objects on images, print them, and save the images with boxes.
 
@@ -39,7 +28,7 @@ def predict(
     from ..runtime.images import find_images
     from ..runtime.sinks import describe, drawing_paths, predict_files
 
-    _checks.readable_file(model, "model")
+    check_file(model, "the model")
     files = find_images(images)
     drawing_paths(files, output)  # before the model is loaded
     done, errors = [], []

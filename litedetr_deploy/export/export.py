@@ -26,9 +26,8 @@ from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import schema, torch_op
 from ..runtime.session import OnnxSession
-from ..verify.onnx import verify_onnx
+from ..verify.onnx import check_weights, verify_onnx
 from ..verify.verdict import Verdict
-from ..verify.weights import check_weights
 from . import graph, limits, quantize
 from . import precision as types
 from .limits import Int8

@@ -1,8 +1,6 @@
 """One verdict: what differs, by how much, against what yardstick, and whether an artifact passed.
 
-`verdict` holds the verdict, the others what is compared with what: `onnx` and `regions` a graph with PyTorch, `engine`
-an engine with its graph.  The package is callable: `litedetr_deploy.verify(artifact, against)` is the function in
-`verify.verify`.
+The package is callable: `litedetr_deploy.verify(artifact, against)` is the function in `verify.verify`.
 """
 
 import sys

@@ -1,21 +1,19 @@
 """An engine against the ONNX model that it was built from, which ONNX Runtime runs on the CPU.
 
-The model was compared with PyTorch when it was exported; what is left to prove is that TensorRT built what it says.
 TensorRT's known miscompilations move boxes by hundreds of pixels, give equal images of one batch different results,
 or both: so batches hold one image twice, and single images and batches of three are run.
-
 Rounding can make another query win where scores tie, so detections are not compared by their rank: each confident one
 must be found again with the same label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..runtime.postprocess import postprocess
-from .probes import Probe, make_probes, stack
+from .probes import Probe, feed, make_probes, stack
 from .verdict import Verdict, check_finite, largest
 
 # What may differ: scores (0..1), by rank; and boxes of confident detections, in the mean, as a part of the image's
@@ -26,27 +24,13 @@ CONFIDENT = 0.05  # score
 FEWEST = 10  # detections that are compared even where none is confident
 
 
-def verify_engine(
-    session,
-    reference,
-    precision: str,
-    batch: tuple[int, int],
-    sizes: Sequence[tuple[int, int]],
-    images: Sequence | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Verdict:
-    """Compare an engine with its ONNX model.
+def verify_engine(session, reference, precision, batch, sizes, images=None, progress=lambda stage: None) -> Verdict:
+    """Compare an engine with its ONNX model; undecided where detections of noise would pass for an image's as well.
 
     Args:
         session, reference: the engine and the ONNX model, both as `OnnxSession`.
-        precision: a key of TOLERANCES.
-        batch: smallest and largest batch that the engine takes.
-        sizes: (height, width) to try.
-        images: as `load_image` takes them; None: the package draws one.
-        progress: called with the name of each stage as it begins.
-
-    Returns:
-        The verdict: undecided where the detections of noise would pass for those of an image as well.
+        batch: smallest and largest that the engine takes; sizes: (height, width) to try.
+        images, progress: as in `verify`.
     """
     verdict = Verdict("the ONNX model", "the engine")
     tells_apart = False
@@ -80,15 +64,11 @@ def verify_engine(
 def _detect(session, probes: Sequence[Probe]) -> list[dict[str, np.ndarray]]:
     """Return labels [K], boxes [K, 4] in pixels and scores [K] of each probe, run as one batch."""
     images, masks = stack(probes)
-    height, width = images.shape[2:]
-    sizes = np.array([[width, height]] * len(probes), np.int64)
-    feed = {"images": images, "orig_target_sizes": sizes, "pixel_mask": masks}
-    output = session.run({name: array for name, array in feed.items() if name in session.inputs})
+    output, names = session.run(feed(session.inputs, images, masks)), ("labels", "boxes", "scores")
     if "pred_logits" in output:
-        output = dict(
-            zip(("labels", "boxes", "scores"), postprocess(output["pred_logits"], output["pred_boxes"], sizes))
-        )
-    return [{name: output[name][row] for name in ("labels", "boxes", "scores")} for row in range(len(probes))]
+        sizes = np.array([images.shape[:1:-1]] * len(probes))
+        output = dict(zip(names, postprocess(output["pred_logits"], output["pred_boxes"], sizes)))
+    return [{name: output[name][row] for name in names} for row in range(len(probes))]
 
 
 def _compare(verdict: Verdict, case: str, found, wanted, precision: str, side: int) -> None:
@@ -101,8 +81,8 @@ def _compare(verdict: Verdict, case: str, found, wanted, precision: str, side: i
 
 
 def _box_difference(found, wanted, side: int) -> float:
-    """Return the mean, over the confident detections of `wanted`, of the distance to the nearest box of the same label
-    in `found`: its largest coordinate difference as a part of `side`, 1 where there is none."""
+    """Return the mean distance of confident detections to the nearest box of the same label: its largest coordinate
+    difference as a part of `side`, 1 where there is none."""
     scores = wanted["scores"]
     chosen = np.argsort(-scores, kind="stable")[: max(FEWEST, int((scores >= CONFIDENT).sum()))]
     distances = np.abs(wanted["boxes"][chosen][:, None] - found["boxes"][None]).max(-1) / side

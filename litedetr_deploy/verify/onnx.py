@@ -1,24 +1,21 @@
 """An ONNX model against the PyTorch model that it was made from.
 
-The detector picks its queries by a top-k over tokens, and each query slot has content of its own: where two tokens
-score the same to rounding, two runtimes may pick them in another order and then differ in those queries entirely.
-So the scores of all tokens are compared, then the choice, then logits and boxes of PyTorch given the same choice.
+Each query slot has content of its own: where two tokens score the same to rounding, runtimes may pick them in another
+order and then differ in those queries entirely.  So the scores of all tokens are compared, then the choice, then logits
+and boxes of PyTorch given the same choice.
 
 A typed model is compared with PyTorch in FP32 as well; what it may differ by is measured on a PyTorch model whose
-modules round as the graph's nodes do.  Such rounding can throw single queries far off, so that there the mean
-difference of logits and boxes counts.  ONNX Runtime's CPU has half kernels for few operators and computes runs of the
-others in FP32, so that a half model also runs as its float twin, which rounds every value; bfloat16 runs as that alone.
-
-What final outputs cannot tell, every attention's own output does: see `regions`.
+modules round as the graph's nodes do.  That can throw single queries far off: the mean difference counts there.  ONNX
+Runtime's CPU has half kernels for few operators and computes runs of the others in FP32, so that a half model also runs
+as its float twin, which rounds every value; bfloat16 runs as that alone.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,60 +23,42 @@ import torch
 from torch import nn
 
 from ..artifact import load_onnx, onnx_metadata
-from ..errors import LiteDetrError
+from ..errors import CheckFailed, LiteDetrError
 from ..model.attention import SelfAttention
+from ..model.checkpoints.official import official_key
 from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
 from ..model.resnet import fold_frozen_batch_norm
 from ..ops import reference, schema, torch_op
 from ..runtime.session import create_session
 from . import typed
-from .probes import Probe, make_probes, nudged, stack
-from .reference import run_pytorch
+from .probes import Probe, feed, make_probes, nudged, stack
+from .reference import BOXES, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
 from .regions import compare_regions, find_regions, geometry
 from .verdict import Verdict, check_finite, compare, largest, mean
-from .weights import not_finite
 
-# What float32 rounding may change.  The floors are twenty times what the official code's outputs move with other
-# threads or kernels on small images.  A model can amplify rounding further: PyTorch's own spread is measured, and
-# SPREADS of it are allowed, up to the caps, beyond which a difference could show in a detection.
-SPREADS = 4
-FLOORS = {"proposal_scores": 2e-4, "pred_logits": 2e-4, "pred_boxes": 3e-4}  # logits: of the largest magnitude;
-CAPS = {"proposal_scores": 1e-2, "pred_logits": 1e-2, "pred_boxes": 3e-3}  # boxes: of the image's side
-NAMES = {"proposal_scores": "token scores", "pred_logits": "logits", "pred_boxes": "boxes"}
+NAMES = {SCORES: "token scores", LOGITS: "logits", BOXES: "boxes"}
 # Of a typed model: the floors are in epsilons of its half type, and what passes the caps is another result.  The
 # largest difference over all tokens, the mean over all queries.  What INT8 saturates is a matter of the calibration,
 # and what that costs, of an evaluation: its caps only stop what has nothing in common with PyTorch any more.
-TYPED_FLOORS = {"proposal_scores": 4, "pred_logits": 0.25, "pred_boxes": 0.25}
-TYPED_CAPS = {"proposal_scores": 0.3, "pred_logits": 0.1, "pred_boxes": 0.05}
-INT8_CAPS = {"proposal_scores": 1.0, "pred_logits": 0.3, "pred_boxes": 0.15}
+TYPED_DISTANCES = MEAN | {SCORES: largest}
+TYPED_FLOORS = {SCORES: 4, LOGITS: 0.25, BOXES: 0.25}
+TYPED_CAPS = {SCORES: 0.3, LOGITS: 0.1, BOXES: 0.05}
+INT8_CAPS = {SCORES: 1.0, LOGITS: 0.3, BOXES: 0.15}
 RAN = {"fp32": "the model", "fp16": "the model and its float twin", "bf16": "the model's float twin"}
 RAN["int8"] = RAN["fp16"]
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
+LISTED = 4  # weights that a message names
 DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
 
 
-def verify_onnx(
-    path: str | os.PathLike,
-    model: Detector,
-    images: Sequence | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Verdict:
-    """Run the ONNX model in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compare.
+def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=lambda stage: None) -> Verdict:
+    """Run what `export_onnx` wrote in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compare.
 
     Inputs are images and noise; batches of one and of three with two identical rows; at two sizes where the graph
     takes any.  The attention op alone is compared with its definition in float64, in float32 and in the graph's half
-    type, and every attention of the graph on its own inputs.  What typed models run as: see above.
-
-    Args:
-        path: what `export_onnx` wrote.
-        model: as `load_model` returns it.
-        images: as `load_image` takes them; None: the package draws one.
-        progress: called with the name of each stage as it begins.
-
-    Raises:
-        LiteDetrError: the file was not made by `litedetr export`, or is damaged.
+    type, and every attention of the graph on its own inputs.  For `images` and `progress`, see `verify.verify`.
     """
     proto = load_onnx(path)
     metadata = onnx_metadata(proto, path)
@@ -87,13 +66,12 @@ def verify_onnx(
     precision, missing = metadata.get("precision", "fp32"), [name for name in PROBES if name not in known]
     if missing or precision not in RAN:
         what = f"has no value {missing[0]!r} to compare" if missing else f"is of an unknown precision, {precision!r}"
-        raise LiteDetrError(
-            f"{path} {what}. Verify the file that `litedetr export` wrote, before other tools rewrite it."
-        )
+        advice = "Verify the file that `litedetr export` wrote, before other tools rewrite it."
+        raise LiteDetrError(f"{path} {what}. {advice}")
     verdict = Verdict(ran=RAN[precision])
-    if bad := not_finite(model):
-        for key, trouble in bad.items():
-            verdict.add("weights", key, np.inf, 0.0, f"{trouble} in the checkpoint itself")
+    for key, trouble in _not_finite(model).items():
+        verdict.add("weights", key, np.inf, 0.0, f"{trouble} in the checkpoint itself")
+    if verdict.rows:
         return verdict
     half = HALVES.get(precision)
     if metadata.get("attention") == "op":
@@ -109,7 +87,7 @@ def verify_onnx(
     for size in [graph.size] if graph.size else DYNAMIC_SIZES:
         name = "" if graph.size else f"{size[0]}x{size[1]}, "
         probes = make_probes(images, size, graph.masked)
-        expected, yardsticks, seen = [], [], {}
+        compared, seen = [], {}
         for probe in probes:
             case = name + probe.name
             progress(f"verify: {case}")
@@ -120,22 +98,50 @@ def verify_onnx(
             if not check_finite(verdict, case, outputs, wanted, NAMES):
                 return verdict
             if rounding is not None:  # what saturates depends on the image
-                yardsticks.append(_typed_yardstick(rounding, precision, probe, wanted))
-            else:
-                yardsticks.append(yardsticks[0] if yardsticks else _yardstick(model, probe, wanted))
-            _compare(verdict, case, outputs, wanted, yardsticks[-1])
-            expected.append(wanted)
+                yardstick = _typed_yardstick(rounding, precision, probe, wanted)
+            elif not compared:
+                yardstick = _yardstick(model, probe, wanted)
+            _compare(verdict, case, outputs, wanted, yardstick)
+            compared.append((wanted, yardstick))
         progress(f"verify: {name}batch of 3")
         batch = graph.run(*stack([probes[0], probes[-1], probes[0]]))
-        _compare_batch(verdict, f"{name}batch of 3", batch, [(expected[i], yardsticks[i]) for i in (0, -1)])
+        _compare_batch(verdict, f"{name}batch of 3", batch, [compared[0], compared[-1]])
         progress(f"verify: {name}each attention alone")
         case = name + probes[0].name
         outputs = probed.run(probes[0].image, probes[0].mask)
         if precision in ("fp16", "int8"):
             wanted = run_pytorch(model, probes[0].image, outputs["topk_indices"], mask=probes[0].mask)
-            _compare(verdict, f"{case}, all rounded", outputs, wanted, yardsticks[0])
+            _compare(verdict, f"{case}, all rounded", outputs, wanted, compared[0][1])
         compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
     return verdict
+
+
+def check_weights(model: Detector) -> None:
+    """Raise LiteDetrError for a weight that is not float32, CheckFailed for one that is not finite."""
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise LiteDetrError(
+                f"the weight {official_key(name, model.config)} is of type {str(tensor.dtype).removeprefix('torch.')}; "
+                "it must be float32. Give the weights as they were trained: what is stored smaller is chosen at the "
+                "export, with --precision (precision=)."
+            )
+    bad = [f"{key} {trouble}" for key, trouble in _not_finite(model).items()]
+    if bad:
+        others = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        raise CheckFailed(
+            f"the checkpoint's own weights are not finite: {', '.join(bad[:LISTED])}{others}. PyTorch computes nothing "
+            "useful with them either, and nothing was exported. Take an earlier checkpoint, or repair these tensors."
+        )
+
+
+def _not_finite(model: Detector) -> dict[str, str]:
+    """Return what is wrong with the weights that hold NaN or an infinity, by their keys in official checkpoints."""
+    bad = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            kind, count = "NaN" if tensor.isnan().any() else "an infinity", int((~tensor.isfinite()).sum())
+            bad[official_key(name, model.config)] = f"holds {kind} in {count:,} of {tensor.numel():,} values"
+    return bad
 
 
 class _Graph:
@@ -148,49 +154,33 @@ class _Graph:
         shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.input}
         self.inputs, self.masked = shapes.keys(), "pixel_mask" in shapes
         self.size = tuple(shapes["images"][2:]) if all(shapes["images"][2:]) else None
-        self._names = [output.name for output in graph.output]
-        self._names += [name for name in PROBES if name not in self._names]
-        self._values = {f"{name}/float": name for name in values}
-        for name, value in self._values.items():
+        widened = {f"{name}/float": name for name in values}
+        for name, value in widened.items():
             graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
-        known = {output.name for output in graph.output}
-        names = [*self._names, *self._values]
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        known = [output.name for output in graph.output]
+        further = [name for name in (*PROBES, *widened) if name not in known]
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
+        self._names = {name: widened.get(name, name) for name in (*known, *further)}
         self._session = create_session(proto.SerializeToString())
 
     def run(self, image: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
         """image [N, 3, H, W] in 0..1, mask [N, H, W] or None -> inputs, outputs, probes and values by name."""
-        n, _, height, width = image.shape
-        feed = {"images": image, "orig_target_sizes": np.array([[width, height]] * n, np.int64), "pixel_mask": mask}
-        feed = {name: array for name, array in feed.items() if name in self.inputs}
-        names = [*self._names, *self._values]
-        found = dict(zip(names, self._session.run(names, feed)))
-        return feed | {self._values.get(name, name): array for name, array in found.items()}
+        inputs = feed(self.inputs, image, mask)
+        return inputs | dict(zip(self._names.values(), self._session.run(list(self._names), inputs)))
 
 
-@dataclass
-class _Yardstick:
-    """tolerances: largest differences that rounding explains, by value; typed: whether those of logits and boxes are
-    means over all queries."""
+class _Yardstick(NamedTuple):
+    """What rounding explains of each value's difference, and how that is measured."""
 
     tolerances: dict[str, float]
-    typed: bool = False
+    distances: Mapping[str, Callable[[np.ndarray], float]] = LARGEST
 
-    def quantity(self, name: str) -> str:
-        return f"{NAMES[name]}, mean" if self.typed and name != "proposal_scores" else NAMES[name]
-
-    def measure(self, name: str, difference: np.ndarray) -> float:
-        return (mean if self.typed and name != "proposal_scores" else largest)(difference)
-
-    def add(
-        self, verdict: Verdict, case: str, name: str, found: np.ndarray, wanted: np.ndarray, prefix: str = ""
-    ) -> None:
+    def add(self, verdict: Verdict, case: str, name: str, found, wanted, prefix: str = "") -> None:
         """Compare the value `name` and add the row."""
-        quantity = prefix + self.quantity(name)
-        tolerances = {quantity: self.tolerances[name]}
-        compare(
-            {quantity: found}, {quantity: wanted}, tolerances, verdict, case, lambda error: self.measure(name, error)
-        )
+        distance = self.distances[name]
+        quantity = prefix + NAMES[name] + (", mean" if distance is mean else "")
+        allowed = {quantity: self.tolerances[name]}
+        compare({quantity: found}, {quantity: wanted}, allowed, verdict, case, distance)
 
 
 def _yardstick(model: Detector, probe: Probe, wanted) -> _Yardstick:
@@ -201,36 +191,19 @@ def _yardstick(model: Detector, probe: Probe, wanted) -> _Yardstick:
         other = run_pytorch(model, nudged(probe.image), wanted["topk_indices"], mask=probe.mask)
     finally:
         torch.set_num_threads(threads)
-    return _Yardstick(float_tolerances(other, wanted))
-
-
-def float_tolerances(other: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return how far each value of a float32 model may be off, from what PyTorch makes of nearly the same image."""
-    tolerances = {}
-    for name in NAMES:
-        scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
-        spread = largest(other[name] - wanted[name])
-        tolerances[name] = float(np.clip(SPREADS * spread, FLOORS[name] * scale, CAPS[name] * scale))
-    return tolerances
+    return _Yardstick(tolerances(other, wanted))
 
 
 def _typed_yardstick(rounding: Detector, precision: str, probe: Probe, wanted) -> _Yardstick:
     """Compare PyTorch in FP32 with what `_rounding` made of it."""
     other = run_pytorch(rounding, probe.image, wanted["topk_indices"], mask=probe.mask)
-    yardstick = _Yardstick({}, typed=True)
-    eps = torch.finfo(HALVES[precision]).eps
-    for name in NAMES:
-        scale = 1.0 if name == "pred_boxes" else _scale(wanted[name])
-        spread = yardstick.measure(name, other[name] - wanted[name]) if np.isfinite(other[name]).all() else 0.0
-        tolerance = max(SPREADS * spread, TYPED_FLOORS[name] * eps * scale)
-        cap = (INT8_CAPS if precision == "int8" else TYPED_CAPS)[name] * scale
-        yardstick.tolerances[name] = float(min(tolerance, cap))
-    return yardstick
+    floors = {name: floor * torch.finfo(HALVES[precision]).eps for name, floor in TYPED_FLOORS.items()}
+    caps = INT8_CAPS if precision == "int8" else TYPED_CAPS
+    return _Yardstick(tolerances(other, wanted, floors, caps, TYPED_DISTANCES), TYPED_DISTANCES)
 
 
 def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype) -> Detector:
-    """Return a copy of `model` of which every module that the graph has in half rounds its weights, inputs and outputs
-    to half, and every one that it has in INT8 its inputs and weights to the graph's steps."""
+    """Return a copy of `model` whose modules round weights, inputs and outputs as the graph does."""
     model = copy.deepcopy(model)
     fold_frozen_batch_norm(model)
     steps = typed.modules(proto)
@@ -256,8 +229,8 @@ def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype) -> Det
 def _compare(verdict: Verdict, case: str, outputs, wanted, yardstick: _Yardstick) -> None:
     for name in NAMES:
         yardstick.add(verdict, case, name, outputs[name], wanted[name])
-    error = _choice_error(wanted["proposal_scores"], outputs["topk_indices"])
-    verdict.add(case, "choice of queries", error, yardstick.tolerances["proposal_scores"])
+    error = choice_error(wanted[SCORES], outputs["topk_indices"])
+    verdict.add(case, "choice of queries", error, yardstick.tolerances[SCORES])
     if "labels" in outputs:
         _compare_detections(verdict, case, outputs)
 
@@ -274,36 +247,24 @@ def _compare_detections(verdict: Verdict, case: str, outputs) -> None:
     verdict.add(case, "detections: labels", (outputs["labels"] != labels)[distinct].sum(), 0.0)
     if check_finite(verdict, case, outputs, {"boxes": corners}, ["boxes"]):
         difference = largest((outputs["boxes"] - corners)[distinct])
-        verdict.add(case, "detections: boxes", difference, 4 * eps * _scale(corners))
+        verdict.add(case, "detections: boxes", difference, 4 * eps * max(1.0, float(np.abs(corners).max())))
 
 
 def _compare_batch(verdict: Verdict, case: str, batch, ends) -> None:
-    """Compare a batch of rows A, B, A with single runs of A and B, and its two equal rows with each other; ends: the
-    values and the yardsticks of A and B."""
-    for name in ("pred_logits", "pred_boxes"):
+    """Compare a batch of rows A, B, A with `ends`, the values and yardsticks of A and B, and its equal rows."""
+    for name in (LOGITS, BOXES):
         ends[0][1].add(verdict, case, name, batch[name][0], batch[name][2], "identical rows: ")
     for row, (wanted, yardstick) in enumerate(ends):
         name = f"{case}, row {row + 1}"
-        error = _choice_error(wanted["proposal_scores"], batch["topk_indices"][row : row + 1])
-        verdict.add(name, "choice of queries", error, yardstick.tolerances["proposal_scores"])
+        error = choice_error(wanted[SCORES], batch["topk_indices"][row : row + 1])
+        verdict.add(name, "choice of queries", error, yardstick.tolerances[SCORES])
         if (batch["topk_indices"][row] == wanted["topk_indices"][0]).all():
-            for quantity in ("pred_logits", "pred_boxes"):
+            for quantity in (LOGITS, BOXES):
                 yardstick.add(verdict, name, quantity, batch[quantity][row], wanted[quantity][0])
 
 
-def _choice_error(scores: np.ndarray, indices: np.ndarray) -> float:
-    """Return by how much scores [N, S] speak against having picked `indices` [N, Q], in this order, as the top ones."""
-    best = -np.sort(-scores, axis=1)[:, : indices.shape[1]]
-    return largest(np.take_along_axis(scores, indices, axis=1) - best)
-
-
-def _scale(values: np.ndarray) -> float:
-    return max(1.0, float(np.abs(values).max()))
-
-
 def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
-    """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical; `dtype`
-    is the type T of its values."""
+    """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical."""
     config = model.config
     shapes = torch.tensor([[100 >> i, 168 >> i] for i in range(config.num_levels)])
     rng = np.random.default_rng(1)
@@ -316,26 +277,23 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
         "reference_points": rng.random((n, queries, config.num_levels, 4)),
         "sampling_offsets": rng.standard_normal((n, queries, samples * 2)) * 2,
     }
-    feed: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for name, array in arrays.items():
         array[2] = array[0]
-        feed[name] = torch.from_numpy(array).to(torch.float32 if name == "reference_points" else dtype)
-    feed["spatial_shapes"] = shapes
+        inputs[name] = torch.from_numpy(array).to(torch.float32 if name == "reference_points" else dtype)
+    inputs["spatial_shapes"] = shapes
     op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
     attributes: dict[str, Any] = {"num_heads": config.num_heads, "num_points": config.decoder_points}
-    session = create_session(_one_node(op_type, feed, attributes))
-    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in feed.items()}
+    session = create_session(_one_node(op_type, inputs, attributes))
+    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in inputs.items()}
     output = session.run(None, arrays)[0]
-    doubles = {name: t.double() if t.is_floating_point() else t for name, t in feed.items()}
-    if config.key_aware:
-        wanted = reference.key_aware_deform_attn(**doubles, **attributes)
-        in_torch = torch_op.key_aware_deform_attn(**feed, **attributes)
-    else:
-        wanted = reference.ms_deform_attn(**doubles, **attributes)
-        in_torch = torch_op.ms_deform_attn(**feed, **attributes)
+    doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    function = "key_aware_deform_attn" if config.key_aware else "ms_deform_attn"
+    wanted = getattr(reference, function)(**doubles, **attributes)
+    in_torch = getattr(torch_op, function)(**inputs, **attributes)
     # A float32 location is off by an eps or so of its map, hence by this many pixels, and a value by as much of its
     # range of several units per pixel.  What is stored in half is off by an eps of half besides.
-    magnitude = float(feed["value"].abs().max())
+    magnitude = float(inputs["value"].abs().max())
     tolerance = 4 * float(np.finfo(np.float32).eps) * float(shapes.max()) * max(1.0, magnitude)
     if dtype != torch.float32:
         tolerance += torch.finfo(dtype).eps * float(wanted.abs().max())
@@ -345,20 +303,18 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
     verdict.add(case, "identical rows, bit for bit", largest(output[0] - output[2]), 0.0)
 
 
-def _one_node(op_type: str, feed: dict[str, torch.Tensor], attributes: dict[str, Any]) -> bytes:
+def _one_node(op_type: str, tensors: dict[str, torch.Tensor], attributes: dict[str, Any]) -> bytes:
     """A model of the op alone, whose floats come and go as float32 and are cast to the op's types inside."""
     helper, kinds = onnx.helper, onnx.TensorProto
     types = {torch.float32: kinds.FLOAT, torch.float16: kinds.FLOAT16, torch.bfloat16: kinds.BFLOAT16}
-    inputs, nodes = [], []
-    for name, tensor in feed.items():
+    attributes = attributes | schema.PLUGIN_ATTRIBUTES
+    nodes = [helper.make_node(op_type, [f"{name}_cast" for name in tensors], ["y"], domain=schema.DOMAIN, **attributes)]
+    inputs = []
+    for name, tensor in tensors.items():
         kind = kinds.FLOAT if tensor.is_floating_point() else kinds.INT64
         inputs.append(helper.make_tensor_value_info(name, kind, tuple(tensor.shape)))
-        nodes.append(helper.make_node("Cast", [name], [f"{name}_cast"], to=types.get(tensor.dtype, kind)))
-    cast = [f"{name}_cast" for name in feed]
-    nodes.append(
-        helper.make_node(op_type, cast, ["stored"], domain=schema.DOMAIN, **attributes, **schema.PLUGIN_ATTRIBUTES)
-    )
-    nodes.append(helper.make_node("Cast", ["stored"], [schema.OUTPUT], to=kinds.FLOAT))
+        nodes.insert(0, helper.make_node("Cast", [name], [f"{name}_cast"], to=types.get(tensor.dtype, kind)))
+    nodes.append(helper.make_node("Cast", ["y"], [schema.OUTPUT], to=kinds.FLOAT))
     output = helper.make_tensor_value_info(schema.OUTPUT, kinds.FLOAT, None)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
     graph = helper.make_graph(nodes, op_type, inputs, [output])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,16 +24,13 @@ class Probe(NamedTuple):
 
 
 def drawn_image() -> Image.Image:
-    """Return the image that stands for others where none are given."""
     return scene(0, SEED, SIZE)[0]
 
 
 def make_probes(images: Sequence | None, size: tuple[int, int], masked: bool) -> list[Probe]:
-    """Return images as inputs of a model, then noise.
+    """Return images, as `load_image` takes them, as inputs of (height, width) `size`, then noise.
 
-    images: as `load_image` takes them; None: the drawn one.
-    size: (height, width) of the input.
-    masked: whether the model takes a mask: images are letterboxed then, and a border of the noise is padding.
+    Of a model that takes a mask, images are letterboxed and a border of the noise is padding.
     """
     height, width = size
     probes = []
@@ -47,9 +44,17 @@ def make_probes(images: Sequence | None, size: tuple[int, int], masked: bool) ->
 
 
 def stack(probes: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return images [N, 3, H, W] and masks [N, H, W] of a batch of probes."""
+    """Return images [N, 3, H, W] and masks [N, H, W] of a batch."""
     images = np.concatenate([probe.image for probe in probes])
     return images, None if probes[0].mask is None else np.concatenate([probe.mask for probe in probes])
+
+
+def feed(inputs: Container[str], images: np.ndarray, masks: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Return those of `inputs` that a batch of images [N, 3, H, W] and masks [N, H, W] gives."""
+    n, _, height, width = images.shape
+    sizes = np.array([[width, height]] * n, np.int64)
+    arrays = {"images": images, "orig_target_sizes": sizes, "pixel_mask": masks}
+    return {name: array for name, array in arrays.items() if name in inputs}
 
 
 def nudged(images: np.ndarray) -> np.ndarray:

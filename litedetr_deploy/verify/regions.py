@@ -1,16 +1,16 @@
 """Every attention of a graph by itself: what its projections and the op make of their own inputs, in float64.
 
-Final outputs alone can say little: with random weights, what attention adds to a token is within the rounding of all
-the rest.  An attention's own output tells more, and whether it tells enough is measured: with its offsets or its logits
-off by one percent, the comparison must fail.
+With random weights, what attention adds to a token is within the rounding of the final outputs.  Whether its own output
+tells enough is measured: with its offsets or its logits off by one percent, the comparison must fail.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,32 +29,21 @@ WRONG = 1.01  # times offsets or logits: must be noticed
 # What an output may be off by, root mean square, as a part of it: so many times what the definition itself is off by in
 # float32, so many epsilons of float32 and, where it is stored in half, of the half type.
 SPREADS, FLOOR, HALF_FLOOR = 4, 8, 0.75
-_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    schema.KEY_AWARE: reference.key_aware_deform_attn,
-    schema.PLAIN: reference.ms_deform_attn,
-}
 # Input of the op -> the Linear that makes it.
 _PROJECTIONS = {
-    "query": "query_proj",
-    "attention_logits": "attention_weights",
-    "value": "value_proj",
-    "sampling_offsets": "sampling_offsets",
-    "key": "key_proj",
-}
+    "query": "query_proj", "attention_logits": "attention_weights", "value": "value_proj",
+    "sampling_offsets": "sampling_offsets", "key": "key_proj",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Region:
-    """One attention of a graph.
-
-    projections: name of a Linear -> the graph's values that go in and come out.
-    inputs: of the op, by its names -> a value of the graph; those that it lacks are folded away.
-    """
+    """One attention of a graph."""
 
     module: str
     op_type: str
-    projections: dict[str, tuple[str, str]]
-    inputs: dict[str, str]
+    projections: dict[str, tuple[str, str]]  # name of a Linear -> the graph's values that go in and come out
+    inputs: dict[str, str]  # of the op -> a value of the graph; those that it lacks are folded away
     output: str
 
     @property
@@ -63,7 +52,7 @@ class Region:
 
 
 def find_regions(proto: onnx.ModelProto, model: Detector) -> list[Region]:
-    """Return the attentions of `model` as the graph has them, as nodes of the op or in standard ops."""
+    """Return the attentions of `model` that the graph has, as nodes of the op or in standard ops."""
     nodes = {node.name: node for node in proto.graph.node}
     made = {output: node.name for node in proto.graph.node for output in node.output}
     last = {}  # value that a module, or an attention in standard ops, makes in the end
@@ -73,12 +62,12 @@ def find_regions(proto: onnx.ModelProto, model: Detector) -> list[Region]:
     regions = []
     for name, module in _attentions(model):
         op_type = schema.PLAIN if module.query_proj is None else schema.KEY_AWARE
-        prefix = f"detector.{name}"
-        scope = f"{prefix}/{op_type}"
+        scope = f"detector.{name}/{op_type}"
+        linears = {child: f"detector.{name}.{child}" for child in _PROJECTIONS.values()}
         projections = {
-            child: (nodes[f"{prefix}.{child}/MatMul"].input[0], last[f"{prefix}.{child}"])
-            for child in _PROJECTIONS.values()
-            if f"{prefix}.{child}/MatMul" in nodes
+            child: (nodes[f"{linear}/MatMul"].input[0], last[linear])
+            for child, linear in linears.items()
+            if f"{linear}/MatMul" in nodes
         }
         if scope not in last or not {"value_proj", "sampling_offsets"} <= projections.keys():
             continue  # what another tool has renamed
@@ -103,67 +92,46 @@ def _attentions(model: Detector) -> Iterator[tuple[str, DeformableAttention]]:
 def geometry(model: Detector):
     """Give a dict that holds, after `model` ran inside, reference points, map sizes and padding of every attention."""
     found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, x, name=name: found.update({name: (x[1], x[3], x[4])}))
-        for name, module in _attentions(model)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in _attentions(model):
+            hook = module.register_forward_pre_hook(lambda _, x, name=name: found.update({name: (x[1], x[3], x[4])}))
+            hooks.callback(hook.remove)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.inference_mode()
-def compare_regions(
-    verdict: Verdict,
-    case: str,
-    regions: list[Region],
-    values: dict[str, np.ndarray],
-    seen: dict[str, tuple[Tensor, Tensor, Tensor | None]],
-    model: Detector,
-    half: torch.dtype | None,
-    types: dict[str, float | None],
-) -> None:
+def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, seen, model: Detector, half, types):
     """Add a row for every attention to `verdict`, and say there where a wrong attention would pass.
 
-    Args:
-        verdict: to add to.
-        case: what the values were taken on.
-        regions: as `find_regions` gives them.
-        values: of the graph, by name, as float32.
-        seen: as `geometry` gives it, on the same input.
-        model: the detector.
-        half: the graph's half type; None in FP32.
-        types: of the graph's modules, as `typed.modules` gives them.
+    values: of the graph, by name, as float32; seen: as `geometry` gives it, on the same input; half: the graph's half
+    type; types: of its modules, as `typed.modules` gives them.
     """
     modules, blind = dict(_attentions(model)), []
     floor = FLOOR * torch.finfo(torch.float32).eps + (0.0 if half is None else HALF_FLOOR * torch.finfo(half).eps)
     for region in regions:
         module = modules[region.module]
-        differences, tolerances = [], []
-
-        def add(found: Tensor, wanted: Tensor, in_float32: Tensor, differences=differences, tolerances=tolerances):
-            differences.append(_relative(found - wanted, wanted))
-            tolerances.append(SPREADS * _relative(in_float32 - wanted, wanted) + floor)
-
+        checks = []  # what the graph has, what is right, and what that is in float32
         for child, (source, result) in region.projections.items():
             linear = getattr(module, child)
             x, found = _rows(values[source]), _rows(values[result]).double()
             weight = linear.weight.detach()
             if (name := f"detector.{region.module}.{child}") in types:
                 weight = weight.to(half).float() if types[name] is None else fake_quantized_weight(weight)
-            add(found, F.linear(x.double(), weight.double(), linear.bias.double()), F.linear(x, weight, linear.bias))
+            right = F.linear(x.double(), weight.double(), linear.bias.double())
+            checks.append((found, right, F.linear(x, weight, linear.bias)))
         inputs = _inputs(region, module, values, *seen[region.module])
-        counts = {"num_heads": module.num_heads, "num_points": module.num_points}
-        compute = functools.partial(_FUNCTIONS[region.op_type], **counts)
+        counts: dict[str, Any] = {"num_heads": module.num_heads, "num_points": module.num_points}
+        keyed = region.op_type == schema.KEY_AWARE
+        compute = functools.partial(reference.key_aware_deform_attn if keyed else reference.ms_deform_attn, **counts)
         found, wanted = _rows(values[region.output]).double(), compute(**inputs)
         singles = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-        add(found, wanted, compute(**singles))
-        verdict.add(f"{case}, attention alone, relative", region.module, max(differences), max(tolerances))
+        checks.append((found, wanted, compute(**singles)))
+        difference = max(_relative(found - right, right) for found, right, _ in checks)
+        tolerance = SPREADS * max(_relative(rounded - right, right) for _, right, rounded in checks) + floor
+        verdict.add(f"{case}, attention alone, relative", region.module, difference, tolerance)
         names = ("sampling_offsets", schema.INPUTS[region.op_type][0][0])
         wrong = (compute(**inputs | {name: inputs[name] * WRONG}) for name in names)
-        if all(_relative(found - other, wanted) <= max(tolerances) for other in wrong):
+        if all(_relative(found - other, wanted) <= tolerance for other in wrong):
             blind.append(region.module)
     if len(regions) < len(modules):
         verdict.undecided = (
@@ -179,7 +147,7 @@ def compare_regions(
 
 
 def _relative(difference: Tensor, wanted: Tensor) -> float:
-    """Return the root mean square of `difference` as a part of that of `wanted`; of nothing, as it is."""
+    """Return the root mean square of `difference` as a part of that of `wanted`."""
     return float(difference.square().mean().sqrt() / (wanted.square().mean().sqrt() or 1.0))
 
 

@@ -32,9 +32,8 @@ def modules(model: onnx.ModelProto) -> dict[str, float | None]:
 
 
 def float_twin(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph for an engine without half kernels, with the same roundings: every node that has half inputs or
-    outputs reads them widened to FP32 and its result is rounded to half again.  The attention ops and casts, which
-    ONNX Runtime has in every type, stay."""
+    """The same graph for an engine without half kernels: nodes read half inputs widened to FP32, and what they give is
+    rounded to half again.  The attention ops and casts, which ONNX Runtime has in every type, stay."""
     twin = onnx.ModelProto()
     twin.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
     graph = twin.graph

@@ -1,7 +1,4 @@
-"""The one verdict on an artifact: what was compared, how far it differs, against what yardstick, and whether it passed.
-
-Nothing else in this package decides whether outputs agree.
-"""
+"""The one verdict on an artifact; nothing else in this package decides whether outputs agree."""
 
 from __future__ import annotations
 
@@ -12,19 +9,17 @@ import numpy as np
 
 from ..artifact import CANNOT_TELL, FAILED, NOT_VERIFIED, VERIFIED
 
+Arrays = Mapping[str, np.ndarray]
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)  # stands for a difference that is not finite: JSON has no infinity
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity that was compared.
-
-    difference: what was measured, a magnitude; tolerance: what it may be; trouble: what no figure says, such as a NaN.
-    """
+    """One quantity that was compared; trouble: what no figure says, such as a NaN."""
 
     case: str
     quantity: str
-    difference: float
+    difference: float  # a magnitude
     tolerance: float
     trouble: str = ""
 
@@ -49,17 +44,13 @@ class Row:
 
 @dataclass
 class Verdict:
-    """against: what was compared with, as in 'PyTorch'; ran: what the figures were taken on.
-
-    undecided: why the comparison could not tell right from wrong; empty where a negative control failed as it must.
-    skipped: why nothing was compared.
-    """
+    """What was compared with what, and the rows of it."""
 
     against: str = "PyTorch"
-    ran: str = "the model"
+    ran: str = "the model"  # what the figures were taken on
     rows: list[Row] = field(default_factory=list)
-    undecided: str = ""
-    skipped: str = ""
+    undecided: str = ""  # why it cannot tell right from wrong; empty where a negative control failed as it must
+    skipped: str = ""  # why nothing was compared
 
     def add(self, case: str, quantity: str, difference: float, tolerance: float, trouble: str = "") -> None:
         """Add a row.  Raises ValueError for a tolerance that is not finite, which would let anything pass."""
@@ -72,7 +63,6 @@ class Verdict:
 
     @property
     def status(self) -> str:
-        """VERIFIED, FAILED, CANNOT_TELL or NOT_VERIFIED."""
         if not all(row.passed for row in self.rows):
             return FAILED
         if not self.rows:
@@ -85,7 +75,7 @@ class Verdict:
 
     @property
     def worst(self) -> Row | None:
-        """The row that is closest to its tolerance, or furthest beyond; None without rows."""
+        """The row that is closest to its tolerance, or furthest beyond."""
         return max(self.rows, key=lambda row: row.share, default=None)
 
     @property
@@ -96,13 +86,9 @@ class Verdict:
         return self.undecided if self.status == CANNOT_TELL else self.skipped
 
     def __str__(self) -> str:
-        """One line for people."""
         if self.status == VERIFIED:
-            worst = self.worst
-            return (
-                f"verified against {self.against}; the worst figure is {worst.share:.0%} of its tolerance "
-                f"({worst.case}, {worst.quantity})"
-            )
+            worst = f"{self.worst.share:.0%} of its tolerance ({self.worst.case}, {self.worst.quantity})"
+            return f"verified against {self.against}; the worst figure is {worst}"
         if self.status == FAILED:
             return f"VERIFICATION FAILED against {self.against}: {self.why}"
         if self.status == CANNOT_TELL:
@@ -110,11 +96,10 @@ class Verdict:
         return "not verified" + (f": {self.skipped}" if self.skipped else "")
 
     def to_dict(self) -> dict:
-        """JSON types: the verdict, its line for people, and all rows."""
         return {**self.summary(), "text": str(self), "rows": [row.to_dict() for row in self.rows]}
 
     def summary(self) -> dict:
-        """JSON types, for a file's metadata: the verdict, and the largest difference of every quantity."""
+        """Return what a file's metadata says of it, as JSON types."""
         largest: dict[str, float] = {}
         for row in self.rows:
             largest[row.quantity] = max(row.difference, largest.get(row.quantity, 0.0))
@@ -134,24 +119,13 @@ def mean(difference: np.ndarray) -> float:
     return float(np.nan_to_num(np.abs(difference), nan=np.inf).mean()) if np.size(difference) else 0.0
 
 
-def check_finite(
-    verdict: Verdict,
-    case: str,
-    outputs: Mapping[str, np.ndarray],
-    wanted: Mapping[str, np.ndarray],
-    names: Iterable[str],
-) -> bool:
-    """Add a row for every tensor of `names` that is not finite, in `outputs` or in what it should be; return whether
-    all are."""
+def check_finite(verdict: Verdict, case: str, outputs: Arrays, wanted: Arrays, names: Iterable[str]) -> bool:
+    """Return whether all tensors of `names` are finite in `outputs` and in what they should be; add a row of others."""
     finite = True
     for name in names:
         sides = {"the artifact": outputs, verdict.against: wanted}
-        bad = {
-            side: values[name]
-            for side, values in sides.items()
-            if name in values and not np.isfinite(values[name]).all()
-        }
-        if bad:
+        tensors = {side: values[name] for side, values in sides.items() if name in values}
+        if bad := {side: values for side, values in tensors.items() if not np.isfinite(values).all()}:
             finite = False
             kind = "NaN" if any(np.isnan(values).any() for values in bad.values()) else "an infinity"
             where = f", in {verdict.against} as well" if len(bad) == 2 else f" in {next(iter(bad))} only"
@@ -159,19 +133,10 @@ def check_finite(
     return finite
 
 
-def compare(
-    outputs: Mapping[str, np.ndarray],
-    reference: Mapping[str, np.ndarray],
-    tolerances: Mapping[str, float],
-    verdict: Verdict | None = None,
-    case: str = "outputs",
-    distance=largest,
-) -> Verdict:
-    """Compare what an artifact computed with what is right.
+def compare(outputs: Arrays, reference: Arrays, tolerances, verdict=None, case="outputs", distance=largest) -> Verdict:
+    """Compare what an artifact computed with what is right, and add the rows to `verdict`, or to a new one.
 
-    outputs, reference: name -> array; tolerances: name -> how far `distance` of the difference may go, for the names to
-        compare.
-    verdict: to add the rows to; a new one when not given.
+    tolerances: of the names to compare, how far `distance` of the difference may go.
     """
     verdict = Verdict() if verdict is None else verdict
     if not check_finite(verdict, case, outputs, reference, tolerances):

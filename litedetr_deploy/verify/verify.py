@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +29,6 @@ def verify(
         images: to compare on, as `load_image` takes them; None: the package draws one.
         variant, force_variant: of a checkpoint, as `load_model` takes them; by default what the ONNX model says.
         progress: called with the name of each stage as it begins.
-
-    Raises:
-        LiteDetrError: a file is missing or damaged, or nothing that can be compared.
     """
     if Path(artifact).suffix.lower() in ENGINE_SUFFIXES:
         return _verify_engine(artifact, against, images, progress)
@@ -60,16 +58,12 @@ def _verify_engine(engine, onnx, images, progress) -> Verdict:
     check_file(engine, "an engine that `litedetr build` made")
     record, reference = read_record(engine), OnnxSession(onnx)
     if "shapes" not in record:
-        raise LiteDetrError(
-            f"{engine} was not built by `litedetr build`: nothing says which sizes it takes. Build it with that."
-        )
+        what = "was not built by `litedetr build`: nothing says which sizes it takes. Build it with that."
+        raise LiteDetrError(f"{engine} {what}")
     precision = record["metadata"]["precision"]
     if precision == "bf16" or precision not in TOLERANCES:
         return Verdict("the ONNX model", "the engine", skipped=f"ONNX Runtime's CPU does not compute in {precision}")
     smallest, best, largest = record["shapes"]["images"]
-    session = TensorRTSession(engine)
-    try:
-        sizes = sorted({tuple(best[2:]), tuple(largest[2:])})
+    sizes = sorted({tuple(best[2:]), tuple(largest[2:])})
+    with contextlib.closing(TensorRTSession(engine)) as session:
         return verify_engine(session, reference, precision, (smallest[0], largest[0]), sizes, images, progress)
-    finally:
-        session.close()
