@@ -13,8 +13,8 @@ from pathlib import Path
 from .. import __version__
 from ..artifact import sha256
 from ..errors import LiteDetrError
+from ..model.config import parse_variant
 from ..verify.reference import Reference, Weights, make_image, make_reference
-from .contender import Job
 from .packages import is_installed
 from .plan import Spec, artifact_metadata
 
@@ -22,7 +22,7 @@ _sha256 = functools.cache(sha256)
 
 
 class Cache:
-    """The folder and what is in it.  Copied to a machine without PyTorch it serves there.
+    """Exported models and PyTorch's outputs in a folder, which serves on a machine without PyTorch as well.
 
     checkpoint: the weights that artifacts were made from, as `Weights.source`; variant: of a checkpoint that cannot
         tell; build: makes an engine of a graph, given both paths and the batch; progress: called with what is made.
@@ -36,8 +36,6 @@ class Cache:
         self.progress: Callable[[str], None] = lambda stage: None
         self._weights: dict[str, Weights] = {}
         self._references: dict[Path, Reference] = {}
-
-    # Where things are, or are to be
 
     def graph(self, spec: Spec) -> Path:
         """Return the path of the ONNX model; an artifact is its own."""
@@ -59,8 +57,6 @@ class Cache:
         """Return what `Weights` takes; None for an artifact of unknown weights."""
         return self.checkpoint if spec.is_artifact else spec.model
 
-    # Made where they are missing
-
     def prepare(self, specs: Iterable[Spec]) -> list[Path]:
         """Make everything that measuring needs but engines; return the files."""
         files = {}
@@ -70,11 +66,10 @@ class Cache:
                 files[self._export(spec)] = None
         return list(files)
 
-    def job(self, spec: Spec) -> Job:
-        weights = self.weights(spec) if spec.way.engine == "pytorch" else None
-        # A copy: the process gets a name to load, not this process's tensors.
-        weights = weights and dataclasses.replace(weights)
-        return Job(spec, self.model(spec), self.reference(spec).path, weights)
+    def engine(self, spec: Spec) -> tuple:
+        """Return the arguments of `open_engine`, in another process too: of the weights the name, not the tensors."""
+        weights = dataclasses.replace(self.weights(spec)) if spec.way.engine == "pytorch" else None
+        return spec, self.model(spec), self.reference(spec).path, weights
 
     def variant(self, spec: Spec) -> str | None:
         """Return the name of the detector; None for a checkpoint, and where an artifact does not tell."""
@@ -82,8 +77,6 @@ class Cache:
             if spec.is_artifact:
                 return artifact_metadata(Path(spec.model)).get("variant")
             if self.weights(spec).random:
-                from ..model.config import parse_variant
-
                 return parse_variant(spec.model).name
         return None
 
@@ -95,6 +88,7 @@ class Cache:
         return self._weights.get(source)
 
     def reference(self, spec: Spec) -> Reference:
+        """Return PyTorch's outputs, with the tolerances of the spec's precision, made where they are not there yet."""
         path, weights = self.reference_path(spec), self.weights(spec)
         reference = self._references.get(path)
         if reference is None and path.is_file():
@@ -112,12 +106,11 @@ class Cache:
     def model(self, spec: Spec) -> Path:
         """Return the artifact; exported, and built, where it is not there yet.  PyTorch reads none."""
         path = self.model_path(spec)
-        if spec.way.engine == "pytorch" or path.is_file():
-            return path
-        graph = self._export(spec)
-        if path != graph and self._build:
-            self.progress(f"{spec.model}: build the engine")
-            self._build(graph, path, spec.batch)
+        if spec.way.engine != "pytorch" and not path.is_file():
+            graph = self._export(spec)
+            if path != graph and self._build:
+                self.progress(f"{spec.model}: build the engine")
+                self._build(graph, path, spec.batch)
         return path
 
     def _export(self, spec: Spec) -> Path:

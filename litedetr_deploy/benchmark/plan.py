@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import shutil
 from collections.abc import Sequence
@@ -29,13 +28,19 @@ if TYPE_CHECKING:
 PRECISIONS = limits.PRECISIONS
 DEVICES = ("cpu", "cuda")
 BYTES_PER_PIXEL = 128  # that any backbone's first layers hold at once, at the least
+ENGINES = {  # the package, the library of our ops that it loads, and the precisions that it runs
+    "onnxruntime": ("onnxruntime", "onnxruntime", PRECISIONS),
+    "openvino": ("openvino", None, ("fp32",)),
+    "pytorch": ("torch", "core", ("fp32", "fp16", "bf16")),
+    "tensorrt": ("tensorrt", "tensorrt", PRECISIONS),
+}
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to run a detector."""
 
-    engine: str  # 'onnxruntime', 'openvino', 'pytorch' or 'tensorrt'
+    engine: str  # of ENGINES
     attention: str  # of the exported graph; of PyTorch 'op' or 'official'
     about: str
     devices: tuple[str, ...] = DEVICES
@@ -60,18 +65,15 @@ DEFAULT_BACKENDS = ("onnxruntime-op", "onnxruntime-gridsample", "pytorch", "pyto
 
 @dataclass(frozen=True)
 class Spec:
-    """One thing to measure.
+    """One thing to measure."""
 
-    model: a variant, a checkpoint, or the path of an artifact; backend: of BACKENDS; threads: of the CPU.
-    """
-
-    model: str
-    backend: str
+    model: str  # a variant, a checkpoint, or the path of an artifact
+    backend: str  # of BACKENDS
     precision: str
     batch: int
     image_size: tuple[int, int]
     device: str
-    threads: int
+    threads: int  # of the CPU
 
     @property
     def way(self) -> Backend:
@@ -92,11 +94,9 @@ class Spec:
 
     @property
     def where(self) -> str:
-        return "CUDA" if self.device == "cuda" else f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-    @property
-    def key(self) -> str:
-        return " | ".join((self.model, self.backend, self.precision, self.shape, self.device, str(self.threads)))
+        """What the specs of a group have in common."""
+        device = "CUDA" if self.device == "cuda" else f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.image_size[0]}x{self.image_size[1]}, batch {self.batch}, {device}"
 
     @property
     def name(self) -> str:
@@ -104,39 +104,24 @@ class Spec:
         model = Path(self.model).name if self.is_artifact else self.model
         return f"{model}, {self.backend}" + ("" if self.precision == "fp32" else f", {self.precision}")
 
-    def to_dict(self) -> dict:
-        return asdict(self) | {"image_size": list(self.image_size)}
-
 
 def make_plan(
-    models: Sequence[str],
-    backends: Sequence[str],
-    precisions: Sequence[str],
-    batches: Sequence[int],
-    image_sizes: Sequence[tuple[int, int]],
-    device: str,
-    threads: Sequence[int],
-) -> list[Spec]:
+    models: Sequence[str], backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
+    image_sizes: Sequence[tuple[int, int]], device: str, threads: Sequence[int],
+) -> list[Spec]:  # fmt: skip
     """Return all combinations, those that are compared with each other side by side.
 
     An artifact has its own attention, precision and, where it is fixed, size; ONNX Runtime runs an .onnx, OpenVINO as
-    well where it is among `backends`.
-
-    Gives a `Notice` for an artifact that was not verified.
-
-    Raises:
-        LiteDetrError: an option names what does not exist, or asks for more threads or memory than this machine has.
+    well where it is among `backends`.  Gives a `Notice` for an artifact that was not verified; raises LiteDetrError
+    for what does not exist, and for more threads or memory than this machine has.
     """
-    for name, values, known in (
-        ("backend", backends, tuple(BACKENDS)),
-        ("precision", precisions, PRECISIONS),
-        ("device", [device], DEVICES),
-    ):
+    options = ("backend", backends, BACKENDS), ("precision", precisions, PRECISIONS), ("device", [device], DEVICES)
+    for option, values, known in options:
         if unknown := [value for value in values if value not in known]:
-            raise LiteDetrError(f"The {name} {unknown[0]!r} does not exist. Choose from {', '.join(known)}.")
+            raise LiteDetrError(f"The {option} {unknown[0]!r} does not exist. Choose from {', '.join(known)}.")
     check_threads(threads)
     for batch, (height, width) in itertools.product(batches, image_sizes):
-        limits.check("op", "fp32", (height, width), "raw", limits.FIRST_OPSET)
+        limits.check_size(height, width)
         if (needed := batch * height * width * BYTES_PER_PIXEL) > memory_bytes():
             raise LiteDetrError(
                 f"Batches of {batch} images of {height}x{width} need more than {needed >> 30} GiB, and this machine "
@@ -146,8 +131,12 @@ def make_plan(
         if Path(model).suffix.lower() in SUFFIXES:
             check_file(model, "an artifact; `litedetr export` makes one")
             warn_unless_verified(model, artifact_metadata(Path(model)))
-        else:
-            _check_name(model)
+        elif model not in assets.NAMES and not Path(model).is_file():
+            try:
+                parse_variant(model)
+            except LiteDetrError as error:
+                text = f"{model!r} is neither a file that exists nor the name of a detector: {error}"
+                raise LiteDetrError(text) from error
     if device == "cuda":
         threads = threads[:1]  # of the host: they do not matter
     specs = []
@@ -165,10 +154,9 @@ def _artifact_specs(model, backends, batch, size, device, threads) -> list[Spec]
     metadata = artifact_metadata(path)
     attention, precision = metadata.get("attention", "op"), metadata.get("precision", "fp32")
     size = tuple(metadata.get("image_size") or size)
+    names = [f"onnxruntime-{attention}", *({f"openvino-{attention}"} & set(backends))]
     if path.suffix.lower() in ENGINE_SUFFIXES:
         names, device = ["tensorrt-gather" if attention == "gather" else "tensorrt-op"], "cuda"
-    else:
-        names = [f"onnxruntime-{attention}", *({f"openvino-{attention}"} & set(backends))]
     return [Spec(model, name, precision, batch, size, device, threads) for name in names]
 
 
@@ -182,47 +170,40 @@ def artifact_metadata(path: Path) -> dict:
     return OnnxSession(path).metadata
 
 
-def _check_name(model: str) -> None:
-    if model in assets.NAMES or Path(model).is_file():
-        return
-    try:
-        parse_variant(model)
-    except LiteDetrError as error:
-        raise LiteDetrError(f"{model!r} is neither a file that exists nor the name of a detector: {error}") from error
-
-
 def why_missing(spec: Spec, cache: Cache, unchecked: bool = False) -> str:
     """Return why this machine cannot measure something; empty where it can.
 
     unchecked: whether an artifact may be timed without a check.
     """
-    way, exists = spec.way, cache.graph(spec).is_file()
-    packages, reasons = [_package(spec)], []
+    way = spec.way
+    package, library, precisions = ENGINES[way.engine]
+    if way.engine == "tensorrt" and spec.is_artifact and read_record(spec.model).get("backend") == "tensorrt-rtx":
+        package = "tensorrt_rtx"
+    packages, reasons = [package], []
     if spec.device not in way.devices:
         reasons.append(f"it runs on {' and '.join(way.devices)} only, not on {spec.device}")
-    else:
-        reasons.append(_missing_device(spec))
-    if way.engine != "pytorch" and not exists:
+    elif spec.device == "cuda":
+        reasons.append(_why_no_cuda(way.engine))
+    if way.engine != "pytorch" and not cache.graph(spec).is_file():
         packages += ["torch", "onnx", "onnxscript"]  # to export it
-    if cache.weights_name(spec) is not None:
-        if not cache.reference_path(spec).is_file():
-            packages.append("torch")  # to check it
-    elif not unchecked:
-        reasons.append("its weights are not known, so that it cannot be checked: give --checkpoint, or --unchecked")
-    reasons += [missing_packages(packages), _missing_library(way), _missing_precision(spec)]
+    if cache.weights_name(spec) is None:
+        text = "its weights are not known, so that it cannot be checked: give --checkpoint, or --unchecked"
+        reasons.append("" if unchecked else text)
+    elif not cache.reference_path(spec).is_file():
+        packages.append("torch")  # to check it
+    reasons.append(missing_packages(packages))
+    try:
+        if way.attention == "op" and library:
+            native.library(library)
+    except FileNotFoundError:
+        text = f"the {library} library of our ops is not built: pip install --force-reinstall . in the source folder"
+        reasons.append(text)
+    if spec.precision not in precisions:
+        reasons.append(f"{spec.precision} is not supported by {way.engine} here, {' and '.join(precisions)} only")
     return "; ".join(filter(None, reasons))
 
 
-def _package(spec: Spec) -> str:
-    if spec.way.engine == "tensorrt" and spec.is_artifact and read_record(spec.model).get("backend") == "tensorrt-rtx":
-        return "tensorrt_rtx"
-    return {"pytorch": "torch"}.get(spec.way.engine, spec.way.engine)
-
-
-def _missing_device(spec: Spec) -> str:
-    engine = spec.way.engine
-    if spec.device != "cuda":
-        return ""
+def _why_no_cuda(engine: str) -> str:
     if engine == "onnxruntime" and is_installed("onnxruntime"):
         import onnxruntime
 
@@ -233,63 +214,29 @@ def _missing_device(spec: Spec) -> str:
 
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA device here"
-    if engine == "tensorrt" and not Path("/dev/nvidiactl").exists() and not Path("/dev/nvhost-ctrl-gpu").exists():
+    if engine == "tensorrt" and not any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl-gpu")):
         return "there is no NVIDIA GPU here"
     return ""
 
 
-def _missing_library(way: Backend) -> str:
-    name = {"onnxruntime": "onnxruntime", "pytorch": "core", "tensorrt": "tensorrt"}.get(way.engine)
-    if way.attention != "op" or name is None:
-        return ""
-    try:
-        native.library(name)
-    except FileNotFoundError:
-        return f"the {name} library of our ops is not built: pip install --force-reinstall . in the source folder"
-    return ""
-
-
-def _missing_precision(spec: Spec) -> str:
-    known = {"pytorch": ("fp32", "fp16", "bf16"), "openvino": ("fp32",)}.get(spec.way.engine, PRECISIONS)
-    if spec.precision in known:
-        return ""
-    return f"{spec.precision} is not supported by {spec.way.engine} here, {' and '.join(known)} only"
-
-
-def missing_extras() -> list[str]:
-    """Return what would add to a report and is not here."""
-    return [
-        f"{name} ({purpose})"
-        for name, there, purpose in (
-            ("matplotlib", importlib.util.find_spec("matplotlib"), "the chart: pip install matplotlib"),
-            ("onnx", importlib.util.find_spec("onnx"), "times by part in ONNX Runtime: pip install onnx"),
-            ("power sensors", find_sensors(), "NVML, by pip install nvidia-ml-py, or a Jetson's hwmon"),
-            ("trtexec", shutil.which("trtexec"), "its own figure beside ours, for engines"),
-        )
-        if not there
-    ]
-
-
-def plan_rows(specs: Sequence[Spec], cache: Cache, unchecked: bool) -> list[dict]:
-    """Return for each spec, as JSON types, what it is and its state: 'ready', 'to be exported' or 'missing' and why."""
-    rows = []
+def describe_plan(specs: Sequence[Spec], cache: Cache, unchecked: bool) -> tuple[list[dict], list[str]]:
+    """Return for each spec, as JSON types, what it is and its state: 'ready', 'to be exported' or 'missing' and why;
+    and lines of the same for people, with what would add to a report and is not here."""
+    rows, cells = [], []
     for spec in specs:
         reason = why_missing(spec, cache, unchecked)
         made = spec.way.engine == "pytorch" or cache.model_path(spec).is_file()
         state = "missing" if reason else "ready" if made else "to be exported"
-        rows.append(spec.to_dict() | {"contender": spec.name, "state": state, "trouble": reason})
-    return rows
-
-
-def plan_table(rows: Sequence[dict], cache: Cache) -> list[str]:
-    """Return the rows of `plan_rows` as lines for people."""
-    cells = [
-        [row["contender"], "x".join(map(str, (row["batch"], *row["image_size"]))), row["device"],
-         str(row["threads"]), row["state"] + (row["trouble"] and f": {row['trouble']}")]
-        for row in rows
-    ]  # fmt: skip
-    ready = sum(row["state"] != "missing" for row in rows)
+        rows.append(asdict(spec) | {"contender": spec.name, "state": state, "trouble": reason})
+        cells.append([spec.name, spec.shape, spec.device, str(spec.threads), state + (reason and f": {reason}")])
     lines = table(("contender", "size", "device", "threads", "state"), cells)
+    ready = sum(row["state"] != "missing" for row in rows)
     lines += ["", f"{ready} of {len(rows)} can be measured here; exported models are kept in {cache.folder}"]
-    extras = missing_extras()
-    return lines + ([f"not here, and not needed: {'; '.join(extras)}"] if extras else [])
+    extras = {
+        "matplotlib (the chart: pip install matplotlib)": is_installed("matplotlib"),
+        "onnx (times by part in ONNX Runtime: pip install onnx)": is_installed("onnx"),
+        "power sensors (NVML, by pip install nvidia-ml-py, or a Jetson's hwmon)": find_sensors(),
+        "trtexec (its own figure beside ours, for engines)": shutil.which("trtexec"),
+    }
+    absent = "; ".join(extra for extra, found in extras.items() if not found)
+    return rows, lines + [f"not here, and not needed: {absent}"] * bool(absent)
