@@ -26,13 +26,10 @@ POWER_SECONDS = 4.0  # of calls without a pause, while the sensors are read
 
 @dataclass
 class Result:
-    """What came of a contender.
-
-    subject: what was measured, as the contender says it; figures: JSON types that the contender adds to its times.
-    """
+    """What came of a contender."""
 
     name: str
-    subject: Any = None
+    subject: Any = None  # what was measured, as the contender says it
     status: str = INTERRUPTED
     trouble: str = ""  # why it is not MEASURED
     seconds: list[float] = field(default_factory=list)  # of every timed call, in their order
@@ -43,7 +40,12 @@ class Result:
     parts: dict[str, float] | None = None  # seconds, of calls that were watched
     encoder_operators: dict[str, float] | None = None  # seconds, of the same calls
     power: dict | None = None  # see sensors.watch
-    figures: dict = field(default_factory=dict)
+    figures: dict = field(default_factory=dict)  # JSON types that the contender adds
+
+    @property
+    def remark(self) -> str:
+        """What stands in place of a time."""
+        return f"{self.status}: {self.trouble}" if self.trouble else self.status
 
     @property
     def median(self) -> float:
@@ -114,24 +116,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: of timed calls for each contender, of cold ones as many again; a slow one takes what a few calls need.
-
-    at_once: how many are open together and called in turns.
-    """
-
-    seconds: float = 20.0
-    at_once: int = 4
+    seconds: float = 20.0  # of timed calls for each, of cold ones as many again; a slow one takes what a few calls need
+    at_once: int = 4  # contenders that are open together and called in turns
     cold: bool = False
 
 
 def measure(
-    contenders: Sequence[Contender],
-    settings: Settings,
-    progress: Callable[[str], None] = lambda stage: None,
-    sensors=None,
-    store: Store | None = None,
-    results: list[Result] | None = None,
-) -> list[Result]:
+    contenders: Sequence[Contender], settings: Settings, progress: Callable[[str], None] = lambda stage: None,
+    sensors=None, store: Store | None = None, results: list[Result] | None = None,
+) -> list[Result]:  # fmt: skip
     """Measure contenders that are compared with each other; return a `Result` for each, in their order.
 
     sensors: see `sensors.find_sensors`; read while each contender runs on its own.
