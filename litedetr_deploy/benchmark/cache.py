@@ -39,15 +39,12 @@ class Cache:
 
     def graph(self, spec: Spec) -> Path:
         """Return the path of the ONNX model; an artifact is its own."""
-        if spec.is_artifact:
-            return Path(spec.model)
-        return self.folder / f"{_stem(spec.model, spec.image_size)}-{spec.way.attention}-{spec.precision}.onnx"
+        made = f"{spec.way.attention}-{spec.precision}.onnx"
+        return Path(spec.model) if spec.is_artifact else self.folder / f"{_stem(spec.model, spec.image_size)}-{made}"
 
     def model_path(self, spec: Spec) -> Path:
-        graph = self.graph(spec)
-        if spec.is_artifact or spec.way.engine != "tensorrt":
-            return graph
-        return graph.with_name(f"{graph.stem}-batch{spec.batch}.plan")  # best for this batch
+        graph, is_built = self.graph(spec), spec.way.engine == "tensorrt" and not spec.is_artifact
+        return graph.with_name(f"{graph.stem}-batch{spec.batch}.plan") if is_built else graph  # best for this batch
 
     def reference_path(self, spec: Spec) -> Path:
         """Return the path of PyTorch's outputs; of an artifact of unknown weights, of its image alone."""
@@ -59,12 +56,10 @@ class Cache:
 
     def prepare(self, specs: Iterable[Spec]) -> list[Path]:
         """Make everything that measuring needs but engines; return the files."""
-        files = {}
+        files = []
         for spec in specs:
-            files[self.reference(spec).path] = None
-            if spec.way.engine != "pytorch":
-                files[self._export(spec)] = None
-        return list(files)
+            files += [self.reference(spec).path, *([] if spec.way.engine == "pytorch" else [self._export(spec)])]
+        return list(dict.fromkeys(files))
 
     def engine(self, spec: Spec) -> tuple:
         """Return the arguments of `open_engine`, in another process too: of the weights the name, not the tensors."""
@@ -136,8 +131,6 @@ def _stem(weights: str, image_size: tuple[int, int]) -> str:
 @functools.cache
 def sources_digest() -> str:
     """Return a digest of the code that makes a model what it is: what other code exported is not measured."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256(__version__.encode())
-    for file in sorted(path for part in ("model", "ops", "export") for path in (package / part).rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
+    folders = [Path(__file__).parents[1] / part for part in ("model", "ops", "export")]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return hashlib.sha256(__version__.encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:8]

@@ -41,7 +41,7 @@ class Detector(Contender):
     `open` and `ask` raise a LiteDetrError of one line where the process fails, which ends it.
     """
 
-    time, memory, parts, keep_running = map(_asked, ("time", "memory", "parts", "keep_running"))
+    time, parts, keep_running = map(_asked, ("time", "parts", "keep_running"))
 
     def __init__(self, spec: Spec, cache: Cache, unchecked: bool = False):
         self.subject, self.name, self.key, self.images = spec, spec.name, repr(spec), spec.batch
@@ -57,7 +57,10 @@ class Detector(Contender):
         process.start()
         self._process = process
         other.close()
-        self.ask("warm_up")
+        self._peak = self.ask("warm_up")
+
+    def memory(self) -> int | None:
+        return self._peak
 
     def ask(self, question: str, *arguments):
         """Return what the method `question` of the engine returns."""
@@ -126,8 +129,6 @@ class Engine(Contender):
     file: the artifact; pixels: an .npz with `images` [1, 3, H, W]; weights: of PyTorch, which reads no file.
     """
 
-    _peak: int | None = None
-
     def __init__(self, spec: Spec, file: Path, pixels: Path, weights: Weights | None = None):
         self.spec, self.file, self.weights, self.images = spec, file, weights, spec.batch
         with np.load(pixels) as arrays:
@@ -137,15 +138,13 @@ class Engine(Contender):
         """Return them by name, as `Reference.check` takes them."""
         return self.call()
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> int | None:
+        """Return the bytes that were resident in this process at most, before a check and a profile add to them."""
         self.call()
         self.call()
         status = Path("/proc/self/status")
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        self._peak = int(found[1]) << 10 if found else None  # before a check and a profile add to it
-
-    def memory(self) -> int | None:
-        return self._peak
+        return int(found[1]) << 10 if found else None
 
     def feed(self, inputs: set[str]) -> dict[str, np.ndarray]:
         """Return what an artifact with these inputs is given: the images, their sizes, and a mask without padding."""

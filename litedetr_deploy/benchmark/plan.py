@@ -6,7 +6,7 @@ import functools
 import itertools
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,29 +135,26 @@ def make_plan(
             try:
                 parse_variant(model)
             except LiteDetrError as error:
-                text = f"{model!r} is neither a file that exists nor the name of a detector: {error}"
-                raise LiteDetrError(text) from error
+                what = f"{model!r} is neither a file that exists nor the name of a detector"
+                raise LiteDetrError(f"{what}: {error}") from error
     if device == "cuda":
         threads = threads[:1]  # of the host: they do not matter
     specs = []
-    for size, batch, count, model in itertools.product(image_sizes, batches, threads, models):
-        if Path(model).suffix.lower() in SUFFIXES:
-            specs += _artifact_specs(model, backends, batch, size, device, count)
-        else:
-            for precision, backend in itertools.product(precisions, backends):
-                specs.append(Spec(model, backend, precision, batch, size, device, count))
-    return list(dict.fromkeys(specs))  # an artifact of fixed size came once for every size
+    for choice in itertools.product(image_sizes, batches, threads, models, precisions, backends):
+        size, batch, count, model, precision, backend = choice
+        spec = Spec(model, backend, precision, batch, size, device, count)
+        specs += _of_artifact(spec, backends) if spec.is_artifact else [spec]
+    return list(dict.fromkeys(specs))  # an artifact came once for every backend, precision and, where fixed, size
 
 
-def _artifact_specs(model, backends, batch, size, device, threads) -> list[Spec]:
-    path = Path(model)
-    metadata = artifact_metadata(path)
+def _of_artifact(spec: Spec, backends: Sequence[str]) -> list[Spec]:
+    metadata, device = artifact_metadata(Path(spec.model)), spec.device
     attention, precision = metadata.get("attention", "op"), metadata.get("precision", "fp32")
-    size = tuple(metadata.get("image_size") or size)
+    size = tuple(metadata.get("image_size") or spec.image_size)
     names = [f"onnxruntime-{attention}", *({f"openvino-{attention}"} & set(backends))]
-    if path.suffix.lower() in ENGINE_SUFFIXES:
+    if Path(spec.model).suffix.lower() in ENGINE_SUFFIXES:
         names, device = ["tensorrt-gather" if attention == "gather" else "tensorrt-op"], "cuda"
-    return [Spec(model, name, precision, batch, size, device, threads) for name in names]
+    return [replace(spec, backend=name, precision=precision, image_size=size, device=device) for name in names]
 
 
 @functools.cache
