@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,10 +22,7 @@ from . import timing
 from .harness import Contender, Result
 from .packages import is_installed
 from .parts import Watched, onnxruntime_parts, torch_parts
-from .plan import Spec, why_missing
-
-if TYPE_CHECKING:
-    from .cache import Cache
+from .plan import Cache, Spec, why_missing
 
 PROBES = (SCORES, INDICES)
 
@@ -36,10 +32,7 @@ def _asked(question: str):
 
 
 class Detector(Contender):
-    """A detector in a process of its own, whose engine answers for it.
-
-    `open` and `ask` raise a LiteDetrError of one line where the process fails, which ends it.
-    """
+    """A detector in a process of its own, whose engine answers for it; where that fails, in one line."""
 
     time, parts, keep_running = map(_asked, ("time", "parts", "keep_running"))
 
@@ -124,10 +117,7 @@ def open_engine(spec: Spec, *rest) -> Engine:
 
 
 class Engine(Contender):
-    """A detector in this process.
-
-    file: the artifact; pixels: an .npz with `images` [1, 3, H, W]; weights: of PyTorch, which reads no file.
-    """
+    """A detector in this process.  pixels: an .npz with `images` [1, 3, H, W]; weights: of PyTorch alone."""
 
     def __init__(self, spec: Spec, file: Path, pixels: Path, weights: Weights | None = None):
         self.spec, self.file, self.weights, self.images = spec, file, weights, spec.batch

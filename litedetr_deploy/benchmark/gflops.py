@@ -27,11 +27,8 @@ ITEMS = {  # of the encoder, by their headings
 def count(
     model: str, image_size: tuple[int, int] | None = None, variant: str | None = None, force_variant: bool = False
 ) -> dict:
-    """Return the counts of a variant, a checkpoint or an .onnx model, as `FlopCount.to_dict` has them.
-
-    image_size: (height, width); the paper's, or the ONNX model's own, when not given.
-    variant, force_variant: of a checkpoint, as `load_model` takes them.
-    """
+    """Return the counts of a variant, a checkpoint (as `load_model` takes it) or an .onnx model, as `FlopCount.to_dict`
+    has them, for images of the paper's size, or of the ONNX model's own, when none is given."""
     from ..model.flops import PAPER_SIZE, count_flops
 
     if Path(model).suffix == ".onnx":

@@ -54,11 +54,10 @@ class Result:
 
     def milliseconds(self) -> dict:
         """Return median and percentiles by their names in the reports."""
-        found = {f"{name}_ms": timing.percentile(self.seconds, percent) * 1e3
-                 for name, percent in (("median", 50), ("p90", 90), ("p99", 99))}  # fmt: skip
-        if self.cold_seconds:
-            found |= {f"cold_{name}_ms": timing.percentile(self.cold_seconds, percent) * 1e3
-                      for name, percent in (("median", 50), ("p90", 90))}  # fmt: skip
+        names = {"median_ms": 50, "p90_ms": 90, "p99_ms": 99}
+        found = {name: timing.percentile(self.seconds, percent) * 1e3 for name, percent in names.items()}
+        for name in ("median_ms", "p90_ms") if self.cold_seconds else ():
+            found[f"cold_{name}"] = timing.percentile(self.cold_seconds, names[name]) * 1e3
         return {"calls": len(self.seconds)} | found
 
 

@@ -14,11 +14,10 @@ from .. import __version__
 from ..artifact import Store
 from ..ops import native
 from . import harness, report, timing
-from .cache import Cache, sources_digest
 from .contender import Detector
 from .harness import Result, Settings
 from .parts import PARTS
-from .plan import Spec
+from .plan import Cache, Spec, sources_digest
 from .sensors import find_sensors
 
 SCHEMA = 2
@@ -34,15 +33,17 @@ HOW = (
 
 
 class Run:
-    """A plan that is measured, and its reports.
-
-    output: the reports' path without suffix; beside it lies what is finished, from which the same run resumes.
-    unchecked: time artifacts of unknown weights, that nothing can be compared with.
-    """
+    """A plan that is measured, and its reports: at `output` without suffix, beside which lies what is finished, from
+    which the same run resumes.  unchecked: time artifacts of unknown weights, that nothing can be compared with."""
 
     def __init__(self, plan: Sequence[Spec], cache: Cache, settings: Settings, output: Path | None = None,
                  unchecked: bool = False):  # fmt: skip
-        self.machine, self.results = describe_machine(), []
+        self.machine = timing.machine(PACKAGES) | {"sources": f"{__version__}-{sources_digest()}"}
+        with contextlib.suppress(RuntimeError):
+            self.machine["op_kernel"] = native.load_core().kda_cpu_isa().decode()
+        if sensors := find_sensors():
+            self.machine |= sensors.describe()
+        self.results: list[Result] = []
         self._plan, self._cache, self._settings = plan, cache, settings
         self._output, self._unchecked = output, unchecked
         same = ("cpu", "cores", "python", "packages", "sources", "op_kernel", "device", "driver", "power_mode")
@@ -77,15 +78,6 @@ class Run:
         paths = write_reports(self.results, self.machine, self.to_dict(), self._output) if self._output else []
         self._store.remove()
         return paths
-
-
-def describe_machine() -> dict:
-    """Return what a reader needs to know about this machine, as JSON types."""
-    machine = timing.machine(PACKAGES) | {"sources": f"{__version__}-{sources_digest()}"}
-    with contextlib.suppress(RuntimeError):
-        machine["op_kernel"] = native.load_core().kda_cpu_isa().decode()
-    sensors = find_sensors()
-    return machine | (sensors.describe() if sensors else {})
 
 
 # Reports

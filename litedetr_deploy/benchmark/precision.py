@@ -52,8 +52,7 @@ def measure(
     """Export `model` into `folder` in every precision and attention; return PyTorch's evaluation in FP32, and, as JSON
     types, the figures of each: `median` in seconds, None where ONNX Runtime cannot run it.
 
-    calibration: images for INT8, as `Int8` takes them.  seconds: of timed calls, for each.
-    progress: as `evaluate` calls it.
+    calibration: images for INT8, as `Int8` takes them; seconds: of timed calls, for each; progress: as of `evaluate`.
     """
 
     def say(what: str) -> Callable[[str], None]:

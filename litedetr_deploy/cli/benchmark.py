@@ -93,9 +93,8 @@ def latency(
         _checks.writable_directory(output.parent)
     from ..benchmark import harness
     from ..benchmark import latency as measuring
-    from ..benchmark.cache import Cache
 
-    store = Cache(cache, checkpoint, variant, _build_engine)
+    store = plans.Cache(cache, checkpoint, variant, _build_engine)
     if dry_run:
         rows, lines = plans.describe_plan(plan, store, unchecked)
         print_result(as_json, {"plan": rows, "cache": str(cache)}, lines)

@@ -16,9 +16,9 @@ import typer
 from typer.testing import CliRunner
 
 from litedetr_deploy.benchmark import harness, latency, parts, plan, sensors, timing
-from litedetr_deploy.benchmark.cache import Cache
 from litedetr_deploy.benchmark.contender import Detector, open_engine, read_trtexec
 from litedetr_deploy.benchmark.official import key_aware_deform_attn, ms_deform_attn
+from litedetr_deploy.benchmark.plan import Cache
 from litedetr_deploy.cli.benchmark import latency as command
 from litedetr_deploy.errors import LiteDetrError
 from litedetr_deploy.ops import reference, schema
@@ -144,7 +144,7 @@ def test_what_is_missing_is_said(cache, monkeypatch):
 def test_planning_and_measuring_artifacts_import_neither_torch_nor_onnx():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnx', 'onnxruntime', 'matplotlib']));"
-        "from litedetr_deploy.benchmark import cache, contender, harness, latency, plan"
+        "from litedetr_deploy.benchmark import contender, harness, latency, plan"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
