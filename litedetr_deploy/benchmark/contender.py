@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import signal
 import subprocess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ class Detector(Contender):
 
     def __init__(self, spec: Spec, cache: Cache, unchecked: bool = False):
         self.subject, self.name, self.key, self.images = spec, spec.name, repr(spec), spec.batch
-        self._cache, self._unchecked, self._process = cache, unchecked, None
+        self._cache, self._unchecked = cache, unchecked
+        self._process: BaseProcess | None = None
 
     def missing(self) -> str:
         return why_missing(self.subject, self._cache, self._unchecked)

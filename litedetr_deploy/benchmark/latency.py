@@ -167,8 +167,8 @@ def _tables(group: Sequence[Result]) -> list[str]:
         names = ("watts", "joules_per_image", "clock_mhz", "lowest_clock_mhz", "temperature_c")
         return [*(row["power"][name] for name in names), ", ".join(row["power"]["throttling"]) or "no"]
 
-    columns = ("watts", "J/image", "MHz", "lowest MHz", "°C", "throttling")
-    add("Power, while called without a pause:", columns, "power", power)
+    headings = ("watts", "J/image", "MHz", "lowest MHz", "°C", "throttling")
+    add("Power, while called without a pause:", headings, "power", power)
     both = ("median_ms", "trtexec_ms")
     add("Against trtexec, median ms:", ("here", "trtexec"), "trtexec_ms", lambda row: [row[name] for name in both])
     return lines
