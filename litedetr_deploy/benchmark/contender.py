@@ -1,95 +1,106 @@
-"""A detector ready to be timed, in a process of its own, with the threads and the memory to itself.
-
-`Worker` starts the process and talks to it; `Job` says what runs there.  The process ends when the other end of its
-pipe does.
-"""
+"""A detector ready to be timed, in a process of its own, with the threads and the memory to itself."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import re
 import signal
-from dataclasses import dataclass
+import subprocess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 
 from ..artifact import load_onnx
 from ..errors import LiteDetrError
-from ..verify.reference import INDICES, LOGITS, SCORES, Weights
-from .harness import Contender
+from ..model.paper import PUBLISHED
+from ..ops import native
+from ..runtime.tensorrt import read_record
+from ..verify.reference import BOXES, INDICES, LOGITS, SCORES, Weights
+from . import timing
+from .harness import Contender, Result
 from .packages import is_installed
 from .parts import Watched, onnxruntime_parts, torch_parts
-from .plan import Spec
+from .plan import Cache, Spec, why_missing
 
 PROBES = (SCORES, INDICES)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a process needs.
-
-    file: the artifact, which PyTorch does not read; images: an .npz with `images` [1, 3, H, W]; weights: of PyTorch.
-    """
-
-    spec: Spec
-    file: Path
-    images: Path
-    weights: Weights | None = None
+def _asked(question: str):
+    return lambda detector, *arguments: detector.ask(question, *arguments)
 
 
-class WorkerFailed(LiteDetrError):
-    """The message is one line."""
+class Detector(Contender):
+    """A detector in a process of its own, whose engine answers for it; where that fails, in one line."""
 
+    time, parts, keep_running = map(_asked, ("time", "parts", "keep_running"))
 
-class Worker:
-    """An engine in a process of its own, loaded and run once.  Raises WorkerFailed where that, or `ask`, fails."""
+    def __init__(self, spec: Spec, cache: Cache, unchecked: bool = False):
+        self.subject, self.name, self.key, self.images = spec, spec.name, repr(spec), spec.batch
+        self._cache, self._unchecked = cache, unchecked
+        self._process: BaseProcess | None = None
 
-    def __init__(self, job: Job):
+    def missing(self) -> str:
+        return why_missing(self.subject, self._cache, self._unchecked)
+
+    def open(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, job), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(other, *self._cache.engine(self.subject)), daemon=True)
+        process.start()
+        self._process = process
         other.close()
-        try:
-            self._receive()
-        except BaseException:
-            self.close()
-            raise
+        self._peak = self.ask("warm_up")
+
+    def memory(self) -> int | None:
+        return self._peak
 
     def ask(self, question: str, *arguments):
         """Return what the method `question` of the engine returns."""
-        with contextlib.suppress(OSError):  # it ended; `_receive` says why
-            self._pipe.send((question, *arguments))
-        return self._receive()
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join()
-
-    def _receive(self):
         try:
+            with contextlib.suppress(OSError):  # it ended; its last answer says why
+                self._pipe.send((question, *arguments))
             succeeded, answer = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
             reason = "was killed, likely for want of memory" if code == -signal.SIGKILL else f"ended with {code}"
-            raise WorkerFailed(f"its process {reason}") from None
+            raise LiteDetrError(f"its process {reason}") from None
         if not succeeded:
-            raise WorkerFailed(answer)
+            raise LiteDetrError(answer)
         return answer
 
+    def check(self, result: Result) -> str:
+        spec, reference = self.subject, self._cache.reference(self.subject)
+        variant = self._cache.variant(spec)
+        # On COCO val2017, of the published weights; an artifact may have been trained on anything.
+        ap = next((model.ap for model in PUBLISHED if model.variant == variant and not spec.is_artifact), None)
+        result.figures |= {"variant": variant, "gflops": reference.gflops, "ap": ap, "check": None, "trtexec_ms": None}
+        if not reference.checks:
+            return ""
+        verdict = reference.check(self.ask("outputs"), spec.precision)
+        share = verdict.worst.share if verdict.passed else None
+        result.figures |= {"check": [row.to_dict() for row in verdict.rows], "worst": share}
+        return "" if verdict.passed else f"it does not agree with {verdict.against}: {verdict.why}"
 
-def _serve(pipe, job: Job) -> None:
+    def finish(self, result: Result) -> None:
+        if self.subject.way.engine == "tensorrt":
+            result.figures["trtexec_ms"] = trtexec_median(self._cache.model(self.subject), self.subject)
+
+    def close(self) -> None:
+        if self._process:
+            self._pipe.close()
+            self._process.terminate()
+            self._process.join()
+
+
+def _serve(pipe, *arguments) -> None:
+    """Answer for an engine until the other end of the pipe is closed, or something fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one
     try:
-        engine = open_engine(job)
-        engine.call()
-        engine.call()
-        engine.peak = peak_memory()  # before a check and a profile add to it
-        pipe.send((True, None))
+        engine = open_engine(*arguments)
         while True:
             question, *arguments = pipe.recv()
             pipe.send((True, getattr(engine, question)(*arguments)))
@@ -101,111 +112,98 @@ def _serve(pipe, job: Job) -> None:
             pipe.send((False, text if isinstance(error, LiteDetrError) else text.splitlines()[0]))
 
 
-def peak_memory() -> int | None:
-    """Return the bytes that were resident in this process at most."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) << 10 if found else None
-
-
-def open_engine(job: Job) -> Engine:
-    with np.load(job.images) as file:
-        images = np.repeat(file["images"], job.spec.batch, axis=0)
-    return _ENGINES[job.spec.way.engine](job, images)
+def open_engine(spec: Spec, *rest) -> Engine:
+    engine = _ENGINES[spec.way.engine](spec, *rest)
+    engine.open()
+    return engine
 
 
 class Engine(Contender):
-    """A detector in this process, ready to be called.  outputs: by name, as `Reference.check` takes them."""
+    """A detector in this process.  pixels: an .npz with `images` [1, 3, H, W]; weights: of PyTorch alone."""
 
-    peak: int | None = None
-
-    def __init__(self, job: Job, images: np.ndarray):
-        self.job, self.spec, self.images = job, job.spec, job.spec.batch
+    def __init__(self, spec: Spec, file: Path, pixels: Path, weights: Weights | None = None):
+        self.spec, self.file, self.weights, self.images = spec, file, weights, spec.batch
+        with np.load(pixels) as arrays:
+            self.pixels = np.repeat(arrays["images"], spec.batch, axis=0)
 
     def outputs(self) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """Return them by name, as `Reference.check` takes them."""
+        return self.call()
 
-    def memory(self) -> int | None:
-        return self.peak
+    def warm_up(self) -> int | None:
+        """Return the bytes that were resident in this process at most, before a check and a profile add to them."""
+        self.call()
+        self.call()
+        status = Path("/proc/self/status")
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        return int(found[1]) << 10 if found else None
+
+    def feed(self, inputs: set[str]) -> dict[str, np.ndarray]:
+        """Return what an artifact with these inputs is given: the images, their sizes, and a mask without padding."""
+        n, _, height, width = self.pixels.shape
+        sizes, mask = np.array([[width, height]] * n, np.int64), np.zeros((n, height, width), bool)
+        known = {"images": self.pixels, "orig_target_sizes": sizes, "pixel_mask": mask}
+        return {name: known[name] for name in inputs}
 
 
 class _OnnxRuntime(Engine):
-    def __init__(self, job: Job, images: np.ndarray):
-        super().__init__(job, images)
+    def open(self) -> None:
         from ..runtime.session import create_session
 
-        self._providers: list = ["CPUExecutionProvider"]
+        providers: list = ["CPUExecutionProvider"]
         if self.spec.device == "cuda":
-            self._providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # FP32 is what the row says
-        self._session = create_session(job.file, self._providers, self.spec.threads)
-        self._feed = _feed({value.name for value in self._session.get_inputs()}, images)
-        self._binding = self._bind() if self.spec.device == "cuda" else None
+            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # FP32 is what the row says
+        self._create = functools.partial(create_session, providers=providers, threads=self.spec.threads)
+        self._session = self._create(self.file)
+        self._feed = self.feed({value.name for value in self._session.get_inputs()})
+        self._run = functools.partial(self._session.run, None, self._feed)
+        if self.spec.device == "cuda":
+            from onnxruntime import OrtValue
 
-    def _bind(self):
-        """Inputs and outputs that stay on the device: copies over the bus are the application's choice."""
-        from onnxruntime import OrtValue
-
-        binding = self._session.io_binding()
-        for name, array in self._feed.items():
-            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, "cuda", 0))
-        for output in self._session.get_outputs():
-            binding.bind_output(output.name, "cuda")
-        return binding
+            # Inputs and outputs stay on the device: copies over the bus are the application's choice.
+            binding = self._session.io_binding()
+            for name, array in self._feed.items():
+                binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+            for output in self._session.get_outputs():
+                binding.bind_output(output.name, "cuda")
+            self._run = functools.partial(self._session.run_with_iobinding, binding)  # waits for the device
 
     def call(self):
-        if self._binding is None:
-            return self._session.run(None, self._feed)
-        return self._session.run_with_iobinding(self._binding)  # waits for the device
+        return self._run()
 
     def outputs(self) -> dict[str, np.ndarray]:
-        session = self._probed() or self._session
+        """Return PROBES too where the graph has them, and the package onnx is here to make outputs of them."""
+        session = self._session
+        if is_installed("onnx"):
+            import onnx
+
+            proto = load_onnx(self.file)
+            known = {name for node in proto.graph.node for name in node.output}
+            if known.issuperset(PROBES):
+                wanted = known.intersection((*PROBES, LOGITS, BOXES)) - {output.name for output in proto.graph.output}
+                proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+                session = self._create(proto.SerializeToString())
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, self._feed)))
-
-    def _probed(self):
-        """Return a session on the same graph that gives PROBES as well; None where it has none, or onnx is missing."""
-        if not is_installed("onnx"):
-            return None
-        import onnx
-
-        from ..runtime.session import create_session
-
-        proto = load_onnx(self.job.file)
-        known = {name for node in proto.graph.node for name in node.output}
-        if not set(PROBES) <= known:
-            return None
-        there = {output.name for output in proto.graph.output}
-        wanted = [name for name in (*PROBES, LOGITS, "pred_boxes") if name in known and name not in there]
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        return create_session(proto.SerializeToString(), self._providers, self.spec.threads)
 
     def parts(self, calls: int) -> Watched | None:
         if self.spec.device != "cpu" or not is_installed("onnx"):  # the CUDA provider's profile times launches
             return None
-        return onnxruntime_parts(self.job.file, self._feed, calls, self.spec.threads)
+        return onnxruntime_parts(self.file, self._feed, calls, self.spec.threads)
 
 
 class _OpenVino(Engine):
-    def __init__(self, job: Job, images: np.ndarray):
-        super().__init__(job, images)
+    def open(self) -> None:
         self._compiled = self._compile()
-        names = {name for value in self._compiled.inputs for name in value.get_names()}
-        self._feed = _feed(names, images)
+        self._feed = self.feed({name for value in self._compiled.inputs for name in value.get_names()})
 
     def _compile(self, probes: tuple[str, ...] = ()):
         import openvino
 
-        core = openvino.Core()
-        model = core.read_model(self.job.file)
-        if probes:
-            there = {name for value in model.outputs for name in value.get_names()}
-            model.add_outputs([name for name in probes if name not in there])
-        settings = {
-            "INFERENCE_NUM_THREADS": self.spec.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        return core.compile_model(model, "CPU", settings)
+        model = openvino.Core().read_model(self.file)
+        there = {name for value in model.outputs for name in value.get_names()}
+        model.add_outputs([name for name in probes if name not in there])
+        return compile_openvino(model, self.spec.threads)
 
     def call(self):
         return self._compiled(self._feed, share_inputs=True, share_outputs=True)  # no copies
@@ -216,81 +214,68 @@ class _OpenVino(Engine):
         return {name: np.array(values[value]) for value in compiled.outputs for name in value.get_names()}
 
 
+def compile_openvino(model, threads: int):
+    """Return a model that OpenVINO has read, compiled for the CPU as a fair rival in FP32."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
 class _TensorRt(Engine):
     """With the copies over the bus: the session takes and gives arrays of the host."""
 
-    def __init__(self, job: Job, images: np.ndarray):
-        super().__init__(job, images)
+    def open(self) -> None:
         from ..runtime.tensorrt import TensorRTSession
 
-        self._session = TensorRTSession(job.file)
-        self._feed = _feed(set(self._session.inputs), images)
+        self._session = TensorRTSession(self.file)
+        self._feed = self.feed(set(self._session.inputs))
 
     def call(self):
         return self._session.run(self._feed)
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        return {name: np.array(value) for name, value in self.call().items()}
-
 
 class _PyTorch(Engine):
-    def __init__(self, job: Job, images: np.ndarray):
-        super().__init__(job, images)
+    def open(self) -> None:
         import torch
 
         from ..model.deployed import Deployed
         from ..model.resnet import fold_frozen_batch_norm
         from .official import official_attention
 
-        self._torch = torch
+        way, device = self.spec.way, self.spec.device
         torch.set_num_threads(self.spec.threads)
         torch.backends.cudnn.allow_tf32 = False  # FP32 is what the row says
-        model = job.weights.model.to(self.spec.device)
+        model = self.weights.model
         fold_frozen_batch_norm(model)  # as the export does
-        self._deployed = Deployed(model, "raw").eval().to(self.spec.device)
-        self._run = torch.compile(self._deployed, dynamic=False) if self.spec.way.mode == "compile" else self._deployed
-        self._input = torch.from_numpy(images).to(self.spec.device)
+        self._deployed = Deployed(model, "raw").eval().to(device)
+        run = torch.compile(self._deployed, dynamic=False) if way.mode == "compile" else self._deployed
+        pixels = torch.from_numpy(self.pixels).to(device)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.spec.precision)
-        # Weights that were cast outside of a CUDA graph would be gone when it runs.
-        keep = self.spec.way.mode != "graph"
-        self._cast = lambda: torch.autocast(self.spec.device, half, enabled=half is not None, cache_enabled=keep)
-        self._attention = official_attention if self.spec.way.attention == "official" else contextlib.nullcontext
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.spec.device == "cuda" else None
-        self._graph = self._capture() if self.spec.way.mode == "graph" else None
+        attention = official_attention if way.attention == "official" else contextlib.nullcontext
 
-    def _capture(self):
-        torch = self._torch
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._captured = self._forward()
-        return graph
+        def forward():
+            # Weights that were cast outside of a CUDA graph would be gone when it runs.
+            cast = torch.autocast(device, half, enabled=half is not None, cache_enabled=way.mode != "graph")
+            with torch.inference_mode(), cast, attention():
+                return run(pixels)
 
-    def _forward(self):
-        with self._torch.inference_mode(), self._cast(), self._attention():
-            return self._run(self._input)
+        self._forward = timing.captured(forward) if way.mode == "graph" else forward
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device == "cuda" else None
 
     def call(self):
         if self._events is None:
             return self._forward()
         begin, end = self._events
         begin.record()
-        if self._graph:
-            self._graph.replay()
-            output = self._captured
-        else:
-            output = self._forward()
+        output = self._forward()
         end.record()
         end.synchronize()
         return output
 
-    def device_seconds(self) -> float | None:
-        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else None
+    def time(self, cold: bool = False) -> tuple[float, float | None]:
+        seconds, _ = super().time(cold)
+        return seconds, self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else None
 
     def outputs(self) -> dict[str, np.ndarray]:
         values = {name: value.cpu() for name, value in self.call().items()}
@@ -299,19 +284,26 @@ class _PyTorch(Engine):
     def parts(self, calls: int) -> Watched | None:
         if self.spec.way.mode:  # compiled as one
             return None
-        wait = self._torch.cuda.synchronize if self._events else lambda: None
+        import torch
+
+        wait = torch.cuda.synchronize if self._events else lambda: None
         return Watched(torch_parts(self._deployed.detector, self._forward, calls, wait))
 
 
 _ENGINES = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino, "tensorrt": _TensorRt, "pytorch": _PyTorch}
 
 
-def _feed(inputs: set[str], images: np.ndarray) -> dict[str, np.ndarray]:
-    """What an artifact with these inputs is given: the images, their sizes, and a mask without padding."""
-    n, _, height, width = images.shape
-    known = {
-        "images": images,
-        "orig_target_sizes": np.array([[width, height]] * n, np.int64),
-        "pixel_mask": np.zeros((n, height, width), bool),
-    }
-    return {name: known[name] for name in inputs}
+def trtexec_median(plan: Path, spec: Spec) -> float | None:
+    """Return the median latency, in milliseconds, that NVIDIA's own tool measures; None where it is absent or fails."""
+    shapes = f"--shapes=images:{spec.shape.replace('x', 'x3x', 1)}"
+    command = ["trtexec", f"--loadEngine={plan}", shapes, "--useCudaGraph", "--warmUp=1000", "--duration=5"]
+    if spec.way.attention == "op" and not read_record(plan).get("plugin_inside"):
+        command.append(f"--dynamicPlugins={native.library('tensorrt')}")
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return read_trtexec(subprocess.run(command, capture_output=True, text=True, timeout=600).stdout)
+    return None
+
+
+def read_trtexec(text: str) -> float | None:
+    found = re.search(r"\] Latency: .*?\bmedian = ([\d.]+) ms", text)
+    return float(found[1]) if found else None

@@ -12,15 +12,8 @@ from ..model.paper import PUBLISHED
 from . import report
 
 CONVENTIONS = (
-    "fvcore: as fvcore counts the official code, as in the paper: convolutions, matrix products, norms and bilinear "
-    "sampling, and what that code computes for training only.  all: what this package runs, softmax, sums, activations "
-    "and reductions counted too.  The unit of both is one multiply-add."
-)
-PAPER = (
-    "The paper says that it does not count sampling, and its plain attention is a CUDA op that fvcore cannot see: "
-    "'sampling' is what fvcore counts where the official code runs in PyTorch alone, as it always does for key-aware "
-    "attention.  The encoders of DINO, H-DETR and their (6+1)x1 differ by what the value projections cost, and "
-    "full-scale H-DETR outside its encoder by what is 'for training'; no one rule makes all of the paper's figures."
+    "fvcore: as fvcore counts the official code, as in the paper; all: what this package runs, softmax, sums, "
+    "activations and reductions counted too.  The unit of both is one multiply-add.  More: docs/benchmarks.md."
 )
 ITEMS = {  # of the encoder, by their headings
     "sampling": ("sampling and attention",),
@@ -34,11 +27,8 @@ ITEMS = {  # of the encoder, by their headings
 def count(
     model: str, image_size: tuple[int, int] | None = None, variant: str | None = None, force_variant: bool = False
 ) -> dict:
-    """Return the counts of a variant, a checkpoint or an .onnx model, as `FlopCount.to_dict` has them.
-
-    image_size: (height, width); the paper's, or the ONNX model's own, when not given.
-    variant, force_variant: of a checkpoint, as `load_model` takes them.
-    """
+    """Return the counts of a variant, a checkpoint (as `load_model` takes it) or an .onnx model, as `FlopCount.to_dict`
+    has them, for images of the paper's size, or of the ONNX model's own, when none is given."""
     from ..model.flops import PAPER_SIZE, count_flops
 
     if Path(model).suffix == ".onnx":
@@ -81,19 +71,19 @@ def count_table(model: str, found: dict) -> list[str]:
 def published_table(rows: list[dict]) -> list[str]:
     totals, items = [], []
     for row in rows:
-        paper, encoder = row["paper"], row["encoder"]
+        paper, encoder, whole = row["paper"], row["encoder"], row["total"]
         cells = [row["variant"]]
-        for published, ours in ((paper["gflops"], row["total"]), (paper["encoder_gflops"], encoder)):
-            cells += [str(published), _giga(ours["fvcore"]), f"{ours['fvcore'] / 1e9 - published:+.1f}"]
-            cells += [_giga(ours["all"])]
+        for published, ours in ((paper["gflops"], whole), (paper["encoder_gflops"], encoder)):
+            difference = f"{ours['fvcore'] / 1e9 - published:+.1f}"
+            cells += [str(published), _giga(ours["fvcore"]), difference, _giga(ours["all"])]
         totals.append([*cells, f"{row['parameters'] / 1e6:.1f}"])
         training = sum(part["fvcore"] for name, part in row["parts"].items() if name.endswith("for training"))
         listed = [sum(row["encoder_items"].get(name, 0) for name in names) for names in ITEMS.values()]
-        rest = encoder["fvcore"] - sum(listed), row["total"]["fvcore"] - encoder["fvcore"] - training
+        rest = encoder["fvcore"] - sum(listed), whole["fvcore"] - encoder["fvcore"] - training
         items.append([row["variant"], *map(_giga, (*listed, training, *rest))])
     columns = ("model", "paper", "fvcore", "diff.", "all", "paper, encoder", "fvcore", "diff.", "all", "params, M")
     headings = ("fvcore, by item", *ITEMS, "for training", "rest of encoder", "other parts")
-    return [*report.table(columns, totals), *report.table(headings, items), "", CONVENTIONS, "", PAPER]
+    return [*report.table(columns, totals), *report.table(headings, items), "", CONVENTIONS]
 
 
 def _giga(number: float) -> str:

@@ -1,8 +1,5 @@
-"""The one harness of all benchmarks: contenders are opened, checked, and called in turns.
-
-A machine that slows down so slows all of them alike.  A contender that is missing, wrong or failing becomes a line of
-the report, and the others go on.  Imports neither numpy nor PyTorch.
-"""
+"""The one harness of all benchmarks: contenders are opened, checked, and called in turns, so that a machine that slows
+down slows all of them alike.  Imports neither numpy nor PyTorch."""
 
 from __future__ import annotations
 
@@ -29,13 +26,10 @@ POWER_SECONDS = 4.0  # of calls without a pause, while the sensors are read
 
 @dataclass
 class Result:
-    """What came of a contender.
-
-    subject: what was measured, as the contender says it; figures: JSON types that the contender adds to its times.
-    """
+    """What came of a contender."""
 
     name: str
-    subject: Any = None
+    subject: Any = None  # what was measured, as the contender says it
     status: str = INTERRUPTED
     trouble: str = ""  # why it is not MEASURED
     seconds: list[float] = field(default_factory=list)  # of every timed call, in their order
@@ -46,7 +40,12 @@ class Result:
     parts: dict[str, float] | None = None  # seconds, of calls that were watched
     encoder_operators: dict[str, float] | None = None  # seconds, of the same calls
     power: dict | None = None  # see sensors.watch
-    figures: dict = field(default_factory=dict)
+    figures: dict = field(default_factory=dict)  # JSON types that the contender adds
+
+    @property
+    def remark(self) -> str:
+        """What stands in place of a time."""
+        return f"{self.status}: {self.trouble}" if self.trouble else self.status
 
     @property
     def median(self) -> float:
@@ -55,11 +54,10 @@ class Result:
 
     def milliseconds(self) -> dict:
         """Return median and percentiles by their names in the reports."""
-        found = {f"{name}_ms": timing.percentile(self.seconds, percent) * 1e3
-                 for name, percent in (("median", 50), ("p90", 90), ("p99", 99))}  # fmt: skip
-        if self.cold_seconds:
-            found |= {f"cold_{name}_ms": timing.percentile(self.cold_seconds, percent) * 1e3
-                      for name, percent in (("median", 50), ("p90", 90))}  # fmt: skip
+        names = {"median_ms": 50, "p90_ms": 90, "p99_ms": 99}
+        found = {name: timing.percentile(self.seconds, percent) * 1e3 for name, percent in names.items()}
+        for name in ("median_ms", "p90_ms") if self.cold_seconds else ():
+            found[f"cold_{name}"] = timing.percentile(self.cold_seconds, names[name]) * 1e3
         return {"calls": len(self.seconds)} | found
 
 
@@ -92,10 +90,7 @@ class Contender:
     def time(self, cold: bool = False) -> tuple[float, float | None]:
         """Return the seconds of one call, and of those how many a CUDA device worked on it, where that can be told."""
         self._last = timing.time_call(self.call, cold, warm=self._last < SHORT)
-        return self._last, self.device_seconds()
-
-    def device_seconds(self) -> float | None:
-        return None
+        return self._last, None
 
     def memory(self) -> int | None:
         """Return the bytes that were resident in its process at most, if the process is its own."""
@@ -120,59 +115,48 @@ class Contender:
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: of timed calls for each contender, of cold ones as many again; a slow one takes what a few calls need.
-
-    at_once: how many are open together and called in turns.
-    """
-
-    seconds: float = 20.0
-    at_once: int = 4
+    seconds: float = 20.0  # of timed calls for each, of cold ones as many again; a slow one takes what a few calls need
+    at_once: int = 4  # contenders that are open together and called in turns
     cold: bool = False
 
 
 def measure(
-    contenders: Sequence[Contender],
-    settings: Settings,
-    progress: Callable[[str], None] = lambda stage: None,
-    sensors=None,
-    store: Store | None = None,
-    results: list[Result] | None = None,
-) -> list[Result]:
+    contenders: Sequence[Contender], settings: Settings, progress: Callable[[str], None] = lambda stage: None,
+    sensors=None, store: Store | None = None, results: list[Result] | None = None,
+) -> list[Result]:  # fmt: skip
     """Measure contenders that are compared with each other; return a `Result` for each, in their order.
 
     sensors: see `sensors.find_sensors`; read while each contender runs on its own.
     store: keeps what is finished, by the contenders' keys, and already holds what need not be measured again.
     results: gets the results at once, before they are filled: an interruption leaves there what is done.
     """
-    pairs = [(contender, Result(contender.name, contender.subject)) for contender in contenders]
+    found = {contender: Result(contender.name, contender.subject) for contender in contenders}
     if results is not None:
-        results += [result for _, result in pairs]
-    waiting = []
-    for contender, result in pairs:
+        results += found.values()
+    for contender, result in found.items():
         if store and contender.key in store.items:
             vars(result).update(store.items[contender.key])
         elif reason := contender.missing():
             result.status, result.trouble = MISSING, reason
-        else:
-            waiting.append((contender, result))
+    waiting = [contender for contender in contenders if found[contender].status == INTERRUPTED]
     for start in range(0, len(waiting), settings.at_once):
-        together = waiting[start : start + settings.at_once]
+        together = {contender: found[contender] for contender in waiting[start : start + settings.at_once]}
         try:
             _measure_together(together, settings, progress, sensors)
         finally:
-            for contender, _ in together:
+            for contender in together:
                 contender.close()
-        for contender, result in together:
+        for contender, result in together.items():
             if store and result.status in (MEASURED, WRONG):
                 kept = {name: value for name, value in vars(result).items() if name not in ("name", "subject")}
                 store.add(contender.key, kept)
-    return [result for _, result in pairs]
+    return list(found.values())
 
 
-def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Settings, progress, sensors) -> None:
+def _measure_together(results: dict[Contender, Result], settings: Settings, progress, sensors) -> None:
     def each(stage: str) -> Iterator[tuple[Contender, Result]]:
         """The contenders that are neither wrong nor failed; what fails in the loop's body is its trouble alone."""
-        for contender, result in pairs:
+        for contender, result in results.items():
             if result.status == INTERRUPTED:
                 progress(f"{contender.name}: {stage}")
                 yield contender, result
@@ -192,12 +176,12 @@ def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Setti
         with _troubles(result):
             for cold in (False, True)[: 1 + settings.cold]:
                 time_once = functools.partial(contender.time, cold)
-                counts[pairs.index((contender, result)), cold] = timing.repetitions(time_once, settings.seconds)
+                counts[contender, cold] = timing.repetitions(time_once, settings.seconds)
     turns = timing.interleave(counts)
     if turns:
         progress(f"{len(turns)} calls in turns")
-    for place, cold in turns:
-        contender, result = pairs[place]
+    for contender, cold in turns:
+        result = results[contender]
         if result.status == INTERRUPTED:
             with _troubles(result):
                 seconds, device_seconds = contender.time(cold)
@@ -206,17 +190,16 @@ def _measure_together(pairs: Sequence[tuple[Contender, Result]], settings: Setti
                     result.device_seconds.append(device_seconds)
                 result.memory_bytes = contender.memory()  # without what the parts' own sessions take
 
-    watched: dict[str, list] = {}
+    watched: dict[Contender, list] = {contender: [] for contender in results}
     for turn in range(WATCHED_TURNS):
         for contender, result in each(f"parts, turn {turn + 1} of {WATCHED_TURNS}"):
             with _troubles(result):
                 calls = math.ceil(min(MOST_WATCHED, len(result.seconds)) / WATCHED_TURNS)
-                watched.setdefault(result.name, []).append(contender.parts(calls))
+                watched[contender].append(contender.parts(calls))
     for contender, result in each("power" if sensors else "finish"):
         with _troubles(result):
-            if None not in watched[result.name]:
-                middle = Watched.median(watched[result.name])
-                result.parts, result.encoder_operators = middle.parts, middle.encoder_operators
+            if None not in watched[contender]:
+                vars(result).update(vars(Watched.median(watched[contender])))
             if sensors:
                 result.power = power.watch(sensors, functools.partial(contender.keep_running, POWER_SECONDS))
             contender.finish(result)

@@ -242,7 +242,7 @@ class Attention(harness.Contender):
     def open(self) -> None:
         self._call = self.rival.make(self.problem, self.threads or torch.get_num_threads())
         if self.problem.device != "cpu":
-            self._call = captured(self._call)
+            self._call = timing.captured(self._call)
 
     def call(self):
         return self._call()
@@ -265,20 +265,6 @@ class Attention(harness.Contender):
         self._call = None
         if self.problem.device != "cpu":
             torch.cuda.empty_cache()
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the call as a CUDA graph: a replay costs the host the same whatever the call is made of."""
-    call()  # what the first call loads and compiles cannot be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-
-    def replay():
-        graph.replay()
-        return output
-
-    return replay
 
 
 class OneAttention(torch.nn.Module):
@@ -324,9 +310,10 @@ def onnxruntime_call(attention: str, problem: Problem, threads: int):
 def openvino_call(attention: str, problem: Problem, threads: int):
     import openvino
 
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(onnx_model(problem.size, attention), b""), "CPU", settings)
+    from .contender import compile_openvino  # which needs numpy
+
+    model = openvino.Core().read_model(onnx_model(problem.size, attention), b"")
+    compiled = compile_openvino(model, threads)
     feed = {name: tensor.numpy() for name, tensor in problem.inputs.items()}
     return lambda: compiled(feed, share_inputs=True, share_outputs=True)[0]  # no copies
 
@@ -503,8 +490,7 @@ def case_table(case: Sequence[Result], machine: dict) -> list[str]:
     for result, each in zip(case, found):
         name = result.name + (" (better)" if result is better_openvino(case) else "")
         cells = [_cell(column, each.get(column)) for column in columns]
-        remark = [f"{result.status}{result.trouble and ': '}{result.trouble}"]
-        rows.append([name, *cells, f"{result.figures['error']:.0e}"] if each else [name, *remark])
+        rows.append([name, *cells, f"{result.figures['error']:.0e}"] if each else [name, result.remark])
     headings = ["contender", *(COLUMNS[name] for name in columns), "error"]
     return ["", f"## {case_title(case)}", "", str(case[0].subject[0]), *report.table(headings, rows)]
 

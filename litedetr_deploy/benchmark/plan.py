@@ -1,41 +1,50 @@
-"""What is to be measured, and what of it this machine cannot run and why.  Imports neither PyTorch nor an engine."""
+"""What is to be measured, the files that it needs, and what of it this machine cannot run and why.
+
+Imports neither PyTorch nor an engine.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
+import hashlib
 import itertools
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .. import assets
-from ..artifact import ENGINE_SUFFIXES, SUFFIXES, check_file, warn_unless_verified
+from .. import __version__, assets
+from ..artifact import ENGINE_SUFFIXES, SUFFIXES, check_file, sha256, warn_unless_verified
 from ..errors import LiteDetrError
 from ..export import limits
 from ..model.config import parse_variant
 from ..ops import native
 from ..runtime.tensorrt import read_record
+from ..verify.reference import Reference, Weights, make_image, make_reference
 from .packages import is_installed, missing_packages
 from .report import table
 from .sensors import find_sensors
 from .timing import check_threads, memory_bytes
 
-if TYPE_CHECKING:
-    from .cache import Cache
-
+_sha256 = functools.cache(sha256)
 PRECISIONS = limits.PRECISIONS
 DEVICES = ("cpu", "cuda")
 BYTES_PER_PIXEL = 128  # that any backbone's first layers hold at once, at the least
+ENGINES = {  # the package, the library of our ops that it loads, and the precisions that it runs
+    "onnxruntime": ("onnxruntime", "onnxruntime", PRECISIONS),
+    "openvino": ("openvino", None, ("fp32",)),
+    "pytorch": ("torch", "core", ("fp32", "fp16", "bf16")),
+    "tensorrt": ("tensorrt", "tensorrt", PRECISIONS),
+}
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to run a detector."""
 
-    engine: str  # 'onnxruntime', 'openvino', 'pytorch' or 'tensorrt'
+    engine: str  # of ENGINES
     attention: str  # of the exported graph; of PyTorch 'op' or 'official'
     about: str
     devices: tuple[str, ...] = DEVICES
@@ -60,18 +69,15 @@ DEFAULT_BACKENDS = ("onnxruntime-op", "onnxruntime-gridsample", "pytorch", "pyto
 
 @dataclass(frozen=True)
 class Spec:
-    """One thing to measure.
+    """One thing to measure."""
 
-    model: a variant, a checkpoint, or the path of an artifact; backend: of BACKENDS; threads: of the CPU.
-    """
-
-    model: str
-    backend: str
+    model: str  # a variant, a checkpoint, or the path of an artifact
+    backend: str  # of BACKENDS
     precision: str
     batch: int
     image_size: tuple[int, int]
     device: str
-    threads: int
+    threads: int  # of the CPU
 
     @property
     def way(self) -> Backend:
@@ -92,11 +98,9 @@ class Spec:
 
     @property
     def where(self) -> str:
-        return "CUDA" if self.device == "cuda" else f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-    @property
-    def key(self) -> str:
-        return " | ".join((self.model, self.backend, self.precision, self.shape, self.device, str(self.threads)))
+        """What the specs of a group have in common."""
+        device = "CUDA" if self.device == "cuda" else f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.image_size[0]}x{self.image_size[1]}, batch {self.batch}, {device}"
 
     @property
     def name(self) -> str:
@@ -104,39 +108,24 @@ class Spec:
         model = Path(self.model).name if self.is_artifact else self.model
         return f"{model}, {self.backend}" + ("" if self.precision == "fp32" else f", {self.precision}")
 
-    def to_dict(self) -> dict:
-        return asdict(self) | {"image_size": list(self.image_size)}
-
 
 def make_plan(
-    models: Sequence[str],
-    backends: Sequence[str],
-    precisions: Sequence[str],
-    batches: Sequence[int],
-    image_sizes: Sequence[tuple[int, int]],
-    device: str,
-    threads: Sequence[int],
-) -> list[Spec]:
+    models: Sequence[str], backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
+    image_sizes: Sequence[tuple[int, int]], device: str, threads: Sequence[int],
+) -> list[Spec]:  # fmt: skip
     """Return all combinations, those that are compared with each other side by side.
 
     An artifact has its own attention, precision and, where it is fixed, size; ONNX Runtime runs an .onnx, OpenVINO as
-    well where it is among `backends`.
-
-    Gives a `Notice` for an artifact that was not verified.
-
-    Raises:
-        LiteDetrError: an option names what does not exist, or asks for more threads or memory than this machine has.
+    well where it is among `backends`.  Gives a `Notice` for an artifact that was not verified; raises LiteDetrError
+    for what does not exist, and for more threads or memory than this machine has.
     """
-    for name, values, known in (
-        ("backend", backends, tuple(BACKENDS)),
-        ("precision", precisions, PRECISIONS),
-        ("device", [device], DEVICES),
-    ):
+    options = ("backend", backends, BACKENDS), ("precision", precisions, PRECISIONS), ("device", [device], DEVICES)
+    for option, values, known in options:
         if unknown := [value for value in values if value not in known]:
-            raise LiteDetrError(f"The {name} {unknown[0]!r} does not exist. Choose from {', '.join(known)}.")
+            raise LiteDetrError(f"The {option} {unknown[0]!r} does not exist. Choose from {', '.join(known)}.")
     check_threads(threads)
     for batch, (height, width) in itertools.product(batches, image_sizes):
-        limits.check("op", "fp32", (height, width), "raw", limits.FIRST_OPSET)
+        limits.check_size(height, width)
         if (needed := batch * height * width * BYTES_PER_PIXEL) > memory_bytes():
             raise LiteDetrError(
                 f"Batches of {batch} images of {height}x{width} need more than {needed >> 30} GiB, and this machine "
@@ -146,30 +135,30 @@ def make_plan(
         if Path(model).suffix.lower() in SUFFIXES:
             check_file(model, "an artifact; `litedetr export` makes one")
             warn_unless_verified(model, artifact_metadata(Path(model)))
-        else:
-            _check_name(model)
+        elif model not in assets.NAMES and not Path(model).is_file():
+            try:
+                parse_variant(model)
+            except LiteDetrError as error:
+                what = f"{model!r} is neither a file that exists nor the name of a detector"
+                raise LiteDetrError(f"{what}: {error}") from error
     if device == "cuda":
         threads = threads[:1]  # of the host: they do not matter
     specs = []
-    for size, batch, count, model in itertools.product(image_sizes, batches, threads, models):
-        if Path(model).suffix.lower() in SUFFIXES:
-            specs += _artifact_specs(model, backends, batch, size, device, count)
-        else:
-            for precision, backend in itertools.product(precisions, backends):
-                specs.append(Spec(model, backend, precision, batch, size, device, count))
-    return list(dict.fromkeys(specs))  # an artifact of fixed size came once for every size
+    for choice in itertools.product(image_sizes, batches, threads, models, precisions, backends):
+        size, batch, count, model, precision, backend = choice
+        spec = Spec(model, backend, precision, batch, size, device, count)
+        specs += _of_artifact(spec, backends) if spec.is_artifact else [spec]
+    return list(dict.fromkeys(specs))  # an artifact came once for every backend, precision and, where fixed, size
 
 
-def _artifact_specs(model, backends, batch, size, device, threads) -> list[Spec]:
-    path = Path(model)
-    metadata = artifact_metadata(path)
+def _of_artifact(spec: Spec, backends: Sequence[str]) -> list[Spec]:
+    metadata, device = artifact_metadata(Path(spec.model)), spec.device
     attention, precision = metadata.get("attention", "op"), metadata.get("precision", "fp32")
-    size = tuple(metadata.get("image_size") or size)
-    if path.suffix.lower() in ENGINE_SUFFIXES:
+    size = tuple(metadata.get("image_size") or spec.image_size)
+    names = [f"onnxruntime-{attention}", *({f"openvino-{attention}"} & set(backends))]
+    if Path(spec.model).suffix.lower() in ENGINE_SUFFIXES:
         names, device = ["tensorrt-gather" if attention == "gather" else "tensorrt-op"], "cuda"
-    else:
-        names = [f"onnxruntime-{attention}", *({f"openvino-{attention}"} & set(backends))]
-    return [Spec(model, name, precision, batch, size, device, threads) for name in names]
+    return [replace(spec, backend=name, precision=precision, image_size=size, device=device) for name in names]
 
 
 @functools.cache
@@ -182,47 +171,152 @@ def artifact_metadata(path: Path) -> dict:
     return OnnxSession(path).metadata
 
 
-def _check_name(model: str) -> None:
-    if model in assets.NAMES or Path(model).is_file():
-        return
-    try:
-        parse_variant(model)
-    except LiteDetrError as error:
-        raise LiteDetrError(f"{model!r} is neither a file that exists nor the name of a detector: {error}") from error
+class Cache:
+    """Exported models and PyTorch's outputs in a folder, which serves on a machine without PyTorch as well.
+
+    checkpoint: the weights that artifacts were made from, as `Weights.source`; variant: of a checkpoint that cannot
+    tell; build: makes an engine of a graph, given both paths and the batch.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: str | None = None, variant: str | None = None,
+        build: Callable[[Path, Path, int], object] | None = None,
+    ):  # fmt: skip
+        self.folder, self.checkpoint, self.chosen_variant, self._build = folder, checkpoint, variant, build
+        self.progress: Callable[[str], None] = lambda stage: None  # called with what is made
+        self._weights: dict[str, Weights] = {}
+        self._references: dict[Path, Reference] = {}
+
+    def graph(self, spec: Spec) -> Path:
+        """Return the path of the ONNX model; an artifact is its own."""
+        made = f"{spec.way.attention}-{spec.precision}.onnx"
+        return Path(spec.model) if spec.is_artifact else self.folder / f"{_stem(spec.model, spec.image_size)}-{made}"
+
+    def model_path(self, spec: Spec) -> Path:
+        graph, is_built = self.graph(spec), spec.way.engine == "tensorrt" and not spec.is_artifact
+        return graph.with_name(f"{graph.stem}-batch{spec.batch}.plan") if is_built else graph  # best for this batch
+
+    def reference_path(self, spec: Spec) -> Path:
+        """Return the path of PyTorch's outputs; of an artifact of unknown weights, of its image alone."""
+        return self.folder / f"{_stem(self.weights_name(spec) or 'image', spec.image_size)}.npz"
+
+    def weights_name(self, spec: Spec) -> str | None:
+        """Return what `Weights` takes; None for an artifact of unknown weights."""
+        return self.checkpoint if spec.is_artifact else spec.model
+
+    def prepare(self, specs: Iterable[Spec]) -> list[Path]:
+        """Make everything that measuring needs but engines; return the files."""
+        files = []
+        for spec in specs:
+            files += [self.reference(spec).path, *([] if spec.way.engine == "pytorch" else [self._export(spec)])]
+        return list(dict.fromkeys(files))
+
+    def engine(self, spec: Spec) -> tuple:
+        """Return the arguments of `open_engine`, in another process too: of the weights the name, not the tensors."""
+        weights = replace(self.weights(spec)) if spec.way.engine == "pytorch" else None
+        return spec, self.model(spec), self.reference(spec).path, weights
+
+    def variant(self, spec: Spec) -> str | None:
+        """Return the name of the detector; None for a checkpoint, and where an artifact does not tell."""
+        with contextlib.suppress(LiteDetrError):
+            if spec.is_artifact:
+                return artifact_metadata(Path(spec.model)).get("variant")
+            if self.weights(spec).random:
+                return parse_variant(spec.model).name
+        return None
+
+    def weights(self, spec: Spec) -> Weights | None:
+        source = self.weights_name(spec)
+        if source is not None and source not in self._weights:
+            known = self.variant(spec) if spec.is_artifact else None
+            self._weights[source] = Weights(source, self.chosen_variant or known)
+        return self._weights.get(source)
+
+    def reference(self, spec: Spec) -> Reference:
+        """Return PyTorch's outputs, with the tolerances of the spec's precision, made where they are not there yet."""
+        path, weights = self.reference_path(spec), self.weights(spec)
+        reference = self._references.get(path)
+        if reference is None and path.is_file():
+            reference = Reference(path, weights if is_installed("torch") else None)
+        there = reference.precisions if reference else ()
+        if spec.precision not in there:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if weights is None:
+                return make_image(path, spec.image_size)
+            self.progress(f"{spec.model}: PyTorch's outputs at {spec.image_size[0]}x{spec.image_size[1]}")
+            reference = make_reference(path, weights, spec.image_size, dict.fromkeys((*there, "fp32", spec.precision)))
+        self._references[path] = reference
+        return reference
+
+    def model(self, spec: Spec) -> Path:
+        """Return the artifact; exported, and built, where it is not there yet.  PyTorch reads none."""
+        path = self.model_path(spec)
+        if spec.way.engine != "pytorch" and not path.is_file():
+            graph = self._export(spec)
+            if path != graph and self._build:
+                self.progress(f"{spec.model}: build the engine")
+                self._build(graph, path, spec.batch)
+        return path
+
+    def _export(self, spec: Spec) -> Path:
+        path = self.graph(spec)
+        if not path.is_file():
+            from ..export.export import export_onnx
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.progress(f"{spec.model}: export, attention {spec.way.attention}, {spec.precision}")
+            # Not verified here: what is timed is checked before, in the engine that is timed.
+            export_onnx(self.weights(spec).model, path, spec.way.attention, spec.precision, spec.image_size,
+                        outputs="raw", verify=False)  # fmt: skip
+        return path
+
+
+def _stem(weights: str, image_size: tuple[int, int]) -> str:
+    path = Path(weights)
+    digest = _sha256(path)[:10] if path.is_file() else "random"
+    name = re.sub(r"[^\w+.-]", "_", path.stem if path.is_file() else weights)
+    return f"{name}-{digest}-{image_size[0]}x{image_size[1]}-{sources_digest()}"
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Return a digest of the code that makes a model what it is: what other code exported is not measured."""
+    folders = [Path(__file__).parents[1] / part for part in ("model", "ops", "export")]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return hashlib.sha256(__version__.encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 def why_missing(spec: Spec, cache: Cache, unchecked: bool = False) -> str:
-    """Return why this machine cannot measure something; empty where it can.
-
-    unchecked: whether an artifact may be timed without a check.
-    """
-    way, exists = spec.way, cache.graph(spec).is_file()
-    packages, reasons = [_package(spec)], []
+    """Return why this machine cannot measure something, or check it unless `unchecked`; empty where it can."""
+    way = spec.way
+    package, library, precisions = ENGINES[way.engine]
+    if way.engine == "tensorrt" and spec.is_artifact and read_record(spec.model).get("backend") == "tensorrt-rtx":
+        package = "tensorrt_rtx"
+    packages, reasons = [package], []
     if spec.device not in way.devices:
         reasons.append(f"it runs on {' and '.join(way.devices)} only, not on {spec.device}")
-    else:
-        reasons.append(_missing_device(spec))
-    if way.engine != "pytorch" and not exists:
+    elif spec.device == "cuda":
+        reasons.append(_why_no_cuda(way.engine))
+    if way.engine != "pytorch" and not cache.graph(spec).is_file():
         packages += ["torch", "onnx", "onnxscript"]  # to export it
-    if cache.weights_name(spec) is not None:
-        if not cache.reference_path(spec).is_file():
-            packages.append("torch")  # to check it
-    elif not unchecked:
-        reasons.append("its weights are not known, so that it cannot be checked: give --checkpoint, or --unchecked")
-    reasons += [missing_packages(packages), _missing_library(way), _missing_precision(spec)]
+    if cache.weights_name(spec) is None:
+        text = "its weights are not known, so that it cannot be checked: give --checkpoint, or --unchecked"
+        reasons.append("" if unchecked else text)
+    elif not cache.reference_path(spec).is_file():
+        packages.append("torch")  # to check it
+    reasons.append(missing_packages(packages))
+    try:
+        if way.attention == "op" and library:
+            native.library(library)
+    except FileNotFoundError:
+        text = f"the {library} library of our ops is not built: pip install --force-reinstall . in the source folder"
+        reasons.append(text)
+    if spec.precision not in precisions:
+        reasons.append(f"{spec.precision} is not supported by {way.engine} here, {' and '.join(precisions)} only")
     return "; ".join(filter(None, reasons))
 
 
-def _package(spec: Spec) -> str:
-    if spec.way.engine == "tensorrt" and spec.is_artifact and read_record(spec.model).get("backend") == "tensorrt-rtx":
-        return "tensorrt_rtx"
-    return {"pytorch": "torch"}.get(spec.way.engine, spec.way.engine)
-
-
-def _missing_device(spec: Spec) -> str:
-    engine = spec.way.engine
-    if spec.device != "cuda":
-        return ""
+def _why_no_cuda(engine: str) -> str:
     if engine == "onnxruntime" and is_installed("onnxruntime"):
         import onnxruntime
 
@@ -233,63 +327,29 @@ def _missing_device(spec: Spec) -> str:
 
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA device here"
-    if engine == "tensorrt" and not Path("/dev/nvidiactl").exists() and not Path("/dev/nvhost-ctrl-gpu").exists():
+    if engine == "tensorrt" and not any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl-gpu")):
         return "there is no NVIDIA GPU here"
     return ""
 
 
-def _missing_library(way: Backend) -> str:
-    name = {"onnxruntime": "onnxruntime", "pytorch": "core", "tensorrt": "tensorrt"}.get(way.engine)
-    if way.attention != "op" or name is None:
-        return ""
-    try:
-        native.library(name)
-    except FileNotFoundError:
-        return f"the {name} library of our ops is not built: pip install --force-reinstall . in the source folder"
-    return ""
-
-
-def _missing_precision(spec: Spec) -> str:
-    known = {"pytorch": ("fp32", "fp16", "bf16"), "openvino": ("fp32",)}.get(spec.way.engine, PRECISIONS)
-    if spec.precision in known:
-        return ""
-    return f"{spec.precision} is not supported by {spec.way.engine} here, {' and '.join(known)} only"
-
-
-def missing_extras() -> list[str]:
-    """Return what would add to a report and is not here."""
-    return [
-        f"{name} ({purpose})"
-        for name, there, purpose in (
-            ("matplotlib", importlib.util.find_spec("matplotlib"), "the chart: pip install matplotlib"),
-            ("onnx", importlib.util.find_spec("onnx"), "times by part in ONNX Runtime: pip install onnx"),
-            ("power sensors", find_sensors(), "NVML, by pip install nvidia-ml-py, or a Jetson's hwmon"),
-            ("trtexec", shutil.which("trtexec"), "its own figure beside ours, for engines"),
-        )
-        if not there
-    ]
-
-
-def plan_rows(specs: Sequence[Spec], cache: Cache, unchecked: bool) -> list[dict]:
-    """Return for each spec, as JSON types, what it is and its state: 'ready', 'to be exported' or 'missing' and why."""
-    rows = []
+def describe_plan(specs: Sequence[Spec], cache: Cache, unchecked: bool) -> tuple[list[dict], list[str]]:
+    """Return for each spec, as JSON types, what it is and its state: 'ready', 'to be exported' or 'missing' and why;
+    and lines of the same for people, with what would add to a report and is not here."""
+    rows, cells = [], []
     for spec in specs:
         reason = why_missing(spec, cache, unchecked)
         made = spec.way.engine == "pytorch" or cache.model_path(spec).is_file()
         state = "missing" if reason else "ready" if made else "to be exported"
-        rows.append(spec.to_dict() | {"contender": spec.name, "state": state, "trouble": reason})
-    return rows
-
-
-def plan_table(rows: Sequence[dict], cache: Cache) -> list[str]:
-    """Return the rows of `plan_rows` as lines for people."""
-    cells = [
-        [row["contender"], "x".join(map(str, (row["batch"], *row["image_size"]))), row["device"],
-         str(row["threads"]), row["state"] + (row["trouble"] and f": {row['trouble']}")]
-        for row in rows
-    ]  # fmt: skip
-    ready = sum(row["state"] != "missing" for row in rows)
+        rows.append(asdict(spec) | {"contender": spec.name, "state": state, "trouble": reason})
+        cells.append([spec.name, spec.shape, spec.device, str(spec.threads), state + (reason and f": {reason}")])
     lines = table(("contender", "size", "device", "threads", "state"), cells)
+    ready = sum(row["state"] != "missing" for row in rows)
     lines += ["", f"{ready} of {len(rows)} can be measured here; exported models are kept in {cache.folder}"]
-    extras = missing_extras()
-    return lines + ([f"not here, and not needed: {'; '.join(extras)}"] if extras else [])
+    extras = {
+        "matplotlib (the chart: pip install matplotlib)": is_installed("matplotlib"),
+        "onnx (times by part in ONNX Runtime: pip install onnx)": is_installed("onnx"),
+        "power sensors (NVML, by pip install nvidia-ml-py, or a Jetson's hwmon)": find_sensors(),
+        "trtexec (its own figure beside ours, for engines)": shutil.which("trtexec"),
+    }
+    absent = "; ".join(extra for extra, found in extras.items() if not found)
+    return rows, lines + [f"not here, and not needed: {absent}"] * bool(absent)

@@ -1,4 +1,4 @@
-"""What all reports are made of: tables, bars, the machine in words, and the one writer of JSON, Markdown and PNG."""
+"""What reports are made of: tables, bars, the machine in words, and the one writer of JSON, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def three_digits(number: float | None) -> str:
     return f"{number:.{max(0, digits)}f}"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> list[str]:
     """Return the lines of a Markdown table, padded for a terminal, with an empty one before.
 
     A row with other than len(columns) cells, such as a contender without a time and the reason, follows as a list item.
     """
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in ([*columns], *rows)]
+    texts = [[cell if isinstance(cell, str) else three_digits(cell) for cell in row] for row in ([*columns], *rows)]
+    cells = [[text.replace("|", "\\|") for text in row] for row in texts]
     whole = [row for row in cells if len(row) == len(columns)]
     widths = [max(3, *(len(row[i]) for row in whole)) for i in range(len(columns))]
 
@@ -43,25 +44,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def machine_text(machine: dict) -> str:
     """Return what a reader needs to know about a machine, as `timing.machine` describes it, in a sentence."""
-    parts = [machine.get("device", "")]
-    if gpu := machine.get("gpu"):
-        parts.append(
-            f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, compute capability {gpu['capability']}, "
-            f"{gpu['memory_gib']} GiB at {gpu['memory_gigabytes_per_second']:.0f} GB/s, {gpu['l2_mib']} MiB L2 at "
-            f"{gpu['l2_gigabytes_per_second']:.0f} GB/s (copies); CUDA {gpu['cuda']}"
-        )
+    gpu = (
+        "{name}, {multiprocessors} multiprocessors, compute capability {capability}, {memory_gib} GiB at "
+        "{memory_gigabytes_per_second:.0f} GB/s, {l2_mib} MiB L2 at {l2_gigabytes_per_second:.0f} GB/s (copies); "
+        "CUDA {cuda}"
+    ).format(**machine["gpu"]) if "gpu" in machine else ""  # fmt: skip
     kernel = f", our op's kernel for {machine['op_kernel']}" if "op_kernel" in machine else ""
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    load = ", ".join(map(str, machine["load_average"]))
-    parts += [f"{machine['cpu']}, {machine['cores']} cores{kernel}", machine["os"], packages, machine["date"]]
-    return "; ".join(filter(None, [*parts, f"load average {load}"])) + "."
+    load = "load average " + ", ".join(map(str, machine["load_average"]))
+    parts = [machine.get("device"), gpu, f"{machine['cpu']}, {machine['cores']} cores{kernel}", machine["os"], packages]
+    return "; ".join(filter(None, [*parts, machine["date"], load])) + "."
 
 
 def write(output: Path, contents: dict, lines: Sequence[str], draw: Callable[[Path], None] | None = None) -> list[Path]:
-    """Write `contents` as `output`.json, the Markdown `lines` as .md and, with matplotlib, what `draw` saves as .png.
-
-    All are written or none.  Returns their paths.
-    """
+    """Write `output`.json, .md of the `lines` and, with matplotlib, .png by `draw`: all or none.  Return the paths."""
     endings = (".json", ".md", *([".png"] if draw and importlib.util.find_spec("matplotlib") else []))
     paths = [output.with_name(output.name + ending) for ending in endings]
     with ExitStack() as stack:
@@ -74,10 +70,7 @@ def write(output: Path, contents: dict, lines: Sequence[str], draw: Callable[[Pa
 
 
 def draw_bars(axes, names: Sequence[str], bars: Sequence[dict[str, float]], colours: dict[str, str]) -> None:
-    """Draw one horizontal bar for each name, first on top, stacked from its parts; the total stands behind it.
-
-    colours: of the parts, by their names.
-    """
+    """Draw one bar for each name, first on top, stacked from its parts in their colours; the total stands behind it."""
     longest = max((sum(parts.values()) for parts in bars), default=0.0)
     shown = set()
     for place, parts in enumerate(bars):

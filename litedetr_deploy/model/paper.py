@@ -1,7 +1,9 @@
-"""The models of Lite DETR's tables (arXiv 2303.07335) and what they cost."""
+"""The models of Lite DETR's tables (arXiv 2303.07335) and what they cost; paper.json lists them by their training."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -12,26 +14,5 @@ class PublishedModel(NamedTuple):
     encoder_gflops: int
 
 
-PUBLISHED = (
-    # 50 epochs
-    PublishedModel("deformable-detr-r50", 46.8, 177, 90),
-    PublishedModel("lite-deformable-detr-r50-h2l2-2+1x3", 45.8, 108, 23),
-    PublishedModel("lite-deformable-detr-r50-h3l1-6+1x1", 45.9, 115, 30),
-    PublishedModel("lite-deformable-detr-r50-h3l1-3+1x2", 46.2, 119, 35),
-    PublishedModel("lite-deformable-detr-r50-h3l1-2+1x3", 46.7, 123, 39),
-    # 36 epochs
-    PublishedModel("dino-r50", 50.7, 235, 137),
-    PublishedModel("lite-dino-r50-h2l2-2+1x3", 49.9, 130, 30),
-    PublishedModel("lite-dino-r50-h3l1-6+1x1", 50.2, 141, 41),
-    PublishedModel("lite-dino-r50-h3l1-2+1x3", 50.4, 151, 53),
-    PublishedModel("h-detr-r50", 50.0, 226, 137),
-    PublishedModel("lite-h-detr-r50-h3l1-2+1x3", 49.5, 142, 53),
-    PublishedModel("dino-swin-t", 54.1, 243, 137),
-    PublishedModel("lite-dino-swin-t-h2l2-2+1x3", 53.1, 138, 30),
-    PublishedModel("lite-dino-swin-t-h3l1-6+1x1", 53.3, 149, 41),
-    PublishedModel("lite-dino-swin-t-h3l1-2+1x3", 53.9, 159, 53),
-    PublishedModel("h-detr-swin-t", 53.2, 234, 137),
-    PublishedModel("lite-h-detr-swin-t-h2l2-2+1x3", 52.3, 131, 30),
-    PublishedModel("lite-h-detr-swin-t-h3l1-6+1x1", 52.7, 142, 41),
-    PublishedModel("lite-h-detr-swin-t-h3l1-2+1x3", 53.0, 152, 53),
-)
+_TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
+PUBLISHED = tuple(PublishedModel(*row) for rows in _TABLES.values() for row in rows)

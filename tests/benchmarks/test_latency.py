@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,10 +16,10 @@ import typer
 from typer.testing import CliRunner
 
 from litedetr_deploy.benchmark import harness, latency, parts, plan, sensors, timing
-from litedetr_deploy.benchmark.cache import Cache
-from litedetr_deploy.benchmark.contender import Job, Worker, WorkerFailed, open_engine
+from litedetr_deploy.benchmark.contender import Detector, open_engine, read_trtexec
 from litedetr_deploy.benchmark.official import key_aware_deform_attn, ms_deform_attn
-from litedetr_deploy.cli.latency import latency as command
+from litedetr_deploy.benchmark.plan import Cache
+from litedetr_deploy.cli.benchmark import latency as command
 from litedetr_deploy.errors import LiteDetrError
 from litedetr_deploy.ops import reference, schema
 from litedetr_deploy.verify.reference import BOXES, INDICES, LOGITS, Reference, Weights, run_pytorch
@@ -143,7 +144,7 @@ def test_what_is_missing_is_said(cache, monkeypatch):
 def test_planning_and_measuring_artifacts_import_neither_torch_nor_onnx():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnx', 'onnxruntime', 'matplotlib']));"
-        "from litedetr_deploy.benchmark import cache, contender, harness, latency, plan"
+        "from litedetr_deploy.benchmark import contender, harness, latency, plan"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -180,9 +181,13 @@ def test_wrong_use(litedetr, arguments, says):
 
 
 def test_a_process_that_fails_says_why_in_one_line(cache, tmp_path):
-    spec = make_spec()
-    with pytest.raises(WorkerFailed, match="none.onnx does not exist") as caught:
-        Worker(Job(spec, tmp_path / "none.onnx", cache.reference_path(spec)))
+    def engine(spec):
+        return spec, tmp_path / "none.onnx", cache.reference_path(spec)
+
+    detector = Detector(make_spec(), SimpleNamespace(engine=engine))
+    with pytest.raises(LiteDetrError, match="none.onnx does not exist") as caught:
+        detector.open()
+    detector.close()
     assert "\n" not in str(caught.value)
 
 
@@ -218,7 +223,7 @@ def test_outputs_of_an_engine_are_compared_by_their_best_scores(cache):
 def test_pytorch_contenders_are_right(cache, weights, tmp_path, backend, precision):
     shutil.copytree(cache.folder, tmp_path, dirs_exist_ok=True)  # which gets the tolerances of the precision
     copy, spec = Cache(tmp_path), make_spec(backend, precision=precision, batch=2)
-    engine = open_engine(copy.job(spec))
+    engine = open_engine(*copy.engine(spec))
     assert copy.reference(spec).check(engine.outputs(), precision).passed
 
 
@@ -270,7 +275,7 @@ def test_parts_of_a_profile_add_up():
 
 
 def test_parts_of_a_call_of_onnxruntime(cache):
-    watched = open_engine(cache.job(make_spec())).parts(3)
+    watched = open_engine(*cache.engine(make_spec())).parts(3)
     found = watched.parts
     assert {parts.BACKBONE, parts.PROJECTIONS, parts.ENCODER, parts.SELECTION, parts.DECODER, parts.HEADS} <= set(found)
     assert all(seconds > 0 for seconds in found.values())
@@ -279,7 +284,7 @@ def test_parts_of_a_call_of_onnxruntime(cache):
 
 def test_parts_add_up_to_the_whole_in_pytorch(cache, monkeypatch):
     """The clock moves by one at every look at it, which is at every border of two parts."""
-    engine = open_engine(cache.job(make_spec("pytorch")))
+    engine = open_engine(*cache.engine(make_spec("pytorch")))
     now = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     detector = engine._deployed.detector
@@ -335,8 +340,8 @@ def test_trtexec_is_read():
         "[I] Latency: min = 4.1 ms, max = 5.2 ms, mean = 4.4 ms, median = 4.35 ms, percentile(90%) = 4.8 ms\n"
         "[I] GPU Compute Time: min = 3.1 ms, max = 4.2 ms, mean = 3.4 ms, median = 3.35 ms\n"
     )
-    assert latency.read_trtexec(text) == 4.35
-    assert latency.read_trtexec("&&&& FAILED") is None
+    assert read_trtexec(text) == 4.35
+    assert read_trtexec("&&&& FAILED") is None
 
 
 # Whole runs
