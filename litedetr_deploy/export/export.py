@@ -32,8 +32,6 @@ from . import graph, limits, quantize
 from . import precision as types
 from .limits import Int8
 
-TRACE_BATCH = 2  # torch.export takes a size of 1 for a constant
-
 
 @dataclass
 class ExportReport:
@@ -58,22 +56,15 @@ class ExportReport:
 
 
 def export_onnx(
-    model: Detector,
-    path: str | os.PathLike,
-    attention: str = "op",
-    precision: str = "fp32",
-    image_size: tuple[int, int] | None = (800, 1333),
-    outputs: str = "detections",
-    pixel_mask: bool = False,
-    opset: int = 17,
-    int8: Int8 | None = None,
-    calibration=None,
-    verify: bool = True,
-    images: Sequence | None = None,
-    keep_fp32: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda stage: None,
-) -> ExportReport:
+    model: Detector, path: str | os.PathLike, attention: str = "op", precision: str = "fp32",
+    image_size: tuple[int, int] | None = (800, 1333), outputs: str = "detections", pixel_mask: bool = False,
+    opset: int = 17, int8: Int8 | None = None, calibration=None, verify: bool = True, images: Sequence | None = None,
+    keep_fp32: Sequence[str] = (), progress: Callable[[str], None] = lambda stage: None,
+) -> ExportReport:  # fmt: skip
     """Write `model` as ONNX, check the file and compare it with PyTorch.
+
+    A comparison that failed is no error: see `verdict` and `passed` of the report.  Bad options, and weights that
+    are not float32, raise LiteDetrError; weights that are not finite raise CheckFailed.
 
     Args:
         model: as `load_model` returns it.
@@ -82,69 +73,61 @@ def export_onnx(
             'gridsample' write standard ONNX ops.
         precision: 'fp32'; 'fp16' and 'bf16' store in half what is safe in it and keep the islands that
             `precision.ISLANDS` names in FP32; 'int8' quantizes the layers that tolerate it and is 'fp16' elsewhere.
-            'bf16' raises the opset to 22, 'int8' to 19.
         image_size: (height, width) in pixels, or None for dynamic sizes.  The batch is always dynamic.
         outputs: 'detections' (labels, boxes in pixels, scores) or 'raw' (pred_logits, pred_boxes).
         pixel_mask: whether the graph takes a mask of the padding.
-        opset: of ONNX.
-        int8: how to quantize; for precision 'int8' alone.
-        calibration: short form of `int8=Int8(images=calibration)`.
-        verify: whether to compare the file with PyTorch.
-        images: to verify with (paths, PIL images or arrays); None: the package draws one.
+        opset: of ONNX; 'bf16' raises it to 22, 'int8' to 19.
+        int8, calibration: how to quantize, for precision 'int8'; `calibration` is short for `Int8(images=calibration)`.
+        verify, images: whether to compare the file with PyTorch, and with which images (paths, PIL images or arrays);
+            None: the package draws one.
         keep_fp32: names of further modules or nodes to keep in FP32, with shell patterns: 'detector.backbone.layer4'.
         progress: called with the name of each stage as it begins.
-
-    Returns:
-        The report.  A comparison that failed is not an error: see its `verdict` and `passed`.
-
-    Raises:
-        LiteDetrError: bad options, or weights that are not float32.
-        CheckFailed: weights that are not finite.
     """
     if calibration is not None:
         if int8 is not None:
             raise LiteDetrError("calibration and int8 are both given: put the images into Int8(images=...).")
         int8 = Int8(calibration)
     limits.check(attention, precision, image_size, outputs, opset, int8)
-    limits.check_tokens(image_size, model.config.num_queries, model.config.num_levels)
+    if image_size is not None:
+        limits.check_tokens(*image_size, model.config.num_queries, model.config.num_levels)
     check_weights(model)
     path, int8 = Path(path), int8 or Int8()
     table, calibration = path.with_suffix(".calibration.json"), None
     if int8.images is not None:
         calibration = quantize.Calibration(int8.chosen(), image_size, pixel_mask, outputs)
-    elif precision == "int8":
-        quantize.check_table(table)
+    elif precision == "int8" and not table.is_file():
+        raise quantize.needs_images(table, "does not exist")
     start = time.monotonic()
     with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:
         progress("trace the model")
-        program, input_names = _trace(model, image_size, outputs, pixel_mask)
+        program, inputs = _trace(model, image_size, outputs, pixel_mask)
         progress("translate to ONNX")
-        onnx_model = _translate(program, attention, input_names, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
+        onnx_model = _translate(program, attention, inputs, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
         progress("optimise the graph")
         opset = max(opset, limits.TYPED_OPSET.get(precision, opset))
-        graph.finish(onnx_model, opset, OUTPUTS[outputs], _symbols(onnx_model))
+        graph.finish(onnx_model, opset, OUTPUTS[outputs])
         ranking, left_out = [], []
         if precision == "int8":
             onnx_model, ranking, left_out = _quantize(onnx_model, model, int8, calibration, table, keep_fp32, progress)
         elif precision in types.HALVES:
             types.apply(onnx_model, precision, keep_fp32)
-        nodes = _check_nodes(onnx_model, model.config.attention_nodes if attention == "op" else 0)
+        nodes = sum(node.domain == schema.DOMAIN for node in onnx_model.graph)
+        expected = model.config.attention_nodes if attention == "op" else 0
+        if nodes != expected:  # torch's exporter has dropped custom ops silently before
+            raise LiteDetrError(
+                f"the exported graph has {nodes} nodes of the domain {schema.DOMAIN!r} and the model {expected} "
+                "deformable attentions: the exporter lost some. This is a bug in litedetr-deploy or in this version of "
+                f"torch ({torch.__version__})."
+            )
         metadata = {
-            "tool_version": __version__,
-            "op_version": schema.VERSION,
-            "variant": model.config.name,
+            "tool_version": __version__, "op_version": schema.VERSION, "variant": model.config.name,
             "forced_variant": getattr(model, "forced_variant", None),  # what said otherwise and was overruled
-            "attention": attention,
-            "precision": precision,
-            "keep_fp32": list(keep_fp32),
+            "attention": attention, "precision": precision, "keep_fp32": list(keep_fp32),
             "int8_left_out": left_out,  # for the AP budget
-            "nodes": types.count(onnx_model),
-            "opset": opset,
-            "image_size": list(image_size) if image_size else None,
-            "outputs": outputs,
-            "pixel_mask": pixel_mask,
+            "nodes": types.count(onnx_model), "opset": opset, "image_size": image_size and list(image_size),
+            "outputs": outputs, "pixel_mask": pixel_mask,
             "class_names": list(model.class_names) if model.class_names else None,
-        }
+        }  # fmt: skip
         progress("write and check the file")
         _write(onnx_model, metadata, temporary)
         _check(temporary)
@@ -190,44 +173,24 @@ def _ap(onnx_model: ir.Model, model: Detector, ap_of: Callable[[OnnxSession], fl
     return ap_of(session)
 
 
-def _symbols(onnx_model: ir.Model) -> dict[str, str]:
-    """Return the trace's symbols of dynamic sizes -> the names that a user sees."""
-    shape = onnx_model.graph.inputs[0].shape
-    names = {0: "batch", 2: "height", 3: "width"}
-    return {str(shape[i].value): name for i, name in names.items() if isinstance(shape[i], ir.SymbolicDim)}
-
-
-def _check_nodes(onnx_model: ir.Model, expected: int) -> int:
-    """Count the attention nodes: torch's exporter has dropped custom ops silently before."""
-    nodes = graph.attention_nodes(onnx_model)
-    if nodes != expected:
-        raise LiteDetrError(
-            f"the exported graph has {nodes} nodes of the domain {schema.DOMAIN!r} and the model {expected} deformable "
-            "attentions: the exporter lost some. This is a bug in litedetr-deploy or in this version of torch "
-            f"({torch.__version__})."
-        )
-    return nodes
-
-
 def _trace(model: Detector, image_size, outputs: str, pixel_mask: bool):
     """Return the model as an exported program, and the names of its inputs."""
     model = copy.deepcopy(model)
     fold_frozen_batch_norm(model)
-    deployed = Deployed(model, outputs).eval()
+    batch = 2  # torch.export takes a size of 1 for a constant
     # Any size will do where sizes are dynamic; unlike sides keep height and width apart.
     height, width = image_size or (256, 320)
-    sizes = {} if image_size else {"height": Dim.DYNAMIC, "width": Dim.DYNAMIC}
-    inputs = {"images": torch.zeros(TRACE_BATCH, 3, height, width)}
-    dynamic = {"images": {0: Dim.DYNAMIC, **dict(zip((2, 3), sizes.values()))}}
+    inputs = {"images": torch.zeros(batch, 3, height, width)}
     if outputs == "detections":
-        inputs["orig_target_sizes"] = torch.tensor([[width, height]]).repeat(TRACE_BATCH, 1)
-        dynamic["orig_target_sizes"] = {0: Dim.DYNAMIC}
+        inputs["orig_target_sizes"] = torch.tensor([[width, height]]).repeat(batch, 1)
     if pixel_mask:
-        inputs["pixel_mask"] = torch.zeros(TRACE_BATCH, height, width, dtype=torch.bool)
-        dynamic["pixel_mask"] = {0: Dim.DYNAMIC, **dict(zip((1, 2), sizes.values()))}
+        inputs["pixel_mask"] = torch.zeros(batch, height, width, dtype=torch.bool)
+    sides = {} if image_size else {"images": (2, 3), "pixel_mask": (1, 2)}
+    dynamic = {name: dict.fromkeys((0, *sides.get(name, ())), Dim.DYNAMIC) for name in inputs}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about itself
-        return torch.export.export(deployed, (), inputs, dynamic_shapes=dynamic, strict=False), list(inputs)
+        program = torch.export.export(Deployed(model, outputs).eval(), (), inputs, dynamic_shapes=dynamic, strict=False)
+    return program, list(inputs)
 
 
 def _translate(program, attention: str, input_names: list[str], output_names: list[str]) -> ir.Model:
@@ -236,16 +199,10 @@ def _translate(program, attention: str, input_names: list[str], output_names: li
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=graph.TRACE_OPSET,
+            program, (), dynamo=True, opset_version=graph.TRACE_OPSET, optimize=False, verbose=False,
             custom_translation_table=torch_op.onnx_translations(attention),
-            input_names=input_names,
-            output_names=output_names,
-            optimize=False,
-            verbose=False,
-        ).model
+            input_names=input_names, output_names=output_names,
+        ).model  # fmt: skip
 
 
 def _write(model: ir.Model, metadata: dict, path: Path) -> None:

@@ -25,27 +25,21 @@ SMALLEST_SIDE = 64  # pixels: the coarsest level has stride 64
 MOST_PIXELS = 4096 * 4096  # of an image: verification holds some hundred bytes of each, for three images at once
 
 
+_GRIDSAMPLE = "TensorRT's parser reads GridSample's 'linear' as nearest without a word"
+
+
 @dataclass(frozen=True)
 class Int8:
-    """How to quantize.
+    """How to quantize.  What the images give is kept in `<path>.calibration.json`, and used again as long as the model,
+    the images and the method are the same."""
 
-    images: to calibrate on: a folder, or images as paths, PIL images or arrays, like those the model will see.  What
-        they give is kept in `<path>.calibration.json`, and used again as long as the model, the images and the method
-        are the same; None uses that file alone.
-    count: how many of the images to use; None: all, or CALIBRATION_IMAGES of more.
-    method: one of CALIBRATION_METHODS.
-    sensitivity: whether to rank the layers by what quantizing each alone does (the report's `sensitivity`).
-    ap_budget: how much AP (0..1) may be lost to FP32: the layers that `sensitivity` ranks as the worst stay half until
-        no more is.
-    ap_of: for `ap_budget`, measures the AP (0..1) of a session, as `litedetr_deploy.evaluate` does.
-    """
-
-    images: Any = None
-    count: int | None = None
+    images: Any = None  # a folder, or paths, PIL images or arrays, like those the model will see; None: use that file
+    count: int | None = None  # how many of the images to use; None: all, or CALIBRATION_IMAGES of more
     method: str = CALIBRATION_METHODS[0]
-    sensitivity: bool = False
+    sensitivity: bool = False  # whether to rank the layers by what quantizing each alone does: in the report
+    # How much AP (0..1) may be lost to FP32: the worst layers of that ranking stay half until no more is.
     ap_budget: float | None = None
-    ap_of: Callable[[Any], float] | None = None
+    ap_of: Callable[[Any], float] | None = None  # measures it of a session, as `litedetr_deploy.evaluate` does
 
     @property
     def ranks(self) -> bool:
@@ -76,21 +70,19 @@ class Int8:
         """Return all images; raise LiteDetrError where there are fewer than are asked for."""
         from ..runtime.images import find_images
 
-        folder = self.images if isinstance(self.images, (str, os.PathLike)) else None
-        images = find_images(folder) if folder is not None else list(self.images)
-        if len(images) < (self.count or 1):
+        is_folder, wanted = isinstance(self.images, (str, os.PathLike)), self.count or 1
+        images = find_images(self.images) if is_folder else list(self.images)
+        if len(images) < wanted:
+            where = f" in {self.images}" if is_folder else ""
             raise LiteDetrError(
-                f"there are {len(images)} calibration images{f' in {folder}' if folder is not None else ''}, and "
-                f"{self.count or 1} are asked for. Give more of them, or ask for fewer."
+                f"there are {len(images)} calibration images{where}, and {wanted} are asked for. Give more of them, or "
+                "ask for fewer."
             )
         return images
 
     def chosen(self) -> list:
-        """Return the images to calibrate on, evenly spread over those there are.
-
-        Each is opened, so that a damaged one does not end an export that took minutes.  Raises LiteDetrError for one
-        that cannot be read; a single image gives a `Notice`.
-        """
+        """Return the images to calibrate on, evenly spread over those there are.  Each is opened, so that a damaged one
+        (LiteDetrError) does not end an export that took minutes; a single one gives a `Notice`."""
         from ..runtime.images import load_image
 
         images = self.found()
@@ -104,23 +96,16 @@ class Int8:
 
 
 def check(
-    attention: str,
-    precision: str,
-    image_size: tuple[int, int] | None,
-    outputs: str,
-    opset: int,
-    int8: Int8 | None = None,
+    attention: str, precision: str, size: tuple[int, int] | None, outputs: str, opset: int, int8: Int8 | None = None
 ) -> None:
     """Raise LiteDetrError for options that are not allowed, with the value and what it may be."""
     _check_choice("attention", attention, ATTENTIONS)
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("outputs", outputs, OUTPUTS)
     if not FIRST_OPSET <= opset <= LAST_OPSET[attention]:
-        reason = (
-            "from opset 20 on, TensorRT's parser reads GridSample's 'linear' as nearest without a word"
-            if attention == "gridsample"
-            else "17 is the first with LayerNormalization and runs everywhere"
-        )
+        reason = "17 is the first with LayerNormalization and runs everywhere"
+        if attention == "gridsample":
+            reason = f"from opset 20 on, {_GRIDSAMPLE}"
         raise LiteDetrError(
             f"opset is {opset}; with attention {attention!r} it must be {FIRST_OPSET} to {LAST_OPSET[attention]} "
             f"({reason})."
@@ -135,11 +120,10 @@ def check(
     if precision == "bf16" and attention == "gridsample":
         raise LiteDetrError(
             f"precision is 'bf16' and attention 'gridsample'; bfloat16 convolutions need opset {TYPED_OPSET['bf16']}, "
-            "and from 20 on TensorRT's parser reads GridSample's 'linear' as nearest without a word. Choose attention "
-            "'op' or 'gather', or precision 'fp16'."
+            f"and from 20 on {_GRIDSAMPLE}. Choose attention 'op' or 'gather', or precision 'fp16'."
         )
-    if image_size is not None:
-        check_size(*image_size)
+    if size is not None:
+        check_size(*size)
 
 
 def check_size(height: int, width: int) -> None:
@@ -156,22 +140,17 @@ def check_size(height: int, width: int) -> None:
         )
 
 
-def check_tokens(image_size: tuple[int, int] | None, num_queries: int, num_levels: int) -> None:
+def check_tokens(height: int, width: int, num_queries: int, num_levels: int) -> None:
     """Raise LiteDetrError where an image has fewer feature tokens than the detector selects queries."""
-    if image_size is None:
-        return
-    tokens = sum(
-        -(-image_size[0] // stride) * -(-image_size[1] // stride) for stride in (8 << i for i in range(num_levels))
-    )
+    tokens = sum(-(-height // (8 << level)) * -(-width // (8 << level)) for level in range(num_levels))
     if tokens < num_queries:
         raise LiteDetrError(
-            f"an image of {image_size[0]}x{image_size[1]} has {tokens} feature tokens, fewer than the {num_queries} "
-            "queries of the model. Choose a larger image size, such as 256x320."
+            f"an image of {height}x{width} has {tokens} feature tokens, fewer than the {num_queries} queries of the "
+            "model. Choose a larger image size, such as 256x320."
         )
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise LiteDetrError(
-            f"{name} is {value!r}; it must be {' or '.join(map(repr, allowed))}.{nearest(value, allowed)}"
-        )
+        choices = " or ".join(map(repr, allowed))
+        raise LiteDetrError(f"{name} is {value!r}; it must be {choices}.{nearest(value, allowed)}")

@@ -1,17 +1,14 @@
 """A finished FP32 graph made strongly typed: half storage where it is safe, FP32 islands elsewhere.
 
-Every node gets one type, FP32 or half (float16 or bfloat16), and all its float inputs and outputs have that type; the
-attention op's reference points alone stay FP32 whatever its type is.  A network that takes the types of the file as
-law (TensorRT's strongly typed networks) and ONNX's own inference agree on every value.
+Every node gets one type, FP32 or half (float16 or bfloat16), for all its float inputs and outputs; the attention op's
+reference points alone stay FP32.  So ONNX's inference and TensorRT's strongly typed networks agree on every value.
 
-What is half: convolutions, matrix products with their bias, sums, GELU, and the attention op (storage; it computes in
-FP32 inside).  Nodes that only move or pick values follow their inputs.  Everything else is FP32, and so are the ISLANDS
-and the products of queries and keys in front of a softmax.
-
-Where half's range (65504) could break:
+Half are convolutions, matrix products with their bias, sums, GELU, and the attention op (storage; it computes in FP32).
+Nodes that only move or pick values follow their inputs.  Everything else is FP32, as are the ISLANDS and the products
+of queries and keys in front of a softmax.  Where half's range (65504) could break:
 - LayerNorm and GroupNorm square what they read: half would overflow from 256 on.
-- The sum in front of a LayerNorm is the stream that residuals pile up on.  It is FP32 throughout, and only the branch
-  that is added to it comes in half, so that a graph overflows only where a single product leaves the range.
+- The sum in front of a LayerNorm is the stream that residuals pile up on: it is FP32 throughout, and only the branch
+  that is added comes in half, so that a graph overflows only where a single product leaves the range.
 - Residual sums of a ResNet are half: no norm follows them, as batch norm is folded into the convolutions.
 - A constant too large for half keeps the nodes that read it in FP32.
 """
@@ -27,6 +24,7 @@ import onnx_ir as ir
 
 from ..errors import LiteDetrError
 from ..ops import schema
+from .graph import constant
 
 FLOAT = ir.DataType.FLOAT
 # What is half in each precision.  'int8' is for a graph that `quantize` has been over.
@@ -63,13 +61,8 @@ _SAMPLE_PRODUCT = re.compile(rf".*/(?:{schema.KEY_AWARE}|{schema.PLAIN})/MatMul(
 
 
 def apply(model: ir.Model, precision: str, keep: Sequence[str] = ()) -> None:
-    """Type `model`, whose floats are all FP32, in place.  Inputs and outputs of the graph stay FP32.
-
-    precision: a key of HALVES.
-    keep: patterns like those of ISLANDS, of nodes to keep in FP32 beyond them.
-
-    Raises LiteDetrError for a graph that is typed already and for a pattern that fits no node.
-    """
+    """Type `model`, whose floats are all FP32, in place, for a key of HALVES; the graph's inputs and outputs stay FP32.
+    keep: patterns like those of ISLANDS, of further nodes to keep in FP32; LiteDetrError for one that fits no node."""
     if precision != "int8":
         refuse_typed(model.graph)
     half = HALVES[precision]
@@ -103,14 +96,13 @@ def count(model: ir.Model) -> dict[str, int]:
     how many casts there are between the first two."""
     counts = {"half": 0, "float": 0, "int8": 0, "casts": 0}
     for node in model.graph:
-        values = [value for value in (*node.inputs, *node.outputs) if value is not None and _is_float(value)]
+        values = _floats((*node.inputs, *node.outputs))
         if node.op_type == "Cast" and len(values) == 2:
             counts["casts"] += 1
         elif node.op_type not in ("QuantizeLinear", "DequantizeLinear") and values and node.outputs[0] in values:
-            if len(node.inputs) > 1 and all(map(_is_dequantized, node.inputs[:2])):
-                counts["int8"] += 1
-            else:
-                counts["float" if node.outputs[0].dtype == FLOAT else "half"] += 1
+            makers = [value.producer() for value in node.inputs[:2] if value is not None]
+            is_int8 = len(makers) == 2 and all(maker and maker.op_type == "DequantizeLinear" for maker in makers)
+            counts["int8" if is_int8 else "float" if node.outputs[0].dtype == FLOAT else "half"] += 1
     return counts
 
 
@@ -121,27 +113,24 @@ def _node_types(graph: ir.Graph, half: ir.DataType, keep: Sequence[str]) -> dict
 
     def given(node):
         """Types of the float inputs that a node computed."""
-        return {types.get(v.producer(), FLOAT) for v in _float_inputs(node) if not v.is_initializer()} - {None}
+        return {types.get(v.producer(), FLOAT) for v in _floats(node.inputs) if not v.is_initializer()} - {None}
 
     for node in graph:
-        follows = node.op_type in _FOLLOWERS
-        if not follows and not any(map(_is_float, node.outputs)) and not _float_inputs(node):
-            continue
-        if follows:
+        if node.op_type in _FOLLOWERS:
             # Those that have constants alone wait for what their readers want.
             types[node] = FLOAT if FLOAT in given(node) else half if given(node) else None
-        elif _SAMPLE_PRODUCT.fullmatch(node.name) and half in given(node):
-            types[node] = half
-        else:
-            types[node] = FLOAT if node.op_type not in _HALF_OPS or node in islands else half
-        if types[node] == half and any(_overflows(value, half) for value in _float_inputs(node)):
+        elif _floats((*node.inputs, *node.outputs)):
+            is_sample_product = _SAMPLE_PRODUCT.fullmatch(node.name) and half in given(node)
+            is_half = is_sample_product or (node.op_type in _HALF_OPS and node not in islands)
+            types[node] = half if is_half else FLOAT
+        if types.get(node) == half and any(_overflows(value, half) for value in _floats(node.inputs)):
             types[node] = FLOAT
 
     # What is read in FP32 alone becomes FP32, where that needs no cast more.
     for node in reversed(graph):
         movable = node.op_type in _FOLLOWERS or (node.op_type in _POINTWISE and given(node) == {FLOAT})
         if movable and node in types and types[node] != FLOAT:
-            outputs = [output for output in node.outputs if _is_float(output)]
+            outputs = _floats(node.outputs)
             wanted = {_wanted(types, user, i) for output in outputs for user, i in output.uses()}
             if any(output.is_graph_output() for output in outputs):
                 wanted.add(FLOAT)
@@ -189,11 +178,9 @@ def _scores(logits: ir.Value) -> set[ir.Node]:
 def _makers(value: ir.Value, op_types: Collection[str]) -> set[ir.Node]:
     """The nodes of these types that made `value`, or what was then only moved."""
     node = value.producer()
-    if node is None:
-        return set()
-    if node.op_type in op_types:
-        return {node}
-    return set().union(*(_makers(v, op_types) for v in _float_inputs(node))) if node.op_type in _FOLLOWERS else set()
+    if node is None or node.op_type in op_types:
+        return {node} - {None}
+    return set().union(*(_makers(v, op_types) for v in _floats(node.inputs))) if node.op_type in _FOLLOWERS else set()
 
 
 def _insert_casts(graph: ir.Graph, types: dict[ir.Node, ir.DataType]) -> None:
@@ -202,59 +189,37 @@ def _insert_casts(graph: ir.Graph, types: dict[ir.Node, ir.DataType]) -> None:
     converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in list(graph):
         for i, value in enumerate(node.inputs):
-            if value is None or not _is_float(value):
-                continue
-            wanted = _wanted(types, node, i)
-            if value.dtype == wanted:
+            if not _floats([value]) or value.dtype == (wanted := _wanted(types, node, i)):
                 continue
             if (value, wanted) not in converted:
-                make = _stored if value.is_initializer() else _cast
-                converted[value, wanted] = make(graph, value, wanted)
+                converted[value, wanted] = _convert(graph, value, wanted)
             node.replace_input_with(i, converted[value, wanted])
     for (value, _), other in converted.items():
         if value.is_initializer() and not value.uses():
-            name = value.name
-            graph.initializers.pop(name)
-            graph.initializers.pop(other.name)
-            other.name = other.const_value.name = name
-            graph.initializers[name] = other
+            graph.initializers.pop(value.name)
+            other.name = value.name
 
 
-def _stored(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+def _convert(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A value in another type: of a constant another constant, else the output of a cast behind its producer."""
     name = f"{value.name}.{dtype.name.lower()}"
-    tensor = ir.tensor(value.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
-    stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
-    graph.initializers[name] = stored
-    return stored
-
-
-def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    producer = value.producer()
-    name = f"{producer.name if producer else value.name}/Cast"
-    result = ir.Value(name=f"{value.name}.{dtype.name.lower()}", shape=value.shape, type=ir.TensorType(dtype))
-    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], outputs=[result], name=name)
+    if value.is_initializer():
+        return constant(graph, name, value.const_value.numpy().astype(dtype.numpy()), dtype)
+    producer, result = value.producer(), ir.val(name, dtype, value.shape)
+    cast_name = f"{producer.name if producer else value.name}/Cast"
+    cast = ir.node("Cast", [value], {"to": int(dtype)}, outputs=[result], name=cast_name)
     if producer is None:
-        graph.insert_before(next(iter(graph)), node)
+        graph.insert_before(graph[0], cast)
     else:
-        graph.insert_after(producer, node)
+        graph.insert_after(producer, cast)
     return result
 
 
-def _float_inputs(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.inputs if value is not None and _is_float(value)]
-
-
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype in (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-def _is_dequantized(value: ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "DequantizeLinear"
+def _floats(values: Iterable[ir.Value | None]) -> list[ir.Value]:
+    kinds = (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return [value for value in values if value is not None and value.dtype in kinds]
 
 
 def _overflows(value: ir.Value, half: ir.DataType) -> bool:
-    if not value.is_initializer():
-        return False
-    largest = float(np.abs(value.const_value.numpy()).max(initial=0))
+    largest = float(np.abs(value.const_value.numpy()).max(initial=0)) if value.is_initializer() else 0.0
     return np.isfinite(largest) and largest > float(half.max)

@@ -1,4 +1,4 @@
-"""The two attention ops in standard ONNX operators (opset 17 and 18), for run times without the fused op.
+"""How the attention ops are written to ONNX: as one node, or in standard operators (opset 17 and 18).
 
 `gather` reads the four corners of every sample as rows of the value: no GridSample, which TensorRT miscompiles in
 this pattern (NVIDIA/TensorRT issue 4813).  `gridsample` is the usual form.  Both compute in float whatever the
@@ -15,29 +15,30 @@ import math
 import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18 as op
+from onnxscript.values import Opset
 
-from . import schema
+from . import onnx_schema, schema
 
 # Pixels are nearer than this, or here: one that is infinite or NaN must not make NaN of the bilinear weights.
 _FAR = 2.0**20
 
 
+def node(op_type: str, inputs: tuple, num_heads: int, num_points: int):
+    """Write an op of `schema`, whose inputs are given in that order and None where absent, as one node."""
+    onnx_schema.register()
+    operator = getattr(Opset(schema.DOMAIN, schema.VERSION), op_type)
+    present = [value for value in inputs if value is not None]  # only the last input is optional
+    return operator(*present, num_heads=num_heads, num_points=num_points, **schema.PLUGIN_ATTRIBUTES)
+
+
 def gather(op_type: str, inputs: tuple, num_heads: int, num_points: int):
-    """Write one op of `schema` as a gather of rows and two matrix products.
+    """Write an op as a gather of rows and two matrix products, [N, Q, M*D]; arguments as in `node`.
 
     The corners of all samples of a (query, head) are gathered into [4*L*P, D]; <query, corner> and the weighted sum
     are then matrix products, with the bilinear weights applied between them.  Of the forms measured on ONNX Runtime
     this was the fastest; its largest tensor has N*Q*M*4*L*P*D floats.
-
-    Args:
-        op_type: a key of `schema.INPUTS`.
-        inputs: the inputs in that order; an absent key is None or left out.
-        num_heads, num_points: Python ints.
-
-    Returns:
-        The output, [N, Q, M*D].
     """
-    queries, value, references, offsets, spatial_shapes, *key = inputs
+    queries, value, references, offsets, spatial_shapes, key = inputs
     channels = value.shape[2]
     head_dim = channels // num_heads
     samples = spatial_shapes.shape[0] * num_points
@@ -54,7 +55,7 @@ def gather(op_type: str, inputs: tuple, num_heads: int, num_points: int):
 
     values = corners_of(value)
     if op_type == schema.KEY_AWARE:
-        keys = corners_of(key[0]) if key and key[0] is not None else values
+        keys = values if key is None else corners_of(key)
         query = op.Mul(_as_float(queries), _float(1 / math.sqrt(head_dim)))
         products = op.MatMul(keys, op.Reshape(query, _ints(0, 0, num_heads, head_dim, 1)))
         products = op.Reshape(products, _ints(0, 0, num_heads, 4, samples))
@@ -67,8 +68,8 @@ def gather(op_type: str, inputs: tuple, num_heads: int, num_points: int):
 
 
 def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
-    """Write one op of `schema` with one GridSample a level; arguments and result as in `gather`."""
-    queries, value, references, offsets, spatial_shapes, *key = inputs
+    """Write an op with one GridSample a level; arguments and result as in `gather`."""
+    queries, value, references, offsets, spatial_shapes, key = inputs
     channels = value.shape[2]
     head_dim = channels // num_heads
     num_levels = spatial_shapes.shape[0]
@@ -106,7 +107,7 @@ def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
 
     values = samples_of(value)
     if op_type == schema.KEY_AWARE:
-        keys = samples_of(key[0]) if key and key[0] is not None else values
+        keys = values if key is None else samples_of(key)
         query = op.Mul(_as_float(queries), _float(1 / math.sqrt(head_dim)))
         query = op.Transpose(op.Reshape(query, _ints(0, 0, num_heads, head_dim)), perm=[0, 2, 3, 1])
         query = reshape(query, rows, _ints(head_dim), num_queries, _ints(1))
@@ -120,16 +121,12 @@ def gridsample(op_type: str, inputs: tuple, num_heads: int, num_points: int):
     return _like(op.Transpose(output, perm=[0, 2, 1]), value)
 
 
-LOWERINGS = {"gather": gather, "gridsample": gridsample}
+LOWERINGS = {"op": node, "gather": gather, "gridsample": gridsample}
 
 
 def _corners(references, offsets, spatial_shapes, value, num_heads: int, num_points: int):
-    """The four corners of every sample.
-
-    Returns:
-        Tokens, int32 [N, Q, M, 4*L*P]: S where the corner lies outside its map.
-        Bilinear weights, float [N, Q, M, 4, L*P].
-    """
+    """The four corners of every sample: tokens, int32 [N, Q, M, 4*L*P], which are S where a corner lies outside its
+    map, and bilinear weights, float [N, Q, M, 4, L*P]."""
     samples = spatial_shapes.shape[0] * num_points
     shapes = _as_float(spatial_shapes)
     heights, widths = _part(shapes, 0, 1, axis=1), _part(shapes, 1, 2, axis=1)  # [L, 1]
@@ -158,7 +155,8 @@ def _corners(references, offsets, spatial_shapes, value, num_heads: int, num_poi
         return zip((lower, upper), (lower_weight, upper_weight), inside, strict=True)
 
     # Tokens in float, exact up to 2^24 of them: one comparison and one sum fewer than in integers.
-    first = repeat(op.MatMul(_before(spatial_shapes.shape[0]), op.Mul(heights, widths)))
+    before = op.Constant(value=ir.tensor(np.tri(spatial_shapes.shape[0], k=-1, dtype=np.float32)))
+    first = repeat(op.MatMul(before, op.Mul(heights, widths)))  # first token of each level
     outside = op.Cast(op.Shape(value, start=1, end=2), to=ir.DataType.FLOAT)
     columns = list(axis_corners(0, widths))
     tokens, weights = [], []
@@ -169,11 +167,6 @@ def _corners(references, offsets, spatial_shapes, value, num_heads: int, num_poi
             weights.append(op.Mul(row_weight, column_weight))
     tokens = op.Cast(op.Concat(*tokens, axis=-1), to=ir.DataType.INT32)
     return tokens, op.Reshape(op.Concat(*weights, axis=-1), _ints(0, 0, num_heads, 4, samples))
-
-
-def _before(num_levels: int):
-    """[L, L]: times the areas of the levels it gives the first token of each."""
-    return op.Constant(value=ir.tensor(np.tri(num_levels, k=-1, dtype=np.float32)))
 
 
 def _first_rows(value, num_heads: int):

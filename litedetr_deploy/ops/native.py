@@ -14,17 +14,15 @@ LIBRARIES = {
 }
 # A folder that is searched first: for libraries built apart from the package (another compiler, another board).
 PATH_VARIABLE = "LITEDETR_LIBRARY_PATH"
-# KDA_ABI_VERSION in plugins/kda/kda.h
-ABI_VERSION = 1
 
-# kda_dtype and kda_status in kda.h
+# KDA_ABI_VERSION, kda_dtype and kda_status in plugins/kda/kda.h
+ABI_VERSION = 1
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 OK, INVALID_ARGUMENT = 0, 1
 
 
+# The structures of kda.h, field by field.
 class Arguments(ctypes.Structure):
-    """kda_arguments in kda.h, field by field."""
-
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "num_queries", "num_tokens")),
         *((name, ctypes.c_int32) for name in ("num_heads", "head_dim", "num_levels", "num_points")),
@@ -35,24 +33,17 @@ class Arguments(ctypes.Structure):
 
 
 class Gradients(ctypes.Structure):
-    """kda_gradients in kda.h."""
-
     _fields_ = [
         (name, ctypes.c_void_p) for name in ("output", "query", "key", "value", "reference_points", "sampling_offsets")
     ]
 
 
 class Executor(ctypes.Structure):
-    """kda_executor in kda.h."""
-
     _fields_ = [("run", ctypes.c_void_p), ("self", ctypes.c_void_p)]
 
 
-_ARGUMENTS, _EXECUTOR, _MESSAGE = (
-    ctypes.POINTER(Arguments),
-    ctypes.POINTER(Executor),
-    (ctypes.c_char_p, ctypes.c_size_t),
-)
+_ARGUMENTS, _EXECUTOR = ctypes.POINTER(Arguments), ctypes.POINTER(Executor)
+_MESSAGE = ctypes.c_char_p, ctypes.c_size_t
 # Name -> type of the result, types of the arguments.
 _FUNCTIONS = {
     "kda_cpu_isa": (ctypes.c_char_p,),
@@ -67,17 +58,13 @@ _FUNCTIONS = {
 def library(name: str) -> Path:
     """Return the path of a library: 'core' (the arithmetic), 'onnxruntime' (custom ops) or 'tensorrt' (plugins).
 
-    Raises:
-        ValueError: no library has that name.
-        FileNotFoundError: it was not built; the message says where it was looked for and how to build it.
+    Raise ValueError for another name, and FileNotFoundError, which says how to build it, where it is not there.
     """
     if name not in LIBRARIES:
         raise ValueError(f"there is no library {name!r}; the libraries are {', '.join(map(repr, LIBRARIES))}")
     folders = _folders()
-    for folder in folders:
-        path = folder / LIBRARIES[name]
-        if path.is_file():
-            return path
+    if found := [folder / LIBRARIES[name] for folder in folders if (folder / LIBRARIES[name]).is_file()]:
+        return found[0]
     raise FileNotFoundError(
         f"{LIBRARIES[name]} (the {name!r} library) is not in {' or '.join(map(str, folders))}. It is compiled when "
         f"the package is installed: run `pip install .` in the source folder and read the lines that CMake prints "
@@ -97,11 +84,7 @@ def _folders() -> list[Path]:
 
 @functools.cache
 def load_core() -> ctypes.CDLL:
-    """Return the 'core' library with the types of its functions set.
-
-    Raises:
-        RuntimeError: it is missing, does not load, or has another ABI version.
-    """
+    """Return the 'core' library; raise RuntimeError where it is missing, does not load, or has another ABI version."""
     try:
         path = library("core")
         core = ctypes.CDLL(str(path))

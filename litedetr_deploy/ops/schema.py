@@ -11,22 +11,16 @@ KEY_AWARE = "KeyAwareDeformAttn"
 PLAIN = "MSDeformAttn"
 
 # (name, type letter, optional).  T: float, float16 or bfloat16 storage; F: float; U: T or float; I: int64.
+_SHARED = (
+    ("value", "T", False),  # after the value projection, padding zeroed
+    ("reference_points", "F", False),
+    ("sampling_offsets", "U", False),  # the raw output of the offset Linear
+    ("spatial_shapes", "I", False),  # (height, width), fine to coarse
+)
 INPUTS = {
-    KEY_AWARE: (
-        ("query", "T", False),  # after the query projection
-        ("value", "T", False),  # after the value projection, padding zeroed
-        ("reference_points", "F", False),
-        ("sampling_offsets", "U", False),  # the raw output of the offset Linear
-        ("spatial_shapes", "I", False),  # (height, width), fine to coarse
-        ("key", "T", True),  # absent: the key is the value
-    ),
-    PLAIN: (
-        ("attention_logits", "T", False),  # before the softmax
-        ("value", "T", False),
-        ("reference_points", "F", False),
-        ("sampling_offsets", "U", False),
-        ("spatial_shapes", "I", False),
-    ),
+    # The query is taken after its projection; without a key, the key is the value.
+    KEY_AWARE: (("query", "T", False), *_SHARED, ("key", "T", True)),
+    PLAIN: (("attention_logits", "T", False), *_SHARED),  # before the softmax
 }
 OUTPUT = "output"  # of type T
 # N: batch, Q: queries, S: tokens of all levels, M: heads, D: channels of a head, L: levels, P: points of a level,

@@ -64,7 +64,7 @@ def set_opset(model, opset):
         if node.op_type == "ReduceMax" and "axes" in node.attributes:
             axes = np.array(node.attributes.pop("axes").as_ints())
             node.resize_inputs(2)
-            node.replace_input_with(1, graph._constant(model.graph, "axes", axes))
+            node.replace_input_with(1, graph.constant(model.graph, "axes", axes))
     model.opset_imports[""] = opset
 
 
@@ -279,7 +279,7 @@ def typed_part(part, inputs, attention="op"):
         program = torch.export.export(module, inputs, strict=False)
     names = [f"input_{i}" for i in range(len(inputs))]
     model = export._translate(program, attention, names, ["output"])
-    graph.finish(model, 17, ("output",), {})
+    graph.finish(model, 17, ("output",))
     precision.apply(model, "fp16")
     proto = ir.to_proto(model)
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs)}
