@@ -22,6 +22,7 @@ from .harness import Contender
 from .packages import is_installed
 from .parts import Watched, onnxruntime_parts, torch_parts
 from .plan import Spec
+from .timing import captured
 
 PROBES = (SCORES, INDICES)
 
@@ -256,20 +257,7 @@ class _PyTorch(Engine):
         self._cast = lambda: torch.autocast(self.spec.device, half, enabled=half is not None, cache_enabled=keep)
         self._attention = official_attention if self.spec.way.attention == "official" else contextlib.nullcontext
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.spec.device == "cuda" else None
-        self._graph = self._capture() if self.spec.way.mode == "graph" else None
-
-    def _capture(self):
-        torch = self._torch
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._captured = self._forward()
-        return graph
+        self._call = captured(self._forward) if self.spec.way.mode == "graph" else self._forward
 
     def _forward(self):
         with self._torch.inference_mode(), self._cast(), self._attention():
@@ -280,11 +268,7 @@ class _PyTorch(Engine):
             return self._forward()
         begin, end = self._events
         begin.record()
-        if self._graph:
-            self._graph.replay()
-            output = self._captured
-        else:
-            output = self._forward()
+        output = self._call()
         end.record()
         end.synchronize()
         return output
