@@ -1,8 +1,6 @@
 """Timing that all benchmarks share: fair repetitions, medians and percentiles, and a description of the machine.
 
-The harness asks `repetitions` how often each contender fits into its share of the time, and runs `time_call` on them in
-the order of `interleave`.  Kernels on a GPU are timed by `time_device_call`.  PyTorch and numpy are imported where they
-are used: a machine with a GPU may have no numpy.
+PyTorch and numpy are imported where they are used: a machine with a GPU may have no numpy.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from ..machine import describe_cpu, installed_version, usable_cores
 # (milliseconds in ONNX Runtime, some 20 ms in GNU OpenMP) and would take the processor from the one that is timed.
 REST = 0.03
 FEWEST, MOST = 3, 1000  # repetitions, whatever the time allows
-DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
-DEFAULT_DEVICE_CACHE_BYTES = 64 << 20
+DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell, or the CUDA device
 WAIT = 1_000_000  # cycles that a GPU waits for the host before a timed call, some 0.5 ms; more where that is too short
 LONGEST_WAIT = 1_000_000_000
 
@@ -60,10 +57,7 @@ def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     wait = WAIT
     while wait <= LONGEST_WAIT:
-        if cold:
-            evict_device_cache()
-        else:
-            call()
+        (evict_device_cache if cold else call)()
         torch.cuda._sleep(wait)
         begin.record()
         output = call()
@@ -157,12 +151,11 @@ def device_cache_bytes() -> int:
     """The L2 cache of the CUDA device."""
     import torch
 
-    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_DEVICE_CACHE_BYTES
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_CACHE_BYTES
 
 
 def device_bandwidth(size: int, copies: int) -> float:
-    """Bytes a second, read and written, of copying `size` bytes on the CUDA device `copies` times in a row, launches
-    included."""
+    """10^9 bytes a second, read and written, of copying `size` bytes on the CUDA device `copies` times in a row."""
     import torch
 
     source = torch.zeros(size // 4, device="cuda")
@@ -173,7 +166,7 @@ def device_bandwidth(size: int, copies: int) -> float:
             torch.neg(source, out=target)
 
     seconds = percentile([time_device_call(copy) for _ in range(20)], 50)
-    return 2 * source.nbytes * copies / seconds
+    return round(2 * source.nbytes * copies / seconds / 1e9, 1)
 
 
 def device() -> dict:
@@ -181,8 +174,7 @@ def device() -> dict:
     half of its L2 cache, and of much more than that cache holds."""
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
-    cache = device_cache_bytes()
+    properties, cache = torch.cuda.get_device_properties(0), device_cache_bytes()
     large = max(4 * cache, min(1 << 30, torch.cuda.mem_get_info()[0] // 8))
     return {
         "name": properties.name,
@@ -191,8 +183,8 @@ def device() -> dict:
         "memory_gib": round(properties.total_memory / (1 << 30), 1),
         "l2_mib": round(cache / (1 << 20), 1),
         "cuda": torch.version.cuda,
-        "l2_gigabytes_per_second": round(device_bandwidth(cache // 4, 20) / 1e9, 1),
-        "memory_gigabytes_per_second": round(device_bandwidth(large, 1) / 1e9, 1),
+        "l2_gigabytes_per_second": device_bandwidth(cache // 4, 20),
+        "memory_gigabytes_per_second": device_bandwidth(large, 1),
     }
 
 
