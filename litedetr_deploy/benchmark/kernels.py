@@ -88,16 +88,11 @@ class Size:
 
 MAPS_800 = ((100, 167), (50, 84), (25, 42), (13, 21))  # of an image of 800x1333
 MAPS_640 = ((80, 80), (40, 40), (20, 20), (10, 10))
-SIZES = {
-    size.name: size
-    for size in (
-        Size("full800", MAPS_800),
-        Size("high800", MAPS_800, first_level=1),
-        Size("dec800", MAPS_800, boxes=900),
-        Size("full640", MAPS_640),
-        Size("high640", MAPS_640, first_level=1),
-    )
-}
+_ALL = (
+    Size("full800", MAPS_800), Size("high800", MAPS_800, first_level=1), Size("dec800", MAPS_800, boxes=900),
+    Size("full640", MAPS_640), Size("high640", MAPS_640, first_level=1),
+)  # fmt: skip
+SIZES = {size.name: size for size in _ALL}
 
 
 def make_inputs(size: Size) -> dict[str, Tensor]:
@@ -238,35 +233,23 @@ class Attention(harness.Contender):
             torch.cuda.empty_cache()
 
 
-class OneAttention(torch.nn.Module):
-    """The op alone, for the exporter.  The maps are constants, as in a model exported for one image size."""
-
-    def __init__(self, maps: Sequence):
-        super().__init__()
-        self.register_buffer("spatial_shapes", torch.tensor(maps))
-
-    def forward(self, query, value, reference_points, sampling_offsets):
-        return torch.ops.litedetr.key_aware_deform_attn(
-            query, value, reference_points, sampling_offsets, self.spatial_shapes, HEADS, POINTS
-        )
-
-
 @functools.cache
 def onnx_model(size: Size, attention: str) -> bytes:
     """Return the ONNX model that the package exports for one attention: 'op', 'gridsample' or 'gather'."""
-    inputs = make_inputs(size)
+    inputs, op = make_inputs(size), torch.ops.litedetr.key_aware_deform_attn
+    maps = torch.tensor(size.maps)  # a constant, as in a model exported for one image size
+
+    class OneAttention(torch.nn.Module):
+        def forward(self, query, value, reference_points, sampling_offsets):
+            return op(query, value, reference_points, sampling_offsets, maps, HEADS, POINTS)
+
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.onnx.export(
-            OneAttention(size.maps).eval(),
-            tuple(inputs.values()),
-            dynamo=True,
-            opset_version=18,
-            custom_translation_table=torch_op.onnx_translations(attention),
-            input_names=list(inputs),
-            verbose=False,
-        )
+            OneAttention().eval(), tuple(inputs.values()), input_names=list(inputs), dynamo=True, opset_version=18,
+            custom_translation_table=torch_op.onnx_translations(attention), verbose=False,
+        )  # fmt: skip
     return program.model_proto.SerializeToString()
 
 
@@ -313,12 +296,11 @@ def compiled_call(problem: Problem, threads: int):
 
 def deformable_detr_call(extension, problem: Problem, threads: int):
     """Deformable DETR's CUDA kernel, which has no 16-bit types: in float32, and with its inputs made beforehand."""
-    size, inputs, shapes = problem.size, problem.plain_inputs, problem.spatial_shapes
-    places = inputs["reference_points"], inputs["sampling_offsets"]
+    inputs, shapes = problem.plain_inputs, problem.spatial_shapes
+    areas, places = shapes.prod(1), (inputs["reference_points"], inputs["sampling_offsets"])
     locations = official.sampling_locations(*places, shapes, HEADS, POINTS)
-    areas = shapes.prod(1)
     arguments = (
-        inputs["value"].float().view(size.batch, size.tokens, HEADS, HEAD_DIM),
+        inputs["value"].float().unflatten(2, (HEADS, HEAD_DIM)),
         shapes,
         areas.cumsum(0) - areas,  # where each level starts
         locations.contiguous(),
@@ -350,14 +332,10 @@ def build_deformable_detr(checkout: Path):
             for old, new in DEFORMABLE_DETR_PATCHES.items():
                 text = text.replace(old, new)
             path.write_text(text)
-        return cpp_extension.load(
-            "MultiScaleDeformableAttention",
-            [str(path) for path in files if path.suffix in (".cpp", ".cu")],
-            extra_include_paths=[str(source)],
-            extra_cflags=["-DWITH_CUDA"],
-            extra_cuda_cflags=["-DWITH_CUDA"],
-            build_directory=folder,
-        )
+        sources = [str(path) for path in files if path.suffix in (".cpp", ".cu")]
+        flags = dict.fromkeys(("extra_cflags", "extra_cuda_cflags"), ["-DWITH_CUDA"])
+        flags["extra_include_paths"] = [str(source)]
+        return cpp_extension.load("MultiScaleDeformableAttention", sources, build_directory=folder, **flags)
 
 
 def deformable_detr(checkout: Path) -> list[Rival]:
@@ -375,7 +353,7 @@ OUR_OP, OPENVINO = "op", ("OpenVINO GridSample", "OpenVINO gather")
 DEFORMABLE_DETR = "Deformable DETR FP32 kernel"  # for a GPU, where its source is given
 _OP = partial(torch_call, torch.ops.litedetr.key_aware_deform_attn)
 _PLAIN_OP = partial(torch_call, torch.ops.litedetr.ms_deform_attn, plain=True)
-_IN_ONNXRUNTIME, _IN_OPENVINO = ("onnxruntime", "onnx", "onnxscript"), ("openvino", "onnx", "onnxscript")
+_ONNX = ("onnx", "onnxscript")
 _PYTORCH = (
     Rival("PyTorch official form", official_call, answer="pytorch_answer"),
     Rival("PyTorch sampling once", partial(official_call, once=True), answer="pytorch_answer"),
@@ -383,12 +361,12 @@ _PYTORCH = (
 )
 RIVALS = {
     "cpu": (
-        Rival(OUR_OP, partial(onnxruntime_call, "op"), _IN_ONNXRUNTIME),
+        Rival(OUR_OP, partial(onnxruntime_call, "op"), ("onnxruntime", *_ONNX)),
         Rival("torch op", _OP),
-        Rival("ORT GridSample", partial(onnxruntime_call, "gridsample"), _IN_ONNXRUNTIME),
-        Rival("ORT gather", partial(onnxruntime_call, "gather"), _IN_ONNXRUNTIME),
-        Rival(OPENVINO[0], partial(openvino_call, "gridsample"), _IN_OPENVINO),
-        Rival(OPENVINO[1], partial(openvino_call, "gather"), _IN_OPENVINO),
+        Rival("ORT GridSample", partial(onnxruntime_call, "gridsample"), ("onnxruntime", *_ONNX)),
+        Rival("ORT gather", partial(onnxruntime_call, "gather"), ("onnxruntime", *_ONNX)),
+        Rival(OPENVINO[0], partial(openvino_call, "gridsample"), ("openvino", *_ONNX)),
+        Rival(OPENVINO[1], partial(openvino_call, "gather"), ("openvino", *_ONNX)),
         *_PYTORCH,
     ),
     "cuda": (Rival(OUR_OP, _OP), Rival("plain op", _PLAIN_OP, answer="plain_answer"), *_PYTORCH),
@@ -406,23 +384,24 @@ def title(size: Size, threads: int | None) -> str:
 def case_rows(case: Sequence[Result], machine: dict) -> list[dict]:
     """Return the results as JSON types; a ratio without our op is None."""
     size, threads = case[0].subject
+    work, gpu = size.work, machine.get("gpu")
     medians = {result.name: result.median for result in case if result.seconds}
     better = min(OPENVINO, key=medians.__getitem__) if medians.keys() >= set(OPENVINO) else None
     rows = []
     for result in case:
         row = {"size": size.name, "batch": size.batch, "dtype": size.dtype, "threads": threads}
-        row |= {"contender": result.name, "status": result.status, **size.work}
+        row |= {"contender": result.name, "status": result.status, **work}
         if result.seconds:
             row |= result.milliseconds()
-            row["gigabytes_per_second"] = size.work["bytes_gathered"] / result.median / 1e9
-            row["gigaflop_per_second"] = size.work["flop"] / result.median / 1e9
+            row["gigabytes_per_second"] = rate = work["bytes_gathered"] / result.median / 1e9
+            row["gigaflop_per_second"] = work["flop"] / result.median / 1e9
             row["times_op"] = result.median / medians[OUR_OP] if OUR_OP in medians else None
             row["better_openvino_graph"] = result.name == better
-        if result.seconds and "gpu" in machine:
-            row["of_l2"] = row["gigabytes_per_second"] / machine["gpu"]["l2_gigabytes_per_second"]
-        if result.cold_seconds and "gpu" in machine:
-            rate = size.work["bytes_compulsory"] / row["cold_median_ms"] / 1e6
-            row["of_memory"] = rate / machine["gpu"]["memory_gigabytes_per_second"]
+            if gpu:
+                row["of_l2"] = rate / gpu["l2_gigabytes_per_second"]
+            if gpu and result.cold_seconds:
+                rate = work["bytes_compulsory"] / row["cold_median_ms"] / 1e6
+                row["of_memory"] = rate / gpu["memory_gigabytes_per_second"]
         checked = {"error": None, "tolerance": None, "right": None} | result.figures
         rows.append(row | checked | {"trouble": result.trouble})
     return rows
