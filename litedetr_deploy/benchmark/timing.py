@@ -154,25 +154,22 @@ def device_cache_bytes() -> int:
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_CACHE_BYTES
 
 
-def device_bandwidth(size: int, copies: int) -> float:
-    """10^9 bytes a second, read and written, of copying `size` bytes on the CUDA device `copies` times in a row."""
-    import torch
-
-    source = torch.zeros(size // 4, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy():  # by a kernel: copy_ may leave it to the copy engine
-        for _ in range(copies):
-            torch.neg(source, out=target)
-
-    seconds = percentile([time_device_call(copy) for _ in range(20)], 50)
-    return round(2 * source.nbytes * copies / seconds / 1e9, 1)
-
-
 def device() -> dict:
     """What a reader needs to know about the CUDA device, as JSON types, with the bandwidths of copies on it: within a
     half of its L2 cache, and of much more than that cache holds."""
     import torch
+
+    def bandwidth(size: int, copies: int) -> float:
+        """10^9 bytes a second, read and written, launches included."""
+        source = torch.zeros(size // 4, device="cuda")
+        target = torch.empty_like(source)
+
+        def copy():  # by a kernel: copy_ may leave it to the copy engine
+            for _ in range(copies):
+                torch.neg(source, out=target)
+
+        seconds = percentile([time_device_call(copy) for _ in range(20)], 50)
+        return round(2 * source.nbytes * copies / seconds / 1e9, 1)
 
     properties, cache = torch.cuda.get_device_properties(0), device_cache_bytes()
     large = max(4 * cache, min(1 << 30, torch.cuda.mem_get_info()[0] // 8))
@@ -183,8 +180,8 @@ def device() -> dict:
         "memory_gib": round(properties.total_memory / (1 << 30), 1),
         "l2_mib": round(cache / (1 << 20), 1),
         "cuda": torch.version.cuda,
-        "l2_gigabytes_per_second": device_bandwidth(cache // 4, 20),
-        "memory_gigabytes_per_second": device_bandwidth(large, 1),
+        "l2_gigabytes_per_second": bandwidth(cache // 4, 20),
+        "memory_gigabytes_per_second": bandwidth(large, 1),
     }
 
 
@@ -203,9 +200,9 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def check_threads(counts: Iterable[int]) -> None:
     """Raise LiteDetrError for a number of threads that this machine has no cores for: each takes memory of its own."""
-    for count in counts:
-        if not 1 <= count <= usable_cores():
-            raise LiteDetrError(f"--threads is {count}; this machine has {usable_cores()} cores: give 1 to that many.")
+    cores = usable_cores()
+    if bad := [count for count in counts if not 1 <= count <= cores]:
+        raise LiteDetrError(f"--threads is {bad[0]}; this machine has {cores} cores: give 1 to that many.")
 
 
 def machine(packages: Sequence[str]) -> dict:
