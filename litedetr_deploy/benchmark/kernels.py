@@ -27,7 +27,7 @@ from ..errors import LiteDetrError
 from ..files import check_writable
 from ..ops import native, reference, torch_op
 from . import harness, official, report, timing
-from .harness import Result, Settings
+from .harness import Result
 from .packages import missing_packages
 from .report import three_digits
 
@@ -49,14 +49,12 @@ class Size:
     dtype: str = "fp32"  # of DTYPES
 
     @property
-    def queries(self) -> int:
-        """Of one image."""
-        return self.boxes or sum(height * width for height, width in self.maps[self.first_level :])
+    def tokens(self) -> int:
+        return sum(height * width for height, width in self.maps)
 
     @property
-    def tokens(self) -> int:
-        """Of one image."""
-        return sum(height * width for height, width in self.maps)
+    def queries(self) -> int:
+        return self.boxes or sum(height * width for height, width in self.maps[self.first_level :])
 
     @property
     def reference_width(self) -> int:
@@ -421,7 +419,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of the tables: headi
 def case_table(case: Sequence[Result], machine: dict) -> list[str]:
     """Return the lines of a case's section."""
     found = case_rows(case, machine)
-    columns = {name: column for name, column in COLUMNS.items() if any(name in row for row in found)}
+    known = {"median_ms"}.union(*found)
+    columns = {name: column for name, column in COLUMNS.items() if name in known}
     rows = []
     for row in found:
         name = row["contender"] + (" (better)" if row.get("better_openvino_graph") else "")
@@ -581,7 +580,7 @@ def _run(options: argparse.Namespace) -> int:
     print(report.machine_text(machine), flush=True)
     seconds = (5.0 if on_cpu else 0.5) if options.seconds is None else options.seconds
     # Graphs keep their memory: on a GPU, contenders must not meet.
-    settings = Settings(seconds, len(rivals) if on_cpu else 1, options.cold)
+    settings = harness.Settings(seconds, len(rivals) if on_cpu else 1, options.cold)
     cases: list[list[Result]] = []
     for size in sizes:
         problem = Problem(size, options.device)

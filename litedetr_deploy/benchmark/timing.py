@@ -57,7 +57,10 @@ def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     wait = WAIT
     while wait <= LONGEST_WAIT:
-        (evict_device_cache if cold else call)()
+        if cold:
+            evict_caches("cuda")
+        else:
+            call()
         torch.cuda._sleep(wait)
         begin.record()
         output = call()
@@ -114,17 +117,21 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return below + (above - below) * (rank - math.floor(rank))
 
 
-def evict_caches() -> None:
-    """Reads and writes more memory than the caches hold.  Plain stores of one value could bypass them."""
-    buffer = _cache_sized_buffer()
+def evict_caches(device: str = "cpu") -> None:
+    """Reads and writes more memory than the device's caches hold.  Plain stores of one value could bypass them."""
+    buffer = _cache_sized_buffer(device)
     buffer += 1
 
 
 @functools.cache
-def _cache_sized_buffer():
-    import numpy as np
+def _cache_sized_buffer(device: str = "cpu"):
+    if device == "cpu":
+        import numpy as np
 
-    return np.zeros(cache_bytes() // 8, np.int64)
+        return np.zeros(cache_bytes() // 8, np.int64)
+    import torch
+
+    return torch.zeros(2 * device_cache_bytes() // 4, dtype=torch.int32, device=device)
 
 
 def cache_bytes() -> int:
@@ -133,18 +140,6 @@ def cache_bytes() -> int:
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = [re.fullmatch(r"(\d+)([KM])", file.read_text().strip()) for file in files]
     return sum(int(size[1]) * units[size[2]] for size in sizes if size) or DEFAULT_CACHE_BYTES
-
-
-def evict_device_cache() -> None:
-    """Reads and writes twice as much as the L2 cache of the CUDA device holds."""
-    _device_cache_sized_buffer().add_(1)
-
-
-@functools.cache
-def _device_cache_sized_buffer():
-    import torch
-
-    return torch.zeros(2 * device_cache_bytes() // 4, dtype=torch.int32, device="cuda")
 
 
 def device_cache_bytes() -> int:
