@@ -328,7 +328,7 @@ def build_deformable_detr(checkout: Path):
                 text = text.replace(old, new)
             path.write_text(text)
         sources = [str(path) for path in files if path.suffix in (".cpp", ".cu")]
-        flags = dict.fromkeys(("extra_cflags", "extra_cuda_cflags"), ["-DWITH_CUDA"])
+        flags: dict[str, Any] = dict.fromkeys(("extra_cflags", "extra_cuda_cflags"), ["-DWITH_CUDA"])
         flags["extra_include_paths"] = [str(source)]
         return cpp_extension.load("MultiScaleDeformableAttention", sources, build_directory=folder, **flags)
 

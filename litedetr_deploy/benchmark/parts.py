@@ -67,6 +67,7 @@ def torch_parts(
 
     synchronize: waits for the device, at every border of two parts.
     """
+    since = 0.0
 
     def account() -> None:
         nonlocal since
