@@ -1,7 +1,4 @@
-"""Draws what detectors cost, GFLOPs and milliseconds by part: the README's chart, from a report of latency.py.
-
-python benchmarks/figure.py benchmarks/results/latency-variants.json docs/cost.png
-"""
+"""The README's chart, GFLOPs and milliseconds by part: python benchmarks/figure.py REPORT.json docs/cost.png."""
 
 import json
 import sys
@@ -24,8 +21,8 @@ REST = "the rest"
 def main(report: Path, chart: Path) -> None:
     rows = [row for row in json.loads(report.read_text())["results"] if row["status"] == "measured"
             and (tuple(row["image_size"]), row["threads"]) == (IMAGE_SIZE, THREADS)]  # fmt: skip
-    counts = [count(row["variant"], IMAGE_SIZE)["parts"] for row in rows]
-    flops = [grouped({name: part["fvcore"] / 1e9 for name, part in parts.items()}) for parts in counts]
+    flops = [grouped({name: part["fvcore"] / 1e9 for name, part in count(row["variant"], IMAGE_SIZE)["parts"].items()})
+             for row in rows]  # fmt: skip
     times = [grouped(row["parts_ms"]) for row in rows]
 
     figure = Figure(figsize=(11, 0.9 + 0.5 * len(rows)), layout="constrained")
@@ -51,4 +48,4 @@ def grouped(parts: dict[str, float]) -> dict[str, float]:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -1,9 +1,4 @@
-"""Times one key-aware deformable attention, our op against what else can compute it.
-
-    python benchmarks/kernels.py --output benchmarks/results/kernels
-
-Run `python benchmarks/kernels.py --help`.
-"""
+"""Times one key-aware deformable attention, our op against what else can compute it; see --help."""
 
 import sys
 from pathlib import Path

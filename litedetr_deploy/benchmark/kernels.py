@@ -1,13 +1,12 @@
-"""One attention op against what else can compute it, on the CPU or on a GPU: contenders, tables and the command.
+"""One attention op against what else can compute it, on the CPU or on a GPU; docs/benchmarks.md says how.
 
-Every contender gets what the op gets, raw offsets and reference points included, and its output is compared with the
-definition in float64 before its time counts.  On a GPU this needs PyTorch and nothing else, not even numpy.
+On a GPU this needs PyTorch and nothing else, not even numpy.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import functools
 import logging
 import math
@@ -16,9 +15,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ..errors import LiteDetrError
 from ..files import check_writable
 from ..ops import native, reference, torch_op
 from . import harness, official, report, timing
-from .harness import Result, Settings
+from .harness import Result
 from .packages import missing_packages
 from .report import three_digits
 
@@ -49,65 +49,48 @@ class Size:
     dtype: str = "fp32"  # of DTYPES
 
     @property
-    def queries(self) -> int:
-        """Of one image."""
-        return self.boxes or sum(height * width for height, width in self.maps[self.first_level :])
+    def tokens(self) -> int:
+        return sum(height * width for height, width in self.maps)
 
     @property
-    def tokens(self) -> int:
-        """Of one image."""
-        return sum(height * width for height, width in self.maps)
+    def queries(self) -> int:
+        return self.boxes or sum(height * width for height, width in self.maps[self.first_level :])
 
     @property
     def reference_width(self) -> int:
         return 4 if self.boxes else 2
 
     @property
-    def bytes_gathered(self) -> int:
-        """Four corners of D channels for every sample, each read once: key and value are the same tokens."""
-        return self._samples * 4 * HEAD_DIM * DTYPES[self.dtype].itemsize
-
-    @property
-    def bytes_compulsory(self) -> int:
-        """Every input read once and the output written once; the references are float32."""
-        rows = self.batch * self.queries
-        elements = 2 * rows * CHANNELS + self.batch * self.tokens * CHANNELS + 2 * self._samples
-        return elements * DTYPES[self.dtype].itemsize + rows * len(self.maps) * self.reference_width * 4
-
-    @property
-    def flop(self) -> int:
-        """2 for each of 6 D multiply-adds a sample: D for every corner, D for the logit, D for the output."""
-        return self._samples * 6 * HEAD_DIM * 2
-
-    @property
-    def _samples(self) -> int:
-        return self.batch * self.queries * HEADS * len(self.maps) * POINTS
-
-    @property
-    def title(self) -> str:
-        return self.name if self.batch == 1 else f"{self.name}, batch {self.batch}"
+    def work(self) -> dict[str, int]:
+        """What the task needs, not what a contender spends, by its names in the JSON report."""
+        rows, width = self.batch * self.queries, DTYPES[self.dtype].itemsize
+        samples = rows * HEADS * len(self.maps) * POINTS
+        elements = 2 * rows * CHANNELS + self.batch * self.tokens * CHANNELS + 2 * samples
+        return {
+            # Four corners of D channels for every sample, each read once: key and value are the same tokens.
+            "bytes_gathered": samples * 4 * HEAD_DIM * width,
+            # Every input read once and the output written once; the references are float32.
+            "bytes_compulsory": elements * width + rows * len(self.maps) * self.reference_width * 4,
+            # 2 for each of 6 D multiply-adds a sample: D for every corner, D for the logit, D for the output.
+            "flop": samples * 6 * HEAD_DIM * 2,
+        }
 
     def __str__(self) -> str:
         maps = ", ".join(f"{height}x{width}" for height, width in self.maps)
+        gathered, compulsory, flop = (f"{number / 1e6:.0f}" for number in self.work.values())
         return (
-            f"{self.queries:,} {'boxes' if self.boxes else 'tokens'} as queries, maps {maps}; "
-            f"{self.bytes_gathered / 1e6:.0f} MB gathered, {self.bytes_compulsory / 1e6:.0f} MB read and written at "
-            f"the least, {self.flop / 1e6:.0f} MFLOP"
+            f"{self.queries:,} {'boxes' if self.boxes else 'tokens'} as queries, maps {maps}; {gathered} MB gathered, "
+            f"{compulsory} MB read and written at the least, {flop} MFLOP"
         )
 
 
 MAPS_800 = ((100, 167), (50, 84), (25, 42), (13, 21))  # of an image of 800x1333
 MAPS_640 = ((80, 80), (40, 40), (20, 20), (10, 10))
-SIZES = {
-    size.name: size
-    for size in (
-        Size("full800", MAPS_800),
-        Size("high800", MAPS_800, first_level=1),
-        Size("dec800", MAPS_800, boxes=900),
-        Size("full640", MAPS_640),
-        Size("high640", MAPS_640, first_level=1),
-    )
-}
+_ALL = (
+    Size("full800", MAPS_800), Size("high800", MAPS_800, first_level=1), Size("dec800", MAPS_800, boxes=900),
+    Size("full640", MAPS_640), Size("high640", MAPS_640, first_level=1),
+)  # fmt: skip
+SIZES = {size.name: size for size in _ALL}
 
 
 def make_inputs(size: Size) -> dict[str, Tensor]:
@@ -125,25 +108,18 @@ def make_inputs(size: Size) -> dict[str, Tensor]:
     return {
         "query": torch.randn(n, q, CHANNELS, generator=generator).to(dtype),
         "value": torch.randn(n, size.tokens, CHANNELS, generator=generator).to(dtype),
-        "reference_points": _random_boxes(size, generator) if size.boxes else _token_centres(size),
+        "reference_points": _references(size, generator)[:, :, None].repeat(1, 1, len(size.maps), 1),
         "sampling_offsets": (directions * distances + strayed).flatten(2).to(dtype),
     }
 
 
-def _token_centres(size: Size) -> Tensor:
-    """[N, Q, L, 2]"""
-    centres = []
-    for height, width in size.maps[size.first_level :]:
-        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-        centres.append(torch.stack((x.flatten(), y.flatten()), -1))
-    return torch.cat(centres)[None, :, None].repeat(size.batch, 1, len(size.maps), 1)
-
-
-def _random_boxes(size: Size, generator: torch.Generator) -> Tensor:
-    """[N, Q, L, 4], sides from 2 % to 60 % of the image, small ones as frequent as large ones"""
-    centres = torch.rand(size.batch, size.boxes, 2, generator=generator)
-    sides = 0.02 * 30 ** torch.rand(size.batch, size.boxes, 2, generator=generator)
-    return torch.cat((centres, sides), -1)[:, :, None].repeat(1, 1, len(size.maps), 1)
+def _references(size: Size, generator: torch.Generator) -> Tensor:
+    """[N, Q, 2 or 4]: centres of tokens, or boxes of 2 % to 60 % of the image, small ones as frequent as large ones."""
+    if size.boxes:
+        centres, sides = torch.rand(2, size.batch, size.boxes, 2, generator=generator)
+        return torch.cat((centres, 0.02 * 30**sides), -1)
+    edges = [[(torch.arange(side) + 0.5) / side for side in sides] for sides in size.maps[size.first_level :]]
+    return torch.cat([torch.cartesian_prod(*pair).flip(-1) for pair in edges]).repeat(size.batch, 1, 1)
 
 
 class Problem:
@@ -162,39 +138,32 @@ class Problem:
         self.checked = torch.randperm(size.queries, generator=generator)[: self.CHECKED_QUERIES]
         generator.manual_seed(2)
         logits = torch.randn(size.batch, size.queries, HEADS * len(size.maps) * POINTS, generator=generator)
-        rest = {name: tensor for name, tensor in self.inputs.items() if name != "query"}
         # Of the op that is given its logits.
-        self.plain_inputs = {"attention_logits": logits.to(device, DTYPES[size.dtype])} | rest
+        self.plain_inputs = {"attention_logits": logits.to(device, DTYPES[size.dtype])} | self.inputs
+        del self.plain_inputs["query"]
 
     @functools.cached_property
-    def answer(self) -> tuple[Tensor, float]:
-        """What is right for the checked queries, [1, checked queries, M*D] in float64, and how far off one may be."""
-        return self._answer(reference.key_aware_deform_attn, self.inputs)
+    def answers(self) -> dict[str, tuple[Tensor, float]]:
+        """What is right for the checked queries, [1, checked queries, M*D] in float64, and how far off one may be.
 
-    @functools.cached_property
-    def plain_answer(self) -> tuple[Tensor, float]:
-        return self._answer(reference.ms_deform_attn, self.plain_inputs)
+        Of the key-aware op, of the 'plain' one, which is given logits, and of the key-aware one in PyTorch's operators.
+        """
+        found = {}
+        for name, definition, inputs in (
+            ("key-aware", reference.key_aware_deform_attn, self.inputs),
+            ("plain", reference.ms_deform_attn, self.plain_inputs),
+        ):
+            wanted = self._few(definition, inputs, Tensor.double)
+            found[name] = wanted, self.TOLERANCE * largest_difference(self._few(definition, inputs), wanted)
+        wanted, tolerance = found["key-aware"]
+        error = largest_difference(self._few(official.key_aware_deform_attn, self.inputs), wanted)
+        return found | {"pytorch": (wanted, max(tolerance, self.PYTORCH_TOLERANCE * error))}
 
-    @functools.cached_property
-    def pytorch_answer(self) -> tuple[Tensor, float]:
-        wanted, tolerance = self.answer
-        given: dict[str, Any] = self._few(self.inputs) | self._rest
-        error = largest_difference(official.key_aware_deform_attn(**given), wanted)
-        return wanted, max(tolerance, self.PYTORCH_TOLERANCE * error)
-
-    @property
-    def _rest(self) -> dict[str, Any]:
-        return {"spatial_shapes": self.spatial_shapes.cpu(), "num_heads": HEADS, "num_points": POINTS}
-
-    def _answer(self, definition: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, float]:
-        few = self._few(inputs)
-        wanted = definition(**{name: tensor.double() for name, tensor in few.items()}, **self._rest)
-        return wanted, self.TOLERANCE * largest_difference(definition(**few, **self._rest), wanted)
-
-    def _few(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of the checked queries, on the CPU."""
-        last = {name: tensor[-1:].cpu() for name, tensor in inputs.items()}
-        return {name: tensor if name == "value" else tensor[:, self.checked] for name, tensor in last.items()}
+    def _few(self, attend: Callable[..., Tensor], inputs: dict[str, Tensor], cast=Tensor.cpu) -> Tensor:
+        """Compute the checked queries, on the CPU."""
+        last = {name: cast(tensor[-1:].cpu()) for name, tensor in inputs.items()}
+        few = {name: tensor if name == "value" else tensor[:, self.checked] for name, tensor in last.items()}
+        return attend(**few, spatial_shapes=self.spatial_shapes.cpu(), num_heads=HEADS, num_points=POINTS)
 
     def error(self, output, wanted: Tensor) -> float:
         """Return the largest difference of a whole output, [N, Q, M*D], from what is right."""
@@ -212,20 +181,14 @@ def largest_difference(output: Tensor, wanted: Tensor) -> float:
 # Contenders
 
 
-@dataclass(frozen=True)
-class Rival:
-    """One way to compute the attention.
-
-    make: given a problem and a number of threads of the CPU, returns the call to be timed, which returns the output.
-    packages: without which it cannot run.  plain: it is given attention logits, or weights, instead of a query.
-    pytorch: it is made of PyTorch's operators: samples and logits are stored in the tensors' type.
-    """
+class Rival(NamedTuple):
+    """One way to compute the attention."""
 
     name: str
+    # Given a problem and a number of threads of the CPU, returns the call to be timed, which returns the output.
     make: Callable[[Problem, int], Callable[[], Any]]
-    packages: tuple[str, ...] = ()
-    plain: bool = False
-    pytorch: bool = False
+    packages: tuple[str, ...] = ()  # without which it cannot run
+    answer: str = "key-aware"  # which of the problem's is right
 
 
 class Attention(harness.Contender):
@@ -248,10 +211,8 @@ class Attention(harness.Contender):
         return self._call()
 
     def check(self, result: Result) -> str:
-        problem, rival = self.problem, self.rival
-        answer = problem.plain_answer if rival.plain else problem.pytorch_answer if rival.pytorch else problem.answer
-        wanted, tolerance = answer
-        error = problem.error(self.call(), wanted)
+        wanted, tolerance = self.problem.answers[self.rival.answer]
+        error = self.problem.error(self.call(), wanted)
         right = error <= tolerance  # NaN is wrong
         result.figures = {"error": error if math.isfinite(error) else None, "tolerance": tolerance, "right": right}
         return "" if right else f"off by {error:.1e} where {tolerance:.1e} is allowed, and not timed"
@@ -267,35 +228,23 @@ class Attention(harness.Contender):
             torch.cuda.empty_cache()
 
 
-class OneAttention(torch.nn.Module):
-    """The op alone, for the exporter.  The maps are constants, as in a model exported for one image size."""
-
-    def __init__(self, maps: Sequence):
-        super().__init__()
-        self.register_buffer("spatial_shapes", torch.tensor(maps))
-
-    def forward(self, query, value, reference_points, sampling_offsets):
-        return torch.ops.litedetr.key_aware_deform_attn(
-            query, value, reference_points, sampling_offsets, self.spatial_shapes, HEADS, POINTS
-        )
-
-
 @functools.cache
 def onnx_model(size: Size, attention: str) -> bytes:
     """Return the ONNX model that the package exports for one attention: 'op', 'gridsample' or 'gather'."""
-    inputs = make_inputs(size)
+    inputs, op = make_inputs(size), torch.ops.litedetr.key_aware_deform_attn
+    maps = torch.tensor(size.maps)  # a constant, as in a model exported for one image size
+
+    class OneAttention(torch.nn.Module):
+        def forward(self, query, value, reference_points, sampling_offsets):
+            return op(query, value, reference_points, sampling_offsets, maps, HEADS, POINTS)
+
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.onnx.export(
-            OneAttention(size.maps).eval(),
-            tuple(inputs.values()),
-            dynamo=True,
-            opset_version=18,
-            custom_translation_table=torch_op.onnx_translations(attention),
-            input_names=list(inputs),
-            verbose=False,
-        )
+            OneAttention().eval(), tuple(inputs.values()), input_names=list(inputs), dynamo=True, opset_version=18,
+            custom_translation_table=torch_op.onnx_translations(attention), verbose=False,
+        )  # fmt: skip
     return program.model_proto.SerializeToString()
 
 
@@ -318,24 +267,15 @@ def openvino_call(attention: str, problem: Problem, threads: int):
     return lambda: compiled(feed, share_inputs=True, share_outputs=True)[0]  # no copies
 
 
-def torch_call(function: Callable[..., Tensor], problem: Problem, threads: int, plain: bool = False, **options):
-    inputs = problem.plain_inputs if plain else problem.inputs
-    rest = {"spatial_shapes": problem.spatial_shapes, "num_heads": HEADS, "num_points": POINTS} | options
+def torch_call(attend: Callable[..., Tensor], problem: Problem, threads: int, plain: bool = False, **options):
+    inputs: dict[str, Any] = (problem.plain_inputs if plain else problem.inputs) | options
 
+    @torch.inference_mode()
     def call():
-        with torch.inference_mode():
-            return function(**inputs, **rest)
+        return attend(**inputs, spatial_shapes=problem.spatial_shapes, num_heads=HEADS, num_points=POINTS)
 
     torch.set_num_threads(threads)
     return call
-
-
-def torch_op_call(problem: Problem, threads: int):
-    return torch_call(torch.ops.litedetr.key_aware_deform_attn, problem, threads)
-
-
-def plain_op_call(problem: Problem, threads: int):
-    return torch_call(torch.ops.litedetr.ms_deform_attn, problem, threads, plain=True)
 
 
 def official_call(problem: Problem, threads: int, once: bool = False, attend=official.key_aware_deform_attn):
@@ -352,12 +292,11 @@ def compiled_call(problem: Problem, threads: int):
 
 def deformable_detr_call(extension, problem: Problem, threads: int):
     """Deformable DETR's CUDA kernel, which has no 16-bit types: in float32, and with its inputs made beforehand."""
-    size, inputs, shapes = problem.size, problem.plain_inputs, problem.spatial_shapes
-    places = inputs["reference_points"], inputs["sampling_offsets"]
+    inputs, shapes = problem.plain_inputs, problem.spatial_shapes
+    areas, places = shapes.prod(1), (inputs["reference_points"], inputs["sampling_offsets"])
     locations = official.sampling_locations(*places, shapes, HEADS, POINTS)
-    areas = shapes.prod(1)
     arguments = (
-        inputs["value"].float().view(size.batch, size.tokens, HEADS, HEAD_DIM),
+        inputs["value"].float().unflatten(2, (HEADS, HEAD_DIM)),
         shapes,
         areas.cumsum(0) - areas,  # where each level starts
         locations.contiguous(),
@@ -382,23 +321,17 @@ def build_deformable_detr(checkout: Path):
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory() as folder:
-        source, build = Path(folder, "src"), Path(folder, "build")
-        shutil.copytree(checkout / DEFORMABLE_DETR_SOURCE, source)
-        build.mkdir()
+        source = shutil.copytree(checkout / DEFORMABLE_DETR_SOURCE, Path(folder, "src"))
         files = [path for path in sorted(source.rglob("*")) if path.is_file()]
         for path in files:
             text = path.read_text()
             for old, new in DEFORMABLE_DETR_PATCHES.items():
                 text = text.replace(old, new)
             path.write_text(text)
-        return cpp_extension.load(
-            "MultiScaleDeformableAttention",
-            [str(path) for path in files if path.suffix in (".cpp", ".cu")],
-            extra_include_paths=[str(source)],
-            extra_cflags=["-DWITH_CUDA"],
-            extra_cuda_cflags=["-DWITH_CUDA"],
-            build_directory=str(build),
-        )
+        sources = [str(path) for path in files if path.suffix in (".cpp", ".cu")]
+        flags: dict[str, Any] = dict.fromkeys(("extra_cflags", "extra_cuda_cflags"), ["-DWITH_CUDA"])
+        flags["extra_include_paths"] = [str(source)]
+        return cpp_extension.load("MultiScaleDeformableAttention", sources, build_directory=folder, **flags)
 
 
 def deformable_detr(checkout: Path) -> list[Rival]:
@@ -409,188 +342,141 @@ def deformable_detr(checkout: Path) -> list[Rival]:
     except (OSError, RuntimeError, ImportError) as error:  # the others can be timed without it
         print(f"no {DEFORMABLE_DETR}: {error}", file=sys.stderr)
         return []
-    return [Rival(DEFORMABLE_DETR, functools.partial(deformable_detr_call, extension), plain=True)]
+    return [Rival(DEFORMABLE_DETR, partial(deformable_detr_call, extension), answer="plain")]
 
 
-ONNX, OUR_OP = ("onnx", "onnxscript"), "op"
-OPENVINO = ("OpenVINO GridSample", "OpenVINO gather")
-PYTORCH = (
-    Rival("PyTorch official form", official_call, pytorch=True),
-    Rival("PyTorch sampling once", functools.partial(official_call, once=True), pytorch=True),
-    Rival("torch.compile", compiled_call, pytorch=True),
+OUR_OP, OPENVINO = "op", ("OpenVINO GridSample", "OpenVINO gather")
+DEFORMABLE_DETR = "Deformable DETR FP32 kernel"  # for a GPU, where its source is given
+_OP = partial(torch_call, torch.ops.litedetr.key_aware_deform_attn)
+_PLAIN_OP = partial(torch_call, torch.ops.litedetr.ms_deform_attn, plain=True)
+_ONNX = ("onnx", "onnxscript")
+_PYTORCH = (
+    Rival("PyTorch official form", official_call, answer="pytorch"),
+    Rival("PyTorch sampling once", partial(official_call, once=True), answer="pytorch"),
+    Rival("torch.compile", compiled_call, answer="pytorch"),
 )
 RIVALS = {
     "cpu": (
-        Rival(OUR_OP, functools.partial(onnxruntime_call, "op"), ("onnxruntime", *ONNX)),
-        Rival("torch op", torch_op_call),
-        Rival("ORT GridSample", functools.partial(onnxruntime_call, "gridsample"), ("onnxruntime", *ONNX)),
-        Rival("ORT gather", functools.partial(onnxruntime_call, "gather"), ("onnxruntime", *ONNX)),
-        Rival(OPENVINO[0], functools.partial(openvino_call, "gridsample"), ("openvino", *ONNX)),
-        Rival(OPENVINO[1], functools.partial(openvino_call, "gather"), ("openvino", *ONNX)),
-        *PYTORCH,
+        Rival(OUR_OP, partial(onnxruntime_call, "op"), ("onnxruntime", *_ONNX)),
+        Rival("torch op", _OP),
+        Rival("ORT GridSample", partial(onnxruntime_call, "gridsample"), ("onnxruntime", *_ONNX)),
+        Rival("ORT gather", partial(onnxruntime_call, "gather"), ("onnxruntime", *_ONNX)),
+        Rival(OPENVINO[0], partial(openvino_call, "gridsample"), ("openvino", *_ONNX)),
+        Rival(OPENVINO[1], partial(openvino_call, "gather"), ("openvino", *_ONNX)),
+        *_PYTORCH,
     ),
-    "cuda": (Rival(OUR_OP, torch_op_call), Rival("plain op", plain_op_call, plain=True), *PYTORCH),
+    "cuda": (Rival(OUR_OP, _OP), Rival("plain op", _PLAIN_OP, answer="plain"), *_PYTORCH),
 }
-DEFORMABLE_DETR = "Deformable DETR FP32 kernel"  # for a GPU, where its source is given
 
 
-# Reports
+# Reports.  A case is the results of all contenders on one size, with one number of threads or type.
 
 
-def cases_of(results: Sequence[Result]) -> list[list[Result]]:
-    """Return the results of each size and number of threads, in order."""
-    cases: dict = {}
-    for result in results:
-        cases.setdefault(result.subject, []).append(result)
-    return list(cases.values())
+def title(size: Size, threads: int | None) -> str:
+    batch = "" if size.batch == 1 else f", batch {size.batch}"
+    return f"{size.name}{batch}, {size.dtype if threads is None else f'{threads} thread' + 's' * (threads > 1)}"
 
 
-def case_title(case: Sequence[Result]) -> str:
+def case_rows(case: Sequence[Result], machine: dict) -> list[dict]:
+    """Return the results as JSON types; a ratio without our op is None."""
     size, threads = case[0].subject
-    return f"{size.title}, {size.dtype if threads is None else f'{threads} thread' + 's' * (threads > 1)}"
+    work, gpu = size.work, machine.get("gpu")
+    medians = {result.name: result.median for result in case if result.seconds}
+    better = min(OPENVINO, key=medians.__getitem__) if medians.keys() >= set(OPENVINO) else None
+    rows = []
+    for result in case:
+        row = {"size": size.name, "batch": size.batch, "dtype": size.dtype, "threads": threads}
+        row |= {"contender": result.name, "status": result.status, **work}
+        if result.seconds:
+            row |= result.milliseconds()
+            row["gigabytes_per_second"] = rate = work["bytes_gathered"] / result.median / 1e9
+            row["gigaflop_per_second"] = work["flop"] / result.median / 1e9
+            row["times_op"] = result.median / medians[OUR_OP] if OUR_OP in medians else None
+            row["better_openvino_graph"] = result.name == better
+            if gpu:
+                row["of_l2"] = rate / gpu["l2_gigabytes_per_second"]
+            if gpu and result.cold_seconds:
+                rate = work["bytes_compulsory"] / row["cold_median_ms"] / 1e6
+                row["of_memory"] = rate / gpu["memory_gigabytes_per_second"]
+        checked = {"error": None, "tolerance": None, "right": None} | result.figures
+        rows.append(row | checked | {"trouble": result.trouble})
+    return rows
 
 
-def better_openvino(case: Sequence[Result]) -> Result | None:
-    """Return the faster of OpenVINO's graphs, where both have a time."""
-    both = [result for result in case if result.name in OPENVINO and result.seconds]
-    return min(both, key=lambda result: result.median) if len(both) == len(OPENVINO) else None
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
-def numbers(result: Result, case: Sequence[Result], machine: dict) -> dict:
-    """Return what is derived from a result's times, by its name in the JSON report; a ratio without our op is None."""
-    if not result.seconds:
-        return {}
-    size, _ = result.subject
-    found = {name: value for name, value in result.milliseconds().items() if name != "p99_ms"}
-    found |= {
-        "gigabytes_per_second": size.bytes_gathered / result.median / 1e9,
-        "gigaflop_per_second": size.flop / result.median / 1e9,
-    }
-    if "gpu" in machine:
-        found["of_l2"] = found["gigabytes_per_second"] / machine["gpu"]["l2_gigabytes_per_second"]
-        if result.cold_seconds:
-            rate = size.bytes_compulsory / found["cold_median_ms"] / 1e6
-            found["of_memory"] = rate / machine["gpu"]["memory_gigabytes_per_second"]
-    ours = next((other.median for other in case if other.name == OUR_OP and other.seconds), None)
-    return found | {"times_op": ours and result.median / ours}
-
-
-COLUMNS = {  # of the tables: their headings, by the names in the JSON report
-    "median_ms": "median ms", "p90_ms": "p90 ms", "cold_median_ms": "cold ms", "cold_p90_ms": "cold p90",
-    "calls": "calls", "gigabytes_per_second": "GB/s", "of_l2": "of L2", "of_memory": "of memory",
-    "gigaflop_per_second": "GFLOP/s", "times_op": "times op",
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of the tables: headings and formats, by names in the rows
+    "median_ms": ("median ms", three_digits), "p90_ms": ("p90 ms", three_digits),
+    "cold_median_ms": ("cold ms", three_digits), "cold_p90_ms": ("cold p90", three_digits),
+    "calls": ("calls", str), "gigabytes_per_second": ("GB/s", three_digits),
+    "of_l2": ("of L2", _percent), "of_memory": ("of memory", _percent),
+    "gigaflop_per_second": ("GFLOP/s", three_digits), "times_op": ("times op", three_digits),
+    "error": ("error", "{:.0e}".format),
 }  # fmt: skip
 
 
 def case_table(case: Sequence[Result], machine: dict) -> list[str]:
     """Return the lines of a case's section."""
-    found = [numbers(result, case, machine) for result in case]
-    columns = [name for name in COLUMNS if any(name in each for each in found)] or ["median_ms"]
+    found = case_rows(case, machine)
+    known = {"median_ms"}.union(*found)
+    columns = {name: column for name, column in COLUMNS.items() if name in known}
     rows = []
-    for result, each in zip(case, found):
-        name = result.name + (" (better)" if result is better_openvino(case) else "")
-        cells = [_cell(column, each.get(column)) for column in columns]
-        rows.append([name, *cells, f"{result.figures['error']:.0e}"] if each else [name, result.remark])
-    headings = ["contender", *(COLUMNS[name] for name in columns), "error"]
-    return ["", f"## {case_title(case)}", "", str(case[0].subject[0]), *report.table(headings, rows)]
+    for result, row in zip(case, found):
+        name = result.name + (" (better)" if row.get("better_openvino_graph") else "")
+        values = [(row.get(column), as_text) for column, (_, as_text) in columns.items()]
+        cells = ["-" if value is None else as_text(value) for value, as_text in values]
+        rows.append([name, *(cells if result.seconds else [result.remark])])
+    headings = ["contender", *(heading for heading, _ in columns.values())]
+    return ["", f"## {title(*case[0].subject)}", "", str(case[0].subject[0]), *report.table(headings, rows)]
 
 
-def _cell(name: str, number: float | None) -> str:
-    if name == "calls" and number:
-        return str(number)
-    return f"{100 * number:.0f} %" if name.startswith("of_") and number is not None else three_digits(number)
-
-
-def as_dict(results: Sequence[Result], machine: dict, settings: dict) -> dict:
-    rows = []
-    for case in cases_of(results):
-        size, threads = case[0].subject
-        for result in case:
-            what = {"size": size.name, "batch": size.batch, "dtype": size.dtype, "threads": threads}
-            work = {name: getattr(size, name) for name in ("bytes_gathered", "bytes_compulsory", "flop")}
-            found = numbers(result, case, machine)
-            if found:
-                found["better_openvino_graph"] = result is better_openvino(case)
-            checked = {"error": None, "tolerance": None, "right": None} | result.figures
-            rows.append(what | {"contender": result.name} | work | found | checked | {"trouble": result.trouble})
-    sizes = {
-        size.name: {
-            "maps": list(map(list, size.maps)),
-            "queries": size.queries,
-            "reference_width": size.reference_width,
-        }
-        for size, _ in dict.fromkeys(result.subject for result in results)
-    }
+def as_dict(cases: Sequence[Sequence[Result]], machine: dict, settings: dict) -> dict:
+    names = ("maps", "queries", "reference_width")
+    sizes = {size.name: {name: getattr(size, name) for name in names} for size, _ in (c[0].subject for c in cases)}
+    rows = [row for case in cases for row in case_rows(case, machine)]
     return {"benchmark": "kernels", "machine": machine, "settings": settings, "sizes": sizes, "results": rows}
 
 
-HOW = (
-    f"One attention of {HEADS} heads of {HEAD_DIM} channels, {POINTS} points a level; the arithmetic of reference "
-    f"points and the softmax are included. GB/s counts samples x 4 corners x {HEAD_DIM} channels x the bytes of one, "
-    f"GFLOP/s counts samples x 6 x {HEAD_DIM} multiply-adds x 2: what the task needs, not what each contender spends. "
-    f"'error' is the largest difference from the definition in float64 on {Problem.CHECKED_QUERIES} queries. "
-)
-HOW_ON = {
-    "cpu": HOW
-    + "Batch 1, float32. Calls of all contenders alternate; before each short one comes an untimed one of its own, or, "
-    "for 'cold', the caches are overwritten.",
-    "cuda": HOW
-    + "Contenders come one after another, each as a CUDA graph, whose replays are timed between two events on a device "
-    "that waits until the host is done; before each comes an untimed one, or, for 'cold', the L2 cache is overwritten. "
-    "'of L2' is GB/s as a share of a copy within the L2 cache (above 100 %: the L1 caches help), 'of memory' what must "
-    "be read and written once, by the cold time, as a share of a copy in memory; both copies were measured in the same "
-    "run, reads and writes counted. The plain op is given its logits, and so does less. So does the "
-    f"{DEFORMABLE_DETR}, whose sampling locations and attention weights are computed before, and which computes in "
-    "float32 whatever the others do. PyTorch's grid_sample runs in float32, as autocast has it.",
-}
+HOW = "How this is measured and what the columns mean: docs/benchmarks.md."
 
 
-def as_markdown(results: Sequence[Result], machine: dict) -> list[str]:
-    cases = cases_of(results)
-    names = list(dict.fromkeys(result.name for result in results))
-    better = [better_openvino(case) for case in cases]
-    rows = []
-    for case, best in zip(cases, better):
-        by_name = {result.name: result for result in case}
-        shown = [by_name.get(name) for name in names] + [best] * any(better)
-        rows.append([case_title(case), *(_summary(result, case) for result in shown)])
-    how = HOW_ON["cuda" if "gpu" in machine else "cpu"]
-    lines = ["# Key-aware deformable attention: kernels", "", report.machine_text(machine), "", how, ""]
-    lines += ["Median in milliseconds, and how many times our op's it is:"]
-    lines += report.table(["", *names, *["OpenVINO, better graph"] * any(better)], rows)
+def as_markdown(cases: Sequence[Sequence[Result]], machine: dict) -> list[str]:
+    tables = [case_rows(case, machine) for case in cases]
+    better = [next((row for row in rows if row.get("better_openvino_graph")), {}) for rows in tables]
+    columns = ["", *(result.name for result in cases[0]), *["OpenVINO, better graph"] * any(better)]
+    rows = [[title(*case[0].subject), *map(_summary, rows), *[_summary(best)] * any(better)]
+            for case, rows, best in zip(cases, tables, better)]  # fmt: skip
+    lines = ["# Key-aware deformable attention: kernels", "", report.machine_text(machine), "", HOW, ""]
+    lines += ["Median in milliseconds, and how many times our op's it is:", *report.table(columns, rows)]
     return lines + [line for case in cases for line in case_table(case, machine)]
 
 
-def _summary(result: Result | None, case: Sequence[Result]) -> str:
-    if result is None or not result.seconds:
-        return "-"
-    ratio = numbers(result, case, {})["times_op"]
-    return three_digits(result.median * 1e3) + (f" ({three_digits(ratio)}x)" if ratio and result.name != OUR_OP else "")
+def _summary(row: dict) -> str:
+    ratio = row.get("times_op") if row.get("contender") != OUR_OP else None
+    return three_digits(row.get("median_ms")) + (f" ({three_digits(ratio)}x)" if ratio else "")
 
 
-def draw(results: Sequence[Result], machine: dict, path: Path) -> None:
-    """Save a PNG with one panel for each size and number of threads, or type."""
+def draw(cases: Sequence[Sequence[Result]], machine: dict, path: Path) -> None:
+    """Save a PNG with one panel for each case."""
     from matplotlib.figure import Figure
 
-    cases = cases_of(results)
     columns = min(2, len(cases))
     rows = math.ceil(len(cases) / columns)
-    height = 0.9 + 0.3 * max(map(len, cases))
+    height = 0.9 + 0.3 * len(cases[0])
     figure = Figure(figsize=(7 * columns, 0.8 + height * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, case in zip(panels, cases):
+    for place, case in enumerate(cases, 1):
+        axes = figure.add_subplot(rows, columns, place)
         bars = [{result.name: result.median * 1e3} if result.seconds else {} for result in case]
         colours = {result.name: report.COLOURS[result.name != OUR_OP] for result in case}
         report.draw_bars(axes, [result.name for result in case], bars, colours)
-        axes.set_title(case_title(case), fontsize=10)
+        axes.set_title(title(*case[0].subject), fontsize=10)
         if timed := [result.median * 1e3 for result in case if result.seconds]:
-            axes.set_xscale("log")
-            axes.set_xlim(min(timed) / 2, max(timed) * 3)  # room for the texts behind the bars
+            axes.set(xscale="log", xlim=(min(timed) / 2, max(timed) * 3))  # room for the texts behind the bars
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("median, milliseconds, log scale", fontsize=8)
-    for axes in panels:
-        axes.set_visible(False)
     on = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['cores']} cores, float32"
     figure.suptitle(f"One key-aware deformable attention\n{on}, {machine['date'][:10]}", fontsize=11)
     figure.savefig(path, format="png", dpi=150)
@@ -600,10 +486,7 @@ def draw(results: Sequence[Result], machine: dict, path: Path) -> None:
 
 
 def chosen(text: str | None, names: Iterable[str], option: str) -> list[str]:
-    """Return the names in a comma-separated list, in their own order; all when the list is empty.
-
-    Raises LiteDetrError where one is unknown.
-    """
+    """Return the names in a comma-separated list, in their own order; all when it is empty."""
     names = list(names)
     wanted = {part.strip().lower() for part in (text or "").split(",") if part.strip()}
     if unknown := wanted - {name.lower() for name in names}:
@@ -613,10 +496,8 @@ def chosen(text: str | None, names: Iterable[str], option: str) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Time one key-aware deformable attention: our op, and what else can compute it: on the CPU "
-        "standard operators in ONNX Runtime and in OpenVINO, PyTorch, and torch.compile; on a GPU PyTorch, "
-        "torch.compile, and the CUDA kernel of Deformable DETR. Every output is checked before it is timed; a wrong "
-        "one is not timed, and the exit status is 1.",
+        description="Time one key-aware deformable attention: our op, and what else can compute it. Every output is "
+        "checked before it is timed; a wrong one is not timed, and the exit status is 1.",
         epilog="Run it on a quiet machine. Everything takes about a quarter of an hour; Ctrl-C leaves what was "
         "measured so far on the screen.",
     )
@@ -641,75 +522,22 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
+        check_options(options)
         return _run(options)
     except (LiteDetrError, RuntimeError) as error:  # of the native library
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _run(options: argparse.Namespace) -> int:
-    check_options(options)
-    on_cpu = options.device == "cpu"
-    names = [rival.name for rival in RIVALS[options.device]] + [DEFORMABLE_DETR] * bool(options.deformable_detr)
-    names = chosen(options.only, names, "--only")
-    sizes = [SIZES[name] for name in chosen(options.sizes, SIZES, "--sizes")]
-    thread_counts: list = [None]
-    if on_cpu:
-        both = "1,2" if timing.usable_cores() > 1 else "1"
-        thread_counts = timing.whole_numbers(options.threads or both, "--threads")
-        timing.check_threads(thread_counts)
-    else:
-        batches = timing.whole_numbers(options.batches or "1,4,16", "--batches")
-        dtypes = chosen(options.dtypes, DTYPES, "--dtypes")
-        sizes = [dataclasses.replace(size, batch=batch, dtype=dtype)
-                 for size in sizes for batch in batches for dtype in dtypes]  # fmt: skip
-    kernel = native.load_core().kda_cpu_isa().decode()
-    rivals = [rival for rival in RIVALS[options.device] if rival.name in names]
-    machine = timing.machine(PACKAGES) | ({"op_kernel": kernel} if on_cpu else {"gpu": timing.device()})
-    if DEFORMABLE_DETR in names:
-        rivals += deformable_detr(options.deformable_detr)
-    elif not on_cpu and not options.deformable_detr:
-        print(f"no {DEFORMABLE_DETR}: give --deformable-detr a checkout of it", file=sys.stderr)
-    print(report.machine_text(machine), flush=True)
-    seconds = (5.0 if on_cpu else 0.5) if options.seconds is None else options.seconds
-    # Graphs keep their memory: on a GPU, contenders must not meet.
-    settings = Settings(seconds, len(rivals) if on_cpu else 1, options.cold)
-    results: list[Result] = []
-    for size in sizes:
-        problem = Problem(size, options.device)
-        for threads in thread_counts:
-            case: list[Result] = []
-            contenders = [Attention(rival, problem, threads) for rival in rivals]
-            try:
-                harness.measure(contenders, settings, functools.partial(_show, size.title), results=case)
-            except KeyboardInterrupt:
-                print("interrupted: these are the calls made so far; no file was written", file=sys.stderr)
-                return 130
-            finally:
-                _show("", "")
-                print("\n".join(case_table(case, machine)), flush=True)
-            results += case
-    print(f"\n{HOW_ON[options.device]}")
-    if options.output is not None:
-        described = {"device": options.device, "seconds": seconds, "threads": thread_counts, "cold": options.cold}
-        contents, lines = as_dict(results, machine, described), as_markdown(results, machine)
-        paths = report.write(options.output, contents, lines, functools.partial(draw, results, machine))
-        print("wrote", ", ".join(map(str, paths)))
-        if len(paths) == 2:
-            print("no chart: matplotlib is missing: pip install 'litedetr-deploy[benchmark]'", file=sys.stderr)
-    broken = any(result.name == OUR_OP and not result.seconds for result in results)
-    return 1 if broken or any(result.status == harness.WRONG for result in results) else 0
+    except KeyboardInterrupt:
+        print("interrupted: these are the calls made so far; no file was written", file=sys.stderr)
+        return 130
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise LiteDetrError where options do not go together, or ask for what is not there: now, not after an hour."""
-    others = {"cpu": ("batches", "dtypes", "deformable_detr"), "cuda": ("threads",)}[options.device]
-    for name in others:
+    for name in {"cpu": ("batches", "dtypes", "deformable_detr"), "cuda": ("threads",)}[options.device]:
         if getattr(options, name) is not None:
-            option = "--" + name.replace("_", "-")
-            raise LiteDetrError(
-                f"{option} is not for --device {options.device}: leave it out, or choose the other device."
-            )
+            wrong = f"--{name.replace('_', '-')} is not for --device {options.device}"
+            raise LiteDetrError(f"{wrong}: leave it out, or choose the other device.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise LiteDetrError(
             f"--device is cuda and PyTorch {torch.__version__} finds no CUDA device: run it on a machine with an "
@@ -723,15 +551,60 @@ def check_options(options: argparse.Namespace) -> None:
             "a checkout of the Deformable-DETR repository."
         )
     if options.output is not None:
-        folder = options.output.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LiteDetrError(f"{folder} cannot be made: {error.strerror}. Choose another folder.") from None
-        check_writable(folder)
+        with contextlib.suppress(OSError):  # which is said next
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(options.output.parent)
 
 
-def _show(title: str, stage: str) -> None:
+def _run(options: argparse.Namespace) -> int:
+    on_cpu = options.device == "cpu"
+    names = [rival.name for rival in RIVALS[options.device]] + [DEFORMABLE_DETR] * bool(options.deformable_detr)
+    names = chosen(options.only, names, "--only")
+    sizes = [SIZES[name] for name in chosen(options.sizes, SIZES, "--sizes")]
+    thread_counts: list = [None]
+    if on_cpu:
+        both = "1,2" if timing.usable_cores() > 1 else "1"
+        thread_counts = timing.whole_numbers(options.threads or both, "--threads")
+        timing.check_threads(thread_counts)
+    else:
+        batches = timing.whole_numbers(options.batches or "1,4,16", "--batches")
+        types = chosen(options.dtypes, DTYPES, "--dtypes")
+        sizes = [replace(size, batch=batch, dtype=dtype) for size in sizes for batch in batches for dtype in types]
+    rivals = [rival for rival in RIVALS[options.device] if rival.name in names]
+    kernel = {"op_kernel": native.load_core().kda_cpu_isa().decode()}
+    machine = timing.machine(PACKAGES) | (kernel if on_cpu else {"gpu": timing.device()})
+    if DEFORMABLE_DETR in names:
+        rivals += deformable_detr(options.deformable_detr)
+    elif not on_cpu and not options.deformable_detr:
+        print(f"no {DEFORMABLE_DETR}: give --deformable-detr a checkout of it", file=sys.stderr)
+    print(report.machine_text(machine), flush=True)
+    seconds = (5.0 if on_cpu else 0.5) if options.seconds is None else options.seconds
+    # Graphs keep their memory: on a GPU, contenders must not meet.
+    settings = harness.Settings(seconds, len(rivals) if on_cpu else 1, options.cold)
+    cases: list[list[Result]] = []
+    for size in sizes:
+        problem = Problem(size, options.device)
+        for threads in thread_counts:
+            cases.append([])
+            contenders = [Attention(rival, problem, threads) for rival in rivals]
+            try:
+                harness.measure(contenders, settings, partial(_show, title(size, threads)), results=cases[-1])
+            finally:
+                _show("", "")
+                print("\n".join(case_table(cases[-1], machine)), flush=True)
+    print(f"\n{HOW}")
+    if options.output is not None:
+        described = {"device": options.device, "seconds": seconds, "threads": thread_counts, "cold": options.cold}
+        contents, lines = as_dict(cases, machine, described), as_markdown(cases, machine)
+        paths = report.write(options.output, contents, lines, partial(draw, cases, machine))
+        print("wrote", ", ".join(map(str, paths)))
+        if len(paths) == 2:
+            print("no chart: matplotlib is missing: pip install 'litedetr-deploy[benchmark]'", file=sys.stderr)
+    results = [result for case in cases for result in case]
+    return int(any(r.status == harness.WRONG or (r.name == OUR_OP and not r.seconds) for r in results))
+
+
+def _show(what: str, stage: str) -> None:
     """Replace the last line of a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{title}{title and ': '}{stage}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{what}{what and ': '}{stage}", end="", file=sys.stderr, flush=True)

@@ -47,9 +47,7 @@ def key_aware_deform_attn(
     return _attend(logits.softmax(-1), values, n)
 
 
-def ms_deform_attn(
-    attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points
-) -> Tensor:
+def ms_deform_attn(attention_logits, value, reference_points, sampling_offsets, spatial_shapes, num_heads, num_points):
     """Compute what `ops.reference.ms_deform_attn` defines."""
     n, q, _ = attention_logits.shape
     locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes, num_heads, num_points)
@@ -58,9 +56,7 @@ def ms_deform_attn(
     return _attend(logits.softmax(-1), values, n)
 
 
-def sampling_locations(
-    references: Tensor, offsets: Tensor, spatial_shapes: Tensor, num_heads: int, num_points: int
-) -> Tensor:
+def sampling_locations(references, offsets, spatial_shapes, num_heads: int, num_points: int) -> Tensor:
     """Return [N, Q, M, L, P, 2], the map from 0 to 1."""
     n, q, levels, width = references.shape
     offsets = _wide(offsets).view(n, q, num_heads, levels, num_points, 2)

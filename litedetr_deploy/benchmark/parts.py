@@ -1,14 +1,13 @@
-"""Where the time of a detector goes: backbone, projections, encoder, query selection, decoder, heads.
+"""Where the time of a detector goes: the medians of each part and of 'other', which add up to the whole call's time.
 
-PyTorch is asked by hooks on its modules.  ONNX Runtime is asked for its profile, whose nodes are those of the graph
-that it has made of ours: a node belongs to the module whose name, weights or outputs it still has; one that has lost
-them belongs where its outputs are used.
-
-The parts and 'other' (the time between them) of one call add up to it; given is the median of each over some calls.
+PyTorch is asked by hooks on its modules, ONNX Runtime for its profile, whose nodes are those of the graph that it has
+made of ours: a node belongs to the module whose name, weights or outputs it still has, else where its outputs are used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -58,72 +57,49 @@ def medians(runs: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str,
     return {name: seconds for name, seconds in middle.items() if seconds}
 
 
-# PyTorch
-
-
 def torch_parts(
     detector, call: Callable[[], object], runs: int, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Return the seconds of every part of `call`, which runs `detector` once.
+    """Return the seconds of every part of `call`, which runs `detector` once: time is the innermost part's that runs.
 
     The arithmetic between two modules belongs to the one before, but to 'other' (positions and reference points) before
     the encoder.
 
     synchronize: waits for the device, at every border of two parts.
     """
-    clock = _Clock(synchronize)
-    handles = []
-    for name, module in detector.named_children():
-        if part := _MODULES.get(name):
-            modules = module.children() if type(module).__name__ == "ModuleList" else [module]
-            for each in modules:
-                handles.append(each.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)))
-                handles.append(each.register_forward_hook(lambda *_: clock.leave()))
-    try:
-        results = []
-        for _ in range(runs):
-            clock.start()
-            call()
-            results.append(clock.stop())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return medians(results, PARTS)
+    since = 0.0
 
-
-class _Clock:
-    """Gives all time to the innermost part that runs, or else to the last that ran."""
-
-    def __init__(self, synchronize: Callable[[], None]):
-        self._synchronize = synchronize
-
-    def start(self) -> None:
-        self._synchronize()
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._stack, self._between = [], OTHER
-        self._since = time.perf_counter()
-
-    def enter(self, part: str) -> None:
-        self._account()
-        self._stack.append(part)
-
-    def leave(self) -> None:
-        self._account()
-        part = self._stack.pop()
-        self._between = OTHER if part in (BACKBONE, PROJECTIONS) else SELECTION if part == ENCODER else part
-
-    def stop(self) -> dict[str, float]:
-        self._account()
-        return dict(self._seconds)
-
-    def _account(self) -> None:
-        self._synchronize()
+    def account() -> None:
+        nonlocal since
+        synchronize()
         now = time.perf_counter()
-        self._seconds[self._stack[-1] if self._stack else self._between] += now - self._since
-        self._since = now
+        seconds[stack[-1]] += now - since
+        since = now
 
+    def enter(part: str, *_) -> None:
+        account()
+        stack.append(part)
 
-# ONNX Runtime
+    def leave(*_) -> None:
+        account()
+        part = stack.pop()
+        stack[0] = OTHER if part in (BACKBONE, PROJECTIONS) else SELECTION if part == ENCODER else part
+
+    results = []
+    with contextlib.ExitStack() as hooks:
+        for name, module in detector.named_children():
+            if part := _MODULES.get(name):
+                for each in module.children() if type(module).__name__ == "ModuleList" else [module]:
+                    hooks.enter_context(each.register_forward_pre_hook(functools.partial(enter, part)))
+                    hooks.enter_context(each.register_forward_hook(leave))
+        for _ in range(runs):
+            synchronize()
+            # At the stack's bottom is the part whose time it is between two parts.
+            since, seconds, stack = time.perf_counter(), defaultdict(float), [OTHER]
+            call()
+            account()
+            results.append(seconds)
+    return medians(results, PARTS)
 
 
 def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = None) -> Watched:
@@ -133,26 +109,24 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
     from ..runtime.session import create_session
 
     options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder, "optimised.onnx")
-        options.optimized_model_filepath = str(optimised)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder, "profile"))
+        options.optimized_model_filepath = optimised = f"{folder}/optimised.onnx"
+        options.profile_file_prefix = f"{folder}/profile"
         session = create_session(path, ["CPUExecutionProvider"], threads, options)
         for _ in range(runs + 1):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
-        exported, run = (load_onnx(file, weights=False).graph for file in (path, optimised))
-        parts = parts_of_nodes(run, parts_of_values(exported))
-    return Watched.median(parts_of_runs(events, parts)[1:])  # the first warms up
+        exported, run = (load_onnx(file, weights=False).graph for file in (path, Path(optimised)))
+    runs_apart = parts_of_runs(events, parts_of_nodes(run, parts_of_values(exported)))
+    return Watched.median(runs_apart[1:])  # the first warms up
 
 
 def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[Watched]:
     """Return what every run of a profile took; `parts`: of every node by its name."""
-    whole = [event for event in events if event["name"] == "model_run"]
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     results = []
-    for run in whole:
+    for run in (event for event in events if event["name"] == "model_run"):
         seconds, operators = Counter(), Counter()
         for event in nodes:
             if run["ts"] <= event["ts"] < run["ts"] + run["dur"]:
@@ -179,7 +153,15 @@ def parts_of_nodes(graph, known: dict[str, str] | None = None) -> dict[str, str]
 
     known: parts of values that the graph was made from.
     """
-    own = [_own_part(node, known or {}) for node in graph.node]
+    known = known or {}
+
+    def own_part(node) -> str | None:
+        """What its name, its weights or its outputs tell."""
+        own = _part_of_module(node.name.partition("/")[0]), *map(_part_of_module, node.input)
+        values = node.name.removesuffix(_NCHWC), *node.output
+        return next(filter(None, (*own, *map(known.get, values))), None)
+
+    own = [own_part(node) for node in graph.node]
     reached: dict[str, str] = dict.fromkeys(FINAL_VALUES, POST)  # the furthest part on the way to a value
     before = []
     for node, part in zip(graph.node, own):
@@ -200,13 +182,6 @@ def parts_of_nodes(graph, known: dict[str, str] | None = None) -> dict[str, str]
             for name in node.input:
                 users.setdefault(name, set()).add(part)
     return parts
-
-
-def _own_part(node, known: dict[str, str]) -> str | None:
-    """Return what its name, its weights or its outputs tell."""
-    values = [node.name.removesuffix(_NCHWC), *node.output]
-    found = [_part_of_module(node.name.partition("/")[0]), *map(_part_of_module, node.input), *map(known.get, values)]
-    return next(filter(None, found), None)
 
 
 def _part_of_module(name: str) -> str | None:

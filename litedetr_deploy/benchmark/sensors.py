@@ -1,35 +1,26 @@
-"""Power, clock, temperature and throttling of the device, from NVML or from a Jetson's hwmon files.
-
-Both are read by a thread while the device works; where neither is there, nothing is measured.
-"""
+"""Power, clock, temperature and throttling of the device, from NVML or from a Jetson's hwmon files."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 PERIOD = 0.05  # seconds between two readings
 
 # nvmlClocksThrottleReasons* in nvml.h: those that say that the device runs slower than it could.
 THROTTLE_REASONS = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x10: "sync boost",
-    0x20: "software thermal limit",
-    0x40: "hardware thermal limit",
-    0x80: "power brake",
-}
-
-
+    0x04: "power cap", 0x08: "hardware slowdown", 0x10: "sync boost",
+    0x20: "software thermal limit", 0x40: "hardware thermal limit", 0x80: "power brake",
+}  # fmt: skip
 GPU_NODES = (".gpu", ".ga10b", ".gv11b")  # how a Jetson's GPU ends in /sys/class/devfreq
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     watts: float | None
     clock_mhz: float | None
     temperature_c: float | None
@@ -49,46 +40,41 @@ class NvmlSensors:
         self._device = pynvml.nvmlDeviceGetHandleByIndex(0)
 
     def describe(self) -> dict:
-        def text(value):
-            return value.decode() if isinstance(value, bytes) else value
-
-        return {
-            "device": text(self._nvml.nvmlDeviceGetName(self._device)),
-            "driver": text(self._nvml.nvmlSystemGetDriverVersion()),
-            "power_limit_watts": self._ask(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._device) / 1e3),
-        }
+        texts = self._nvml.nvmlDeviceGetName(self._device), self._nvml.nvmlSystemGetDriverVersion()
+        device, driver = (text.decode() if isinstance(text, bytes) else text for text in texts)
+        limit = self._ask(self._nvml.nvmlDeviceGetEnforcedPowerLimit)
+        return {"device": device, "driver": driver, "power_limit_watts": limit and limit / 1e3}
 
     def memory_used(self) -> int | None:
         """Bytes of the device's memory in use, by all processes."""
-        return self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._device).used)
+        memory = self._ask(self._nvml.nvmlDeviceGetMemoryInfo)
+        return memory and memory.used
 
     def read(self) -> Reading:
-        nvml, device = self._nvml, self._device
-        reasons = self._ask(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)) or 0
+        nvml = self._nvml
+        reasons = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons) or 0
+        milliwatts = self._ask(nvml.nvmlDeviceGetPowerUsage)
         return Reading(
-            self._ask(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1e3),
-            self._ask(lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
-            self._ask(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
+            milliwatts and milliwatts / 1e3,
+            self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
             frozenset(name for bit, name in THROTTLE_REASONS.items() if reasons & bit),
         )
 
-    def _ask(self, question: Callable):
+    def _ask(self, question: Callable, *arguments):
         try:
-            return question()
+            return question(self._device, *arguments)
         except self._nvml.NVMLError:  # not every device answers everything
             return None
 
 
 class JetsonSensors:
-    """Of a Jetson's module: the INA3221 power monitors that tegrastats shows, the GPU's clock, the hottest zone.
-
-    root: of the file system; for tests.
-    """
+    """Of a Jetson's module: the INA3221 power monitors that tegrastats shows, the GPU's clock, the hottest zone."""
 
     devices = ("cpu", "cuda")
 
     def __init__(self, root: Path = Path("/")):
-        self._root = root
+        self.model = _text(root / "proc/device-tree/model")
         self._rails = {}  # label -> (millivolts, milliamperes)
         for label in sorted(root.glob("sys/class/hwmon/hwmon*/in*_label")):
             name, number = _text(label), label.name[2 : -len("_label")]
@@ -105,11 +91,6 @@ class JetsonSensors:
         self._events = list(root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt"))
         self._first_events = self._count_events()
 
-    @property
-    def model(self) -> str:
-        file = self._root / "proc/device-tree/model"
-        return file.read_text().strip("\0\n") if file.is_file() else ""
-
     def describe(self) -> dict:
         description = {"device": self.model, "power_rails": list(self._rails)}
         if shutil.which("nvpmodel"):
@@ -119,19 +100,13 @@ class JetsonSensors:
 
     def memory_used(self) -> None:
         """The CPU and the GPU share one memory: the resident memory of the process has it all."""
-        return None
 
     def read(self) -> Reading:
-        microwatts = [_number(volts) * _number(amperes) for volts, amperes in self._rails.values()]
+        microwatts = sum(_number(volts) * _number(amperes) for volts, amperes in self._rails.values())
         clocks = [_number(file) / 1e6 for file in self._clocks]
-        zones = [zone for zone in map(_number, self._zones) if zone > 0]
-        throttled = self._count_events() > self._first_events
-        return Reading(
-            sum(microwatts) / 1e6,
-            max(clocks, default=None),
-            max(zones) / 1e3 if zones else None,
-            frozenset(["over-current or over-temperature events"] if throttled else []),
-        )
+        zones = [zone / 1e3 for zone in map(_number, self._zones) if zone > 0]
+        events = ["over-current or over-temperature events"] * (self._count_events() > self._first_events)
+        return Reading(microwatts / 1e6, max(clocks, default=None), max(zones, default=None), frozenset(events))
 
     def _count_events(self) -> float:
         return sum(map(_number, self._events))
@@ -139,8 +114,8 @@ class JetsonSensors:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text().strip()
-    except OSError:  # a zone that is switched off
+        return file.read_text().strip(" \0\n")
+    except OSError:  # a zone that is switched off, or no such file
         return ""
 
 
@@ -151,14 +126,11 @@ def _number(file: Path) -> float:
 
 def find_sensors() -> NvmlSensors | JetsonSensors | None:
     """The device's sensors, None where there are none that can be read."""
-    try:
+    with contextlib.suppress(OSError):
         return JetsonSensors()
-    except OSError:
-        pass
-    try:
+    with contextlib.suppress(Exception):  # ImportError without nvidia-ml-py, or NVML's own, of no driver
         return NvmlSensors()
-    except Exception:  # ImportError without nvidia-ml-py; else NVML's own errors, of a machine without a driver
-        return None
+    return None
 
 
 def watch(sensors, work: Callable[[], tuple[int, float]]) -> dict:
@@ -180,12 +152,8 @@ def watch(sensors, work: Callable[[], tuple[int, float]]) -> dict:
         done.set()
         thread.join()
     # The device needs a moment to reach its power.
-    readings = readings[len(readings) // 4 :] or [sensors.read()]
-
-    def known(name):
-        return [value for value in (getattr(reading, name) for reading in readings) if value is not None]
-
-    watts, clocks, temperatures = (known(name) for name in ("watts", "clock_mhz", "temperature_c"))
+    columns = zip(*(readings[len(readings) // 4 :] or [sensors.read()]))
+    watts, clocks, temperatures, throttling = ([value for value in column if value is not None] for column in columns)
     mean_watts = sum(watts) / len(watts) if watts else None
     return {
         "watts": mean_watts,
@@ -193,5 +161,5 @@ def watch(sensors, work: Callable[[], tuple[int, float]]) -> dict:
         "clock_mhz": sum(clocks) / len(clocks) if clocks else None,
         "lowest_clock_mhz": min(clocks, default=None),
         "temperature_c": max(temperatures, default=None),
-        "throttling": sorted(set().union(*(reading.throttling for reading in readings))),
+        "throttling": sorted(set().union(*throttling)),
     }

@@ -1,8 +1,6 @@
 """Timing that all benchmarks share: fair repetitions, medians and percentiles, and a description of the machine.
 
-The harness asks `repetitions` how often each contender fits into its share of the time, and runs `time_call` on them in
-the order of `interleave`.  Kernels on a GPU are timed by `time_device_call`.  PyTorch and numpy are imported where they
-are used: a machine with a GPU may have no numpy.
+PyTorch and numpy are imported where they are used: a machine with a GPU may have no numpy.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from ..machine import describe_cpu, installed_version, usable_cores
 # (milliseconds in ONNX Runtime, some 20 ms in GNU OpenMP) and would take the processor from the one that is timed.
 REST = 0.03
 FEWEST, MOST = 3, 1000  # repetitions, whatever the time allows
-DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
-DEFAULT_DEVICE_CACHE_BYTES = 64 << 20
+DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell, or the CUDA device
 WAIT = 1_000_000  # cycles that a GPU waits for the host before a timed call, some 0.5 ms; more where that is too short
 LONGEST_WAIT = 1_000_000_000
 
@@ -61,7 +58,7 @@ def time_device_call(call: Callable[[], object], cold: bool = False) -> float:
     wait = WAIT
     while wait <= LONGEST_WAIT:
         if cold:
-            evict_device_cache()
+            evict_caches("cuda")
         else:
             call()
         torch.cuda._sleep(wait)
@@ -120,17 +117,21 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return below + (above - below) * (rank - math.floor(rank))
 
 
-def evict_caches() -> None:
-    """Reads and writes more memory than the caches hold.  Plain stores of one value could bypass them."""
-    buffer = _cache_sized_buffer()
+def evict_caches(device: str = "cpu") -> None:
+    """Reads and writes more memory than the device's caches hold.  Plain stores of one value could bypass them."""
+    buffer = _cache_sized_buffer(device)
     buffer += 1
 
 
 @functools.cache
-def _cache_sized_buffer():
-    import numpy as np
+def _cache_sized_buffer(device: str = "cpu"):
+    if device == "cpu":
+        import numpy as np
 
-    return np.zeros(cache_bytes() // 8, np.int64)
+        return np.zeros(cache_bytes() // 8, np.int64)
+    import torch
+
+    return torch.zeros(2 * device_cache_bytes() // 4, dtype=torch.int32, device=device)
 
 
 def cache_bytes() -> int:
@@ -141,39 +142,11 @@ def cache_bytes() -> int:
     return sum(int(size[1]) * units[size[2]] for size in sizes if size) or DEFAULT_CACHE_BYTES
 
 
-def evict_device_cache() -> None:
-    """Reads and writes twice as much as the L2 cache of the CUDA device holds."""
-    _device_cache_sized_buffer().add_(1)
-
-
-@functools.cache
-def _device_cache_sized_buffer():
-    import torch
-
-    return torch.zeros(2 * device_cache_bytes() // 4, dtype=torch.int32, device="cuda")
-
-
 def device_cache_bytes() -> int:
     """The L2 cache of the CUDA device."""
     import torch
 
-    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_DEVICE_CACHE_BYTES
-
-
-def device_bandwidth(size: int, copies: int) -> float:
-    """Bytes a second, read and written, of copying `size` bytes on the CUDA device `copies` times in a row, launches
-    included."""
-    import torch
-
-    source = torch.zeros(size // 4, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy():  # by a kernel: copy_ may leave it to the copy engine
-        for _ in range(copies):
-            torch.neg(source, out=target)
-
-    seconds = percentile([time_device_call(copy) for _ in range(20)], 50)
-    return 2 * source.nbytes * copies / seconds
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_CACHE_BYTES
 
 
 def device() -> dict:
@@ -181,8 +154,19 @@ def device() -> dict:
     half of its L2 cache, and of much more than that cache holds."""
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
-    cache = device_cache_bytes()
+    def bandwidth(size: int, copies: int) -> float:
+        """10^9 bytes a second, read and written, launches included."""
+        source = torch.zeros(size // 4, device="cuda")
+        target = torch.empty_like(source)
+
+        def copy():  # by a kernel: copy_ may leave it to the copy engine
+            for _ in range(copies):
+                torch.neg(source, out=target)
+
+        seconds = percentile([time_device_call(copy) for _ in range(20)], 50)
+        return round(2 * source.nbytes * copies / seconds / 1e9, 1)
+
+    properties, cache = torch.cuda.get_device_properties(0), device_cache_bytes()
     large = max(4 * cache, min(1 << 30, torch.cuda.mem_get_info()[0] // 8))
     return {
         "name": properties.name,
@@ -191,8 +175,8 @@ def device() -> dict:
         "memory_gib": round(properties.total_memory / (1 << 30), 1),
         "l2_mib": round(cache / (1 << 20), 1),
         "cuda": torch.version.cuda,
-        "l2_gigabytes_per_second": round(device_bandwidth(cache // 4, 20) / 1e9, 1),
-        "memory_gigabytes_per_second": round(device_bandwidth(large, 1) / 1e9, 1),
+        "l2_gigabytes_per_second": bandwidth(cache // 4, 20),
+        "memory_gigabytes_per_second": bandwidth(large, 1),
     }
 
 
@@ -211,9 +195,9 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def check_threads(counts: Iterable[int]) -> None:
     """Raise LiteDetrError for a number of threads that this machine has no cores for: each takes memory of its own."""
-    for count in counts:
-        if not 1 <= count <= usable_cores():
-            raise LiteDetrError(f"--threads is {count}; this machine has {usable_cores()} cores: give 1 to that many.")
+    cores = usable_cores()
+    if bad := [count for count in counts if not 1 <= count <= cores]:
+        raise LiteDetrError(f"--threads is {bad[0]}; this machine has {cores} cores: give 1 to that many.")
 
 
 def machine(packages: Sequence[str]) -> dict:

@@ -55,10 +55,10 @@ def test_sizes():
         "full800": 22223, "high800": 5523, "dec800": 900, "full640": 8500, "high640": 2100,
     }  # fmt: skip
     # 22223 queries x 8 heads x 16 samples, each 4 corners of 128 bytes, each 6 x 32 multiply-adds
-    assert kernels.SIZES["full800"].bytes_gathered == 22223 * 8 * 16 * 512
-    assert kernels.SIZES["full800"].flop == 22223 * 8 * 16 * 384
+    assert kernels.SIZES["full800"].work["bytes_gathered"] == 22223 * 8 * 16 * 512
+    assert kernels.SIZES["full800"].work["flop"] == 22223 * 8 * 16 * 384
     half = dataclasses.replace(kernels.SIZES["full800"], dtype="fp16", batch=4)
-    assert half.bytes_gathered == 4 * 22223 * 8 * 16 * 256 and half.flop == 4 * 22223 * 8 * 16 * 384
+    assert half.work["bytes_gathered"] == 4 * 22223 * 8 * 16 * 256 and half.work["flop"] == 4 * 22223 * 8 * 16 * 384
 
 
 @pytest.mark.parametrize("size", TINY_SIZES, ids=lambda size: size.name)
@@ -67,7 +67,7 @@ def test_compulsory_bytes_are_those_of_the_tensors(size, dtype):
     size = dataclasses.replace(size, dtype=dtype, batch=3)
     inputs = kernels.make_inputs(size)
     tensors = [*inputs.values(), inputs["query"]]  # the output is like the query
-    assert size.bytes_compulsory == sum(tensor.nbytes for tensor in tensors)
+    assert size.work["bytes_compulsory"] == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_encoder_queries_are_the_centres_of_their_tokens():
@@ -111,7 +111,7 @@ def test_deformable_detr_gets_locations_and_weights(size):
 
     size = dataclasses.replace(size, batch=2, dtype="fp16")
     make = lambda problem, threads: kernels.deformable_detr_call(Extension, problem, threads)  # noqa: E731
-    (result,) = measure(kernels.Rival("kernel", make, plain=True), size=size)
+    (result,) = measure(kernels.Rival("kernel", make, answer="plain"), size=size)
     assert not result.trouble and result.figures["right"]
 
 
@@ -124,7 +124,7 @@ def test_what_is_checked_is_the_definition_of_all_queries_together():
     inputs = {name: tensor.double() for name, tensor in problem.inputs.items()}
     shapes = problem.spatial_shapes
     everything = reference.key_aware_deform_attn(**inputs, spatial_shapes=shapes, num_heads=8, num_points=4)
-    wanted, tolerance = problem.answer
+    wanted, tolerance = problem.answers["key-aware"]
     assert torch.equal(everything[:, problem.checked], wanted)
     assert problem.error(everything, wanted) == 0
     everything[0, problem.checked[-1]] += 2 * tolerance
@@ -134,7 +134,7 @@ def test_what_is_checked_is_the_definition_of_all_queries_together():
 def test_the_last_image_is_checked():
     problem = kernels.Problem(dataclasses.replace(TINY, batch=2))
     right = kernels.official_call(problem, 1)()
-    wanted, tolerance = problem.answer
+    wanted, tolerance = problem.answers["key-aware"]
     assert problem.error(right, wanted) <= tolerance
     assert problem.error(right.flip(0), wanted) > 0.1
 
@@ -194,7 +194,7 @@ def test_rows_of_a_gpu():
         result("third", trouble="no | Triton"),
     ]
     machine = {"gpu": GPU}
-    assert kernels.case_title(case) == "full800, fp16"
+    assert kernels.title(size, None) == "full800, fp16"
     lines = kernels.case_table(case, machine)
     headings, ours, other = ([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (5, 7, 8))
     assert dict(zip(headings, ours)) == {
@@ -205,10 +205,12 @@ def test_rows_of_a_gpu():
     assert other[1] == "2.00" and other[headings.index("times op")] == "10.0"
     assert lines[-1] == "- third: failed: no \\| Triton"
     machine |= timing.machine([])
-    assert lines[-1] in kernels.as_markdown(case, machine)
-    row = kernels.as_dict(case, machine, {})["results"][0]
-    assert row["bytes_compulsory"] == size.bytes_compulsory and row["threads"] is None and row["dtype"] == "fp16"
-    assert row["of_memory"] == pytest.approx(size.bytes_compulsory / 4e-4 / 2e12)
+    assert lines[-1] in kernels.as_markdown([case], machine)
+    row = kernels.as_dict([case], machine, {})["results"][0]
+    assert (
+        row["bytes_compulsory"] == size.work["bytes_compulsory"] and row["threads"] is None and row["dtype"] == "fp16"
+    )
+    assert row["of_memory"] == pytest.approx(size.work["bytes_compulsory"] / 4e-4 / 2e12)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class Device:
         self.host, self.log = host, []
         monkeypatch.setattr(torch.cuda, "Event", self.event)
         monkeypatch.setattr(torch.cuda, "_sleep", self.log.append)
-        monkeypatch.setattr(timing, "evict_device_cache", lambda: self.log.append("evict"))
+        monkeypatch.setattr(timing, "evict_caches", lambda device: self.log.append("evict"))
 
     def event(self, enable_timing):
         class Event:
