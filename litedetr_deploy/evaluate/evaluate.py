@@ -210,7 +210,7 @@ def _open(artifact, options: Options):
         return session
     try:
         from ..model.checkpoints import load_model
-        from ..model.session import TorchSession
+        from ..model.deployed import TorchSession
     except ImportError as error:
         what = f"{artifact} is no {', '.join(SUFFIXES)} file, so PyTorch runs it, which"
         raise (not_installed(error, what) or error) from error

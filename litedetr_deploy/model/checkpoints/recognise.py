@@ -16,22 +16,16 @@ from ...errors import LiteDetrError
 from ..config import DetectorConfig, parse_variant
 from ..resnet import SHAPES as RESNETS
 from ..swin import SHAPES as SWINS
-from .keys import Weights, some, theirs
+from .official import Weights, some, theirs
 
 # r50_s3ex1_50.2.pth, checkpoint_s2ex3.pth, lite_dino_s3_r50.pth: s = high-level scales, ex = expansions.
 _FILE_NAME = re.compile(r"(?:^|[_\-.])s(?P<enc_scale>[123])(?:ex(?P<num_expansion>[1236]))?(?=[_\-.]|$)")
-# Training arguments, as the official code names them -> our fields.
+# Training arguments, as the official code names them (the last is H-DETR's) -> our fields.
 _ARGUMENTS = {
-    "enc_scale": "enc_scale",
-    "num_expansion": "num_expansion",
-    "nheads": "num_heads",
-    "hidden_dim": "hidden_dim",
-    "enc_layers": "encoder_layers",
-    "dec_layers": "decoder_layers",
-    "num_feature_levels": "num_levels",
-    "num_queries": "num_queries",
-    "num_queries_one2one": "num_queries",  # H-DETR's
-}
+    "enc_scale": "enc_scale", "num_expansion": "num_expansion", "nheads": "num_heads", "hidden_dim": "hidden_dim",
+    "enc_layers": "encoder_layers", "dec_layers": "decoder_layers", "num_feature_levels": "num_levels",
+    "num_queries": "num_queries", "num_queries_one2one": "num_queries",
+}  # fmt: skip
 _MEANINGS = {
     "enc_scale": " (how many levels are high-level)",
     "num_expansion": " (how many encoder layers update all levels)",
@@ -45,13 +39,8 @@ def recognise(
 ) -> tuple[DetectorConfig, str | None]:
     """Return the configuration, and the contradiction that `force` overruled, None where there was none.
 
-    Args:
-        arguments: those of the training, by their official names.
-        force: go on where the variant, the arguments and the file's name contradict each other; the first counts.
-        overrides: fields of the configuration that are what they are, whatever is said.
-
-    Raises:
-        LiteDetrError: another architecture, a contradiction, or something that nothing tells.
+    arguments: those of the training, by their official names; of contradictory ones the variant, then they, then the
+    file's name count.  overrides: fields of the configuration that are what they are, whatever is said.
     """
     told = _by_weights(weights)
     offsets = {part: told.pop(f"{part}_offsets") for part in ("encoder", "decoder")}
@@ -116,7 +105,7 @@ def recognise(
 
 
 def _variants(fields: Mapping) -> str:
-    """Return the names that a checkpoint with these fields can have."""
+    """The names that a checkpoint with these fields can have."""
     base, expansions = f"{fields['family']}-{fields['backbone']}", fields.get("num_expansion")
     if not expansions or expansions >= fields["encoder_layers"] and not fields["small_expand"]:
         return base if expansions else f"{base} or lite-{base}-h3l1-2+1x3"
