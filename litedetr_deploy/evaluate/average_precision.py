@@ -24,35 +24,24 @@ def import_pycocotools():
 def average_precision(dataset: Dataset, detections: dict) -> dict[str, float | None]:
     """Return a dict with METRICS, 0..1 each, None where the data has no object of that size.
 
-    detections: image id -> Detections, whose labels are category ids of the data; an image without an entry has none.
+    detections: image id -> Detections, whose labels are category ids of the data.
     """
     coco, cocoeval = import_pycocotools()
     found = []
     for image, one in detections.items():
         for label, (x1, y1, x2, y2), score in zip(one.labels.tolist(), one.boxes.tolist(), one.scores.tolist()):
             width, height = x2 - x1, y2 - y1
-            found.append(
-                {
-                    "id": len(found) + 1,
-                    "image_id": image,
-                    "category_id": label,
-                    "score": score,
-                    "bbox": [x1, y1, width, height],
-                    "area": width * height,
-                    "iscrowd": 0,
-                }
-            )
+            identity = {"id": len(found) + 1, "image_id": image, "category_id": label, "score": score}
+            found.append({**identity, "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0})
     # COCOeval takes the id 0 for "no match", and data of others often starts there.
     objects = [annotation | {"id": number} for number, annotation in enumerate(dataset.annotations, 1)]
     categories = [{"id": number, "name": name} for number, name in dataset.categories.items()]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        indexed = []
-        for annotations in (objects, found):
-            index = coco.COCO()
+        indexes = coco.COCO(), coco.COCO()
+        for index, annotations in zip(indexes, (objects, found)):
             index.dataset = {"images": dataset.images, "categories": categories, "annotations": annotations}
             index.createIndex()
-            indexed.append(index)
-        evaluation = cocoeval.COCOeval(*indexed, "bbox")
+        evaluation = cocoeval.COCOeval(*indexes, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -13,9 +13,7 @@ class DeformableAttention(nn.Module):
     ms_deform_attn.py).  Key-aware (paper section 3.3), the attention weights are a softmax over <query, sampled key>,
     otherwise over a Linear of the query.  Sampling, softmax and weighted sum are one op (`litedetr_deploy.ops`)."""
 
-    def __init__(
-        self, dim: int, num_heads: int, num_levels: int, num_points: int, key_aware: bool, proj_key=False, same_loc=False
-    ):
+    def __init__(self, dim: int, num_heads, num_levels, num_points, key_aware, proj_key=False, same_loc=False):
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.same_loc = same_loc

@@ -127,7 +127,8 @@ class DetectorConfig:
 
 
 VARIANT_EXAMPLES = (
-    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, h-detr-swin-l"
+    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, "
+    "h-detr-swin-l"
 )
 
 

@@ -67,8 +67,8 @@ class Detector(nn.Module):
     def forward(
         self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """images [N, 3, H, W], normalised with ImageNet's mean and deviation; pixel_mask [N, H, W], True = padding at the
-        bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
+        """images [N, 3, H, W], normalised with ImageNet's mean and deviation; pixel_mask [N, H, W], True = padding at
+        the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
 
         Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
         [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].

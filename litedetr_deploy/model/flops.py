@@ -52,7 +52,7 @@ _PARTS = {
 # Last part of a module's name -> what it is for in the encoder.
 _ITEMS = {
     "value_proj": "value projections", "key_proj": "key projections", "sampling_offsets": "offsets",
-    "query_proj": "query projections or attention weights", "attention_weights": "query projections or attention weights",
+    **dict.fromkeys(("query_proj", "attention_weights"), "query projections or attention weights"),
     "output_proj": "output projections", "self_attn": "sampling and attention", "linear1": "feed-forward",
     "linear2": "feed-forward", "linear12": "light feed-forward", "linear22": "light feed-forward",
 }  # fmt: skip

@@ -17,10 +17,10 @@ from .config import parse_variant
 from .flops import Cost, FlopCount, attention_cost, cost_of
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_POINTWISE = frozenset(
-    "Add Sub Mul Div Neg Abs Sqrt Reciprocal Exp Log Pow Erf Sin Cos Sigmoid Tanh Relu Gelu Clip Min Max Floor Ceil "
-    "Round Sign Mod Sum".split()
-)
+_POINTWISE = {
+    "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Pow", "Erf", "Sin", "Cos", "Sigmoid",
+    "Tanh", "Relu", "Gelu", "Clip", "Min", "Max", "Floor", "Ceil", "Round", "Sign", "Mod", "Sum",
+}  # fmt: skip
 _MODULE = "detector."
 
 

@@ -82,8 +82,8 @@ class SwinBlock(nn.Module):
 
 
 class Windows:
-    """A map cut into windows of window x window tokens, after a cyclic shift up and left by `shift` tokens.  It is padded
-    with zeros at the bottom and the right; the padding attends and is attended to, as in the official code.
+    """A map cut into windows of window x window tokens, after a cyclic shift up and left by `shift` tokens.  It is
+    padded with zeros at the bottom and the right; padding attends and is attended to, as in the official code.
 
     tokens [windows * window^2]: which token stands at each place of the windows; height * width is a zero token.
     places [height * width]: where each token of the map stands.

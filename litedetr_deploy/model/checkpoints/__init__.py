@@ -38,7 +38,7 @@ def load_model(
             model's `forced_variant` says then what was overruled.
         overrides: single fields of `DetectorConfig`, whatever the checkpoint says.
 
-    Raises LiteDetrError where the checkpoint cannot be read, recognised or fitted, or what is said of it is contradictory.
+    Raises LiteDetrError where the checkpoint cannot be read, recognised or fitted, or is contradictory.
     """
     if unknown := sorted(overrides.keys() - {field.name for field in dataclasses.fields(DetectorConfig)}):
         raise LiteDetrError(f"unknown configuration field {', '.join(unknown)}. DetectorConfig lists those that exist.")

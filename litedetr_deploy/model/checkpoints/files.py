@@ -92,7 +92,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, Tensor], arguments: Mapping) -> None:
-    """Write what `read_checkpoint` reads, complete or not at all, in the format of the suffix; arguments: JSON types."""
+    """Write what `read_checkpoint` reads, complete or not at all, in the format of the suffix."""
     path = Path(path)
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise LiteDetrError(f"checkpoint {str(path)!r} must have a name that ends in {', '.join(CHECKPOINT_SUFFIXES)}.")

@@ -37,8 +37,8 @@ def theirs(key: str, rules: Rules) -> str:
 
 
 class Weights:
-    """The tensors of a checkpoint, by our keys; names: the checkpoint's own key of each; different: keys of the checkpoint
-    that should hold what another key of it holds, and do not."""
+    """The tensors of a checkpoint, by our keys; names: the checkpoint's own key of each; different: keys of it that
+    should hold what another one holds, and do not."""
 
     def __init__(self, state_dict: Mapping[str, Tensor], rules: Rules):
         self.rules, self.different = rules, list[str]()
