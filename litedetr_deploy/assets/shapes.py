@@ -291,17 +291,13 @@ def _clutter(rng, light):
             x, y = x - x.min(), y - y.min()
             mask = _coverage([np.stack((x, y), 1)], math.ceil(y.max()) + 1, math.ceil(x.max()) + 1)
         else:
-            mask = _stain(rng, round(rng.uniform(0.2, 0.5) * min(height, width)))
+            side = round(rng.uniform(0.2, 0.5) * min(height, width))
+            slope = np.linspace(-1, 1, side, dtype=np.float32)
+            fade = 1 - slope * slope - (slope * slope)[:, None]  # towards the border
+            mask = np.clip((_noise(rng, (side, side), cells=3, octaves=2) + fade - 1) * 2, 0, 1)
         left, top = (int(rng.integers(side)) - extent // 2 for side, extent in zip((width, height), mask.shape[::-1]))
         there, here = _overlap(light, mask, left, top)
         light[there] *= 1 + mask[here] * np.float32((-1, 1)[rng.integers(2)] * rng.uniform(0.15, 0.4))
-
-
-def _stain(rng, side):
-    """Return [side, side] float32 from 0 to 1: a patch of noise that fades out towards its border."""
-    slope = np.linspace(-1, 1, side, dtype=np.float32)
-    fade = 1 - slope * slope - (slope * slope)[:, None]
-    return np.clip((_noise(rng, (side, side), cells=3, octaves=2) + fade - 1) * 2, 0, 1)
 
 
 def _draw(rng, canvas, shape):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -76,12 +76,12 @@ class Options:
     threads: int | None = None  # of the CPU
 
 
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
 def evaluate(
-    artifact,
-    data: Dataset | str | os.PathLike,
-    options: Options | None = None,
-    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
-    **single,
+    artifact, data: Dataset | str | os.PathLike, options: Options | None = None, progress=_silent, **single
 ) -> Evaluation:
     """Run `artifact` on every image of `data` and return its AP and latency.
 
@@ -103,13 +103,7 @@ def evaluate(
 
 
 def compare(
-    artifact,
-    other,
-    data: Dataset | str | os.PathLike,
-    options: Options | None = None,
-    tolerance: float | None = None,
-    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
-    **single,
+    artifact, other, data, options: Options | None = None, tolerance: float | None = None, progress=_silent, **single
 ) -> Comparison:
     """Evaluate two artifacts as `evaluate` does and compare their detections.
 

@@ -82,21 +82,17 @@ class Detector(nn.Module):
             topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
         selected = take_tokens(encoded.features, topk_indices)
         boxes = (self.enc_out_bbox_embed(selected) + take_tokens(encoded.proposals, topk_indices)).sigmoid()
-        content, position = self._queries(boxes)
+        if self.config.is_dino:  # positions follow the boxes
+            content, position = self.tgt_embed.weight[None], None
+        else:
+            dim = self.config.hidden_dim
+            embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
+            content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
+            position = embedded[..., :dim]
         heads = [self.bbox_embed] * self.config.decoder_layers if self.config.is_dino else self.bbox_embed
         queries, boxes = self.decoder(content, boxes, position, heads, encoded)
         found = {"pred_logits": self.class_embed(queries), "pred_boxes": boxes, "memory": encoded.memory}
         return found | {"proposal_scores": proposal_scores, "topk_indices": topk_indices}
-
-    def _queries(self, boxes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return content [N or 1, Q, dim] of the queries that start with boxes [N, Q, 4], and their position
-        [N, Q, dim], None in DINO, where it follows the boxes."""
-        if self.config.is_dino:
-            return self.tgt_embed.weight[None], None
-        dim = self.config.hidden_dim
-        embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
-        content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
-        return content, embedded[..., :dim]
 
     def encode(self, images: Tensor, pixel_mask: Tensor | None = None, maps: list[Tensor] | None = None) -> Encoded:
         """Compute everything before the decoder, as `forward` does; maps: what `project` gave, where it is known."""
@@ -125,13 +121,12 @@ class Detector(nn.Module):
         memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
 
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
-        logits = self._proposal_logits(features)
+        head = self.enc_out_class_embed  # tokens are ranked by the best logit of all classes, or by the first's
+        if not self.config.is_dino:
+            logits = nn.functional.linear(features, head.weight[:1], head.bias[:1])
+        else:
+            logits = head(features)
         return Encoded(memory, spatial_shapes, valid_ratios, padding_mask, features, proposals, logits)
-
-    def _proposal_logits(self, features: Tensor) -> Tensor:
-        """The logits of the classes whose best logit ranks the tokens: all in DINO, the first in the others."""
-        head = self.enc_out_class_embed
-        return head(features) if self.config.is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
 
     def project(self, images: Tensor) -> list[Tensor]:
         """Return the projected maps of all levels, [N, dim, h, w] each."""

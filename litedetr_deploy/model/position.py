@@ -22,8 +22,8 @@ def map_position(
     height: int, width: int, dim: int, mask: Tensor | None, device=None, temperature: float = 20.0, first: float = 1.0
 ) -> Tensor:
     """Return the encoding of a feature map's pixels, [N or 1, height * width, dim], y before x, counted from `first`
-    and normalised by the valid extent; mask [N, height, width], True = padding.  DINO has temperature 20 and counts from 1
-    (models/dino/position_encoding.py, PositionEmbeddingSineHW), Deformable DETR has 10000 and counts from 0.5."""
+    and normalised by the valid extent; mask [N, height, width], True = padding.  DINO has temperature 20 and counts
+    from 1 (models/dino/position_encoding.py, PositionEmbeddingSineHW), Deformable DETR has 10000 and from 0.5."""
     eps = 1e-6
     if mask is None:
         # Without padding the encoding is separable: two short tables instead of a map.

@@ -6,6 +6,7 @@ the map's size alone, so that an export at a fixed size folds them, and one at d
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import cast
 
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 SHAPES = {"swin-t": (96, (2, 2, 6, 2), 3), "swin-l": (192, (2, 2, 18, 2), 6)}
 
 PATCH = 4  # pixels
-# What the official code adds to the logits of pairs that must not attend to each other.
-HIDDEN = -100.0
+HIDDEN = -100.0  # added to the logits of pairs that must not attend to each other, as in the official code
 
 
 class WindowAttention(nn.Module):
@@ -34,16 +34,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [N, windows, window^2, dim]; mask [windows, window^2, window^2] is added to the logits -> as x."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + self._bias()
+        index = relative_position_index(self.window, x.device)
+        bias = self.relative_position_bias_table.index_select(0, index.flatten())
+        bias = bias.unflatten(0, index.shape).permute(2, 0, 1)  # heads, window^2, window^2
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
         if mask is not None:
             logits = logits + mask[:, None]
         return self.proj((logits.softmax(-1) @ value).transpose(2, 3).flatten(3))
-
-    def _bias(self) -> Tensor:
-        """[heads, window^2, window^2]"""
-        index = relative_position_index(self.window, self.relative_position_bias_table.device)
-        bias = self.relative_position_bias_table.index_select(0, index.flatten())
-        return bias.unflatten(0, index.shape).permute(2, 0, 1)
 
 
 def relative_position_index(window: int, device=None) -> Tensor:
@@ -54,16 +51,6 @@ def relative_position_index(window: int, device=None) -> Tensor:
     return index.flatten(2).flatten(0, 1)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
 class SwinBlock(nn.Module):
     def __init__(self, dim: int, window: int, num_heads: int):
         super().__init__()
@@ -71,7 +58,8 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, window, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim)
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """x [N, height * width, dim], the tokens of a map -> as x."""
@@ -140,8 +128,7 @@ class PatchMerging(nn.Module):
         """x [N, height * width, dim] -> [N, ceil(height / 2) * ceil(width / 2), 2 dim]"""
         row = torch.arange((height + 1) // 2, device=x.device)[:, None, None] * 2
         column = torch.arange((width + 1) // 2, device=x.device)[None, :, None] * 2
-        # The official order of the four: down before across.
-        row = row + torch.tensor((0, 1, 0, 1), device=x.device)
+        row = row + torch.tensor((0, 1, 0, 1), device=x.device)  # the official order: down before across
         column = column + torch.tensor((0, 0, 1, 1), device=x.device)
         tokens = torch.where((row < height) & (column < width), row * width + column, height * width)
         merged = with_zero_token(x).index_select(1, tokens.flatten()).unflatten(1, (-1, 4)).flatten(2)

@@ -1,8 +1,7 @@
 """What a checkpoint is: from its weights and from what is said about them, all of which has to agree.
 
-Keys and shapes tell most of a configuration.  What they cannot tell (how many levels are high-level; whether a model
-without light feed-forward networks is interleaved; the number of heads) is said by the variant, by the training
-arguments saved beside the weights and by the official files' names.
+What keys and shapes cannot tell (how many levels are high-level; whether a model without light feed-forward networks is
+interleaved; the number of heads) is said by the variant, by saved training arguments and by official files' names.
 """
 
 from __future__ import annotations
@@ -44,11 +43,12 @@ def recognise(
     """
     told = _by_weights(weights)
     offsets = {part: told.pop(f"{part}_offsets") for part in ("encoder", "decoder")}
+    by_name = match.groupdict() if (match := _FILE_NAME.search(file_name)) else {}
     said = {
         _WEIGHTS: told,
         f"the variant {variant!r}": _by_variant(variant),
         "the checkpoint's training arguments": _by_arguments(arguments, overrides),
-        f"the file's name {file_name!r}": _by_file_name(file_name),
+        f"the file's name {file_name!r}": {field: int(value) for field, value in by_name.items() if value},
     }
     plain = not (told["key_aware"] or told["small_expand"] or weights.having("encoder.*.query_proj.*"))
     if plain and "num_expansion" not in arguments:
@@ -134,11 +134,6 @@ def _by_arguments(arguments: Mapping, overrides: Mapping) -> dict:
             )
         said[field] = value
     return said
-
-
-def _by_file_name(name: str) -> dict:
-    match = _FILE_NAME.search(name)
-    return {field: int(value) for field, value in match.groupdict().items() if value} if match else {}
 
 
 def _by_weights(weights: Weights) -> dict:
