@@ -13,7 +13,6 @@ METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_lar
 
 
 def import_pycocotools():
-    """Return `pycocotools.coco` and `pycocotools.cocoeval`; raise LiteDetrError when they cannot be imported."""
     try:
         from pycocotools import coco, cocoeval
     except ImportError as error:
@@ -22,10 +21,8 @@ def import_pycocotools():
 
 
 def average_precision(dataset: Dataset, detections: dict) -> dict[str, float | None]:
-    """Return a dict with METRICS, 0..1 each, None where the data has no object of that size.
-
-    detections: image id -> Detections, whose labels are category ids of the data.
-    """
+    """Return METRICS, 0..1 each, None where the data has no object of that size; detections: image id -> Detections,
+    whose labels are category ids of the data."""
     coco, cocoeval = import_pycocotools()
     found = []
     for image, one in detections.items():

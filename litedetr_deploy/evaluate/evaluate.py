@@ -50,7 +50,7 @@ class Comparison:
     second: Evaluation
     ap_difference: float  # of the second from the first
     detections: dict  # see compare_detections
-    tolerance: float | None = None  # of the AP difference; None lets any pass
+    tolerance: float | None = None  # of the AP difference (0..1); None lets any pass
 
     @property
     def passed(self) -> bool:
@@ -109,8 +109,6 @@ def compare(
 
     Where one has a fixed input size, the other takes the same if its own is dynamic; where one takes no pixel mask,
     images of a fixed size are stretched for both, unless `resize` says otherwise.
-
-    tolerance: the difference of the APs (0..1) that still passes.
     """
     options = replace(options or Options(), **single)
     first, second = _evaluate([artifact, other], open_data(data), options, progress)

@@ -102,7 +102,6 @@ class DetectorConfig:
 
     @property
     def is_dino(self) -> bool:
-        """Whether heads and positions are DINO's; else they are Deformable DETR's."""
         return self.family == "dino"
 
     @property
@@ -111,7 +110,6 @@ class DetectorConfig:
 
     @property
     def name(self) -> str:
-        """Return the variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
         base = f"{self.family}-{self.backbone}"
         if not self.is_lite:
             return base
@@ -135,9 +133,8 @@ VARIANT_EXAMPLES = (
 def parse_variant(variant: str, **overrides) -> DetectorConfig:
     """Return the configuration that a name stands for; `overrides` replace single fields.
 
-    Both 'lite-dino-r50-h3l1-2+1x3' and the paper's 'Lite-DINO-R50-H3L1-(2+1)x3' are understood.  A Lite variant without
-    the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Only Lite models are key-aware and have the small
-    feed-forward network.
+    The paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' is understood too.  A Lite variant without the encoder's suffix is
+    the paper's best, that one.  Only Lite models are key-aware and have the small feed-forward network.
     """
     match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:

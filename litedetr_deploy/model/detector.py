@@ -122,10 +122,8 @@ class Detector(nn.Module):
 
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
         head = self.enc_out_class_embed  # tokens are ranked by the best logit of all classes, or by the first's
-        if not self.config.is_dino:
-            logits = nn.functional.linear(features, head.weight[:1], head.bias[:1])
-        else:
-            logits = head(features)
+        is_dino = self.config.is_dino
+        logits = head(features) if is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
         return Encoded(memory, spatial_shapes, valid_ratios, padding_mask, features, proposals, logits)
 
     def project(self, images: Tensor) -> list[Tensor]:

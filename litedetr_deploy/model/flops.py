@@ -60,8 +60,6 @@ _ITEMS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of operation in one module costs."""
-
     module: str  # its name in the detector, '' for the detector itself
     kind: str
     fvcore: int
@@ -70,12 +68,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """costs: in the order in which they first occur; parameters: of every module that has some of its own."""
-
     config: DetectorConfig
     image_size: tuple[int, int]
-    costs: tuple[Cost, ...]
-    parameters: dict[str, int]
+    costs: tuple[Cost, ...]  # in the order in which they first occur
+    parameters: dict[str, int]  # of every module that has some of its own
 
     def total(self, convention: str, within: str = "") -> int:
         return sum(getattr(cost, convention) for cost in self.costs if cost.module.startswith(within))

@@ -42,9 +42,9 @@ def load_model(
     """
     if unknown := sorted(overrides.keys() - {field.name for field in dataclasses.fields(DetectorConfig)}):
         raise LiteDetrError(f"unknown configuration field {', '.join(unknown)}. DetectorConfig lists those that exist.")
+    if checkpoint is None and variant is None:
+        raise LiteDetrError(f"load_model needs a checkpoint or a variant, such as {VARIANT_EXAMPLES}.")
     if checkpoint is None:
-        if variant is None:
-            raise LiteDetrError(f"load_model needs a checkpoint or a variant, such as {VARIANT_EXAMPLES}.")
         model = Detector(parse_variant(variant, **overrides))
         model.class_names = _class_names({}, model.config)
         return model.eval()
@@ -53,10 +53,8 @@ def load_model(
         path = assets.path(str(checkpoint)) if checkpoint in assets.NAMES else Path(checkpoint)
         source, file_name, checkpoint = f"checkpoint {str(path)!r}", path.name, read_checkpoint(path)
     arguments = checkpoint.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        arguments = vars(arguments)
-    elif not isinstance(arguments, Mapping):
-        arguments = {}
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    arguments = arguments if isinstance(arguments, Mapping) else {}
     if arguments.get("value_proj_after"):
         raise LiteDetrError(
             "the checkpoint was trained with value_proj_after = True, which the official code itself cannot run; there "
@@ -76,13 +74,11 @@ def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
     """Write a model as `load_model` reads it back, as .pth, .pt or .safetensors, complete or not at all: under official
     keys, of a shared head the first one, and with what keys cannot tell as training arguments."""
     config = model.config
+    queries = "num_queries_one2one" if config.family == "h-detr" else "num_queries"
     arguments = {
-        "enc_scale": config.enc_scale,
-        "num_expansion": config.num_expansion,
-        "nheads": config.num_heads,
-        "num_queries_one2one" if config.family == "h-detr" else "num_queries": config.num_queries,
-        "tool_version": __version__,
-    }
+        "enc_scale": config.enc_scale, "num_expansion": config.num_expansion, "nheads": config.num_heads,
+        queries: config.num_queries, "tool_version": __version__,
+    }  # fmt: skip
     if model.class_names:
         arguments["class_names"] = list(model.class_names)
     tensors = {  # copies: those of a checkpoint can be parts of one memory, which safetensors refuses

@@ -145,13 +145,11 @@ def _by_weights(weights: Weights) -> dict:
             "and --with_box_refine."
         )
     modules = {
-        "num_classes": "*class_embed.*",
-        "hidden_dim": "enc_output*",
+        "num_classes": "*class_embed.*", "hidden_dim": "enc_output*",
         "encoder_offsets": "encoder.layers.*.self_attn.sampling_offsets.*",
         "decoder_offsets": "decoder.layers.*.cross_attn.sampling_offsets.*",
-        "dim_feedforward": "encoder.layers.*.linear1.*",
-        "decoder_dim_feedforward": "decoder.layers.*.linear1.*",
-    }
+        "dim_feedforward": "encoder.layers.*.linear1.*", "decoder_dim_feedforward": "decoder.layers.*.linear1.*",
+    }  # fmt: skip
     lacking = [theirs(module, weights.rules) for module in modules.values() if not weights.having(module)]
     backbone = _backbone(weights)
     if lacking or not backbone:
