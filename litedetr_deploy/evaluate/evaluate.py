@@ -269,16 +269,8 @@ def _summary(name, detector, dataset, store, mode, batch_size):
     seconds = np.array([found["seconds"] for found in store.items.values()])
     median, p90 = np.percentile(seconds, (50, 90)) * 1000
     return Evaluation(
-        artifact=name,
-        data=dataset.name,
-        images=len(detections),
-        objects=len(dataset.annotations),
-        image_size=list(detector.image_size) if detector.image_size else None,
-        resize=mode,
-        batch_size=batch_size,
-        metrics=average_precision(dataset, detections),
-        latency_ms={"median": float(median), "p90": float(p90)},
-        images_per_second=len(detections) / float(seconds.sum()),
-        continued=store.resumed,
-        detections=detections,
-    )
+        artifact=name, data=dataset.name, images=len(detections), objects=len(dataset.annotations),
+        image_size=list(detector.image_size) if detector.image_size else None, resize=mode, batch_size=batch_size,
+        metrics=average_precision(dataset, detections), latency_ms={"median": float(median), "p90": float(p90)},
+        images_per_second=len(detections) / float(seconds.sum()), continued=store.resumed, detections=detections,
+    )  # fmt: skip
