@@ -102,7 +102,7 @@ class DetectorConfig:
 
     @property
     def is_dino(self) -> bool:
-        return self.family == "dino"
+        return self.family == "dino"  # else heads and positions are Deformable DETR's
 
     @property
     def is_lite(self) -> bool:

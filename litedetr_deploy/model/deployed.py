@@ -24,9 +24,6 @@ PROBES = ("pred_logits", "pred_boxes", "proposal_scores", "topk_indices")
 class Deployed(nn.Module):
     """Images in 0..1 to detections in pixels, or to raw logits and boxes."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
         self.detector, self.outputs = detector, outputs

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +56,7 @@ class Encoder(nn.Module):
         `num_low` tokens are low-level; padding_mask [N, S] True = padding or None.  -> memory [N, S, dim]."""
         high_position, high_references = position[:, num_low:], reference_points[:, num_low:]
         low, high = tokens[:, :num_low], tokens[:, num_low:]  # kept apart: an exported graph need not split them again
-        for full, layer in zip(self.full_layers, cast("Iterable[EncoderLayer]", self.layers)):
+        for full, layer in zip(self.full_layers, self.layers):
             if full:
                 tokens = layer.attend(tokens, position, reference_points, tokens, spatial_shapes, padding_mask)
                 if layer.small_expand:

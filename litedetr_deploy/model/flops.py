@@ -206,6 +206,5 @@ def _training_outputs(config: DetectorConfig, tokens: int) -> list[Cost]:
     else:
         selection = tokens * dim * (config.num_classes - 1) + (tokens - queries) * box
     heads = (config.decoder_layers - 1) * queries * head
-    return [
-        Cost(TRAINING_SELECTION, "matrix product", selection, 0), Cost(TRAINING_HEADS, "matrix product", heads, 0),
-    ]  # fmt: skip
+    counts = {TRAINING_SELECTION: selection, TRAINING_HEADS: heads}
+    return [Cost(part, "matrix product", count, 0) for part, count in counts.items()]

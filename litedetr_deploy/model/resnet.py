@@ -15,10 +15,6 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch norm with constant statistics, eps 1e-5 (DETR's models/backbone.py)."""
 
     eps = 1e-5
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -70,12 +66,11 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         in_channels = width
         for stage, blocks in enumerate(stages):
-            layer = []
+            layer = nn.Sequential()
             for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layer.append(Bottleneck(in_channels, width << stage, stride))
+                layer.append(Bottleneck(in_channels, width << stage, 2 if stage > 0 and block == 0 else 1))
                 in_channels = (width << stage) * Bottleneck.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+            setattr(self, f"layer{stage + 1}", layer)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.bn1(self.conv1(x)).relu())

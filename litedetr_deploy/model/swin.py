@@ -7,8 +7,6 @@ the map's size alone, so that an export at a fixed size folds them, and one at d
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +181,7 @@ class SwinTransformer(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         x, height, width = self.patch_embed(images)
         maps = []
-        for stage, layer in enumerate(cast("Iterable[Stage]", self.layers)):
+        for stage, layer in enumerate(self.layers):
             x = layer(x, height, width)
             if stage > 0:
                 maps.append(getattr(self, f"norm{stage}")(x).transpose(1, 2).unflatten(2, (height, width)))

@@ -23,10 +23,7 @@ from .recognise import recognise
 
 
 def load_model(
-    checkpoint: str | os.PathLike | Mapping | None = None,
-    variant: str | None = None,
-    force_variant: bool = False,
-    **overrides,
+    checkpoint: str | os.PathLike | Mapping | None = None, variant: str | None = None, force_variant=False, **overrides
 ) -> Detector:
     """Return a detector in eval mode.
 

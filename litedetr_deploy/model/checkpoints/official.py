@@ -18,6 +18,7 @@ from ..swin import SHAPES as SWINS
 # None, inference does not read theirs.
 Rules = list[tuple[str, str | None]]
 
+_DINO = DetectorConfig()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -79,9 +80,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or not (is_weight(a) and is_weight(b)):
         return False
     return a.data_ptr() == b.data_ptr() or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-_DINO = DetectorConfig()
 
 
 def rules(is_dino: bool, decoder_layers: int, has_body: bool) -> Rules:
