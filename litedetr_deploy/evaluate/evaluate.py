@@ -85,8 +85,7 @@ def evaluate(
 ) -> Evaluation:
     """Run `artifact` on every image of `data` and return its AP and latency.
 
-    Detections are kept in the user's cache while it runs; the same evaluation continues after an interruption.  A file
-    that was not verified, or was changed since, gives a `Notice`.
+    Detections are kept in the user's cache while it runs, so that an interrupted evaluation continues.
 
     Args:
         artifact: path of an ONNX model or of an engine; path of a checkpoint, or the name of one that comes with this
@@ -96,7 +95,8 @@ def evaluate(
             for a stage that does not count images.
         single: fields of `options`, as in batch_size=2.
 
-    Raises LiteDetrError where the model cannot be run, lacks a category of the data, or gives a NaN.
+    Raises LiteDetrError where the model cannot be run, lacks a category of the data, or gives a NaN; a file that was
+    not verified, or was changed since, gives a `Notice`.
     """
     [evaluation] = _evaluate([artifact], open_data(data), replace(options or Options(), **single), progress)
     return evaluation

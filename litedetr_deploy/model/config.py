@@ -120,8 +120,7 @@ class DetectorConfig:
 
     @property
     def attention_nodes(self) -> int:
-        """How many deformable attention nodes the exported graph has."""
-        return self.encoder_layers + self.decoder_layers
+        return self.encoder_layers + self.decoder_layers  # deformable ones, of the exported graph
 
 
 VARIANT_EXAMPLES = (
@@ -131,11 +130,9 @@ VARIANT_EXAMPLES = (
 
 
 def parse_variant(variant: str, **overrides) -> DetectorConfig:
-    """Return the configuration that a name stands for; `overrides` replace single fields.
-
-    The paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' is understood too.  A Lite variant without the encoder's suffix is
-    the paper's best, that one.  Only Lite models are key-aware and have the small feed-forward network.
-    """
+    """Return the configuration that a name stands for, in the paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' too;
+    `overrides` replace single fields.  A Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.
+    Only Lite models are key-aware and have the small feed-forward network."""
     match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:
         base = re.split(r"-h\d", str(variant).lower())[0]

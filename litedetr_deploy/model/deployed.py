@@ -66,10 +66,8 @@ def postprocess(pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor) -> tuple
 
 
 class TorchSession:
-    """A checkpoint behind the interface of an exported model (see OnnxSession): of dynamic size, with a pixel mask.
-
-    threads: of PyTorch, in the whole process; PyTorch's choice when not given.
-    """
+    """A checkpoint behind the interface of an exported model (see OnnxSession): of dynamic size, with a pixel mask;
+    threads: of PyTorch, in the whole process."""
 
     def __init__(self, model: Detector, threads: int | None = None):
         if threads is not None:

@@ -137,11 +137,9 @@ class Detector(nn.Module):
         return maps
 
     def _proposals(self, memory, centres, level_of_token, padding_mask) -> tuple[Tensor, Tensor]:
-        """Return features [N, S, dim] that compete to become queries, and boxes [N or 1, S, 4] before the sigmoid.
-
-        A token whose box reaches beyond (0.01, 0.99), or that is padding, has its memory zeroed and an infinite
-        box, and still competes (official models/dino/utils.py, gen_encoder_output_proposals).
-        """
+        """Return features [N, S, dim] that compete to become queries, and boxes [N or 1, S, 4] before the sigmoid.  A
+        token whose box reaches beyond (0.01, 0.99), or that is padding, has its memory zeroed and an infinite box, and
+        still competes (official models/dino/utils.py, gen_encoder_output_proposals)."""
         side = 0.05 * 2.0 ** level_of_token.float()
         boxes = torch.cat((centres, side[None, :, None].expand(centres.shape[0], -1, 2)), -1)
         valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)

@@ -25,10 +25,8 @@ _MODULE = "detector."
 
 
 def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> FlopCount:
-    """Count one image, of (height, width) where the model's size is dynamic.
-
-    Raises LiteDetrError for a file that `litedetr export` did not write, or another size than the model's.
-    """
+    """Count one image, of (height, width) where the model's size is dynamic; raise LiteDetrError for a file that
+    `litedetr export` did not write, or another size than the model's."""
     model = artifact.load_onnx(path)
     metadata = artifact.onnx_metadata(model, path)
     fixed = metadata.get("image_size")

@@ -1,8 +1,6 @@
-"""Swin Transformers (arXiv 2103.14030), as the checkpoints name them (models/dino/swin_transformer.py).
-
-Padding, shifting and cutting into windows is one gather of tokens, and its inverse another: the indices follow from
-the map's size alone, so that an export at a fixed size folds them, and one at dynamic sizes computes them.
-"""
+"""Swin Transformers (arXiv 2103.14030), as the checkpoints name them (models/dino/swin_transformer.py).  Padding,
+shifting and cutting into windows is one gather of tokens, and its inverse another; an export at a fixed size folds the
+indices, which follow from the map's size alone."""
 
 from __future__ import annotations
 

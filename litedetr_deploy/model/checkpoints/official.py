@@ -83,12 +83,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def rules(is_dino: bool, decoder_layers: int, has_body: bool) -> Rules:
-    """Return the rules for a detector.
-
-    In DINO all layers share one head, which stands under the key of each; in Deformable DETR and H-DETR each layer has
-    its own, and the proposals have one more: boxes are refined by all of them, classes are wanted of the last.
-    has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's.
-    """
+    """In DINO all layers share one head, which stands under the key of each; in Deformable DETR and H-DETR each layer
+    has its own, and the proposals have one more: boxes are refined by all of them, classes are wanted of the last.
+    has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's."""
     heads: dict[str, Sequence[str | None]]
     if is_dino:
         heads = {head: [f"{head}.*"] * decoder_layers for head in ("class_embed", "bbox_embed")}

@@ -1,8 +1,5 @@
-"""What a checkpoint is: from its weights and from what is said about them, all of which has to agree.
-
-What keys and shapes cannot tell (how many levels are high-level; whether a model without light feed-forward networks is
-interleaved; the number of heads) is said by the variant, by saved training arguments and by official files' names.
-"""
+"""What a checkpoint is: from its weights, and from the variant, the training arguments and the official file's name,
+which say what keys and shapes cannot tell (high-level levels, interleaving, heads).  All of it has to agree."""
 
 from __future__ import annotations
 
