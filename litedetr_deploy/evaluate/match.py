@@ -13,8 +13,8 @@ IOU_FLOOR = 0.5  # of two detections that match
 def compare_detections(first: dict, second: dict) -> dict:
     """Return how far two sets of detections, image id -> Detections of the same images, agree from SCORE_FLOOR up.  Per
     image, from the best score of `first` down, each takes the one of `second` with the same label that overlaps it
-    most, by IOU_FLOOR or more, and is not taken.  The box difference of a match is its largest, over the four coordinates, in
-    pixels; the differences are None where nothing matches."""
+    most, by IOU_FLOOR or more, and is not taken.  The box difference of a match is its largest, over the four
+    coordinates, in pixels; the differences are None where nothing matches."""
     counts, box_differences, score_differences = [0, 0], [], []
     for image, one in first.items():
         a, b = _confident(one), _confident(second[image])
