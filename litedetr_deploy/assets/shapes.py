@@ -34,17 +34,12 @@ def _arc(radius, start, end, count, x=0.0):
     return [(x + radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
 
 
-def _star():
-    angles = [math.pi * i / 5 for i in range(10)]
-    return [((0.42 if i % 2 else 1) * math.cos(a), (0.42 if i % 2 else 1) * math.sin(a)) for i, a in enumerate(angles)]
+def _polar(radius, angle):
+    return radius * math.cos(angle), radius * math.sin(angle)
 
 
-def _heart():
-    angles = [math.tau * i / 48 for i in range(48)]
-    return [
-        (-16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a))
-        for a in angles
-    ]
+def _heart(a):
+    return -16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
 
 
 # Closed contours of any size, centred near 0; outer ones turn from x towards y, holes the other way.  The classes
@@ -54,29 +49,17 @@ OUTLINES = {
     "ring": [_arc(1, 0, 354.375, 64), _arc(0.58, 354.375, 0, 64)],
     "square": [[(-1, -1), (1, -1), (1, 1), (-1, 1)]],
     "triangle": [_arc(1, 0, 240, 3)],
-    "star": [_star()],
-    "cross": [
-        [
-            (-1, -0.33),
-            (-0.33, -0.33),
-            (-0.33, -1),
-            (0.33, -1),
-            (0.33, -0.33),
-            (1, -0.33),
-            (1, 0.33),
-            (0.33, 0.33),
-            (0.33, 1),
-            (-0.33, 1),
-            (-0.33, 0.33),
-            (-1, 0.33),
-        ]
-    ],
+    "star": [[_polar((1, 0.42)[i % 2], math.pi * i / 5) for i in range(10)]],
+    "cross": [[
+        (-1, -0.33), (-0.33, -0.33), (-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33),
+        (1, 0.33), (0.33, 0.33), (0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33),
+    ]],
     "arrow": [[(-1, -0.24), (0.05, -0.24), (0.05, -0.78), (1, 0), (0.05, 0.78), (0.05, 0.24), (-1, 0.24)]],
     # The two circles meet at x = 0.61.
     "crescent": [_arc(1, 52.41, 307.59, 40) + _arc(0.8, 277.9, 82.1, 30, x=0.5)],
-    "heart": [_heart()],
+    "heart": [[_heart(math.tau * i / 48) for i in range(48)]],
     "hourglass": [[(-0.75, -1), (0.75, -1), (0.15, 0), (0.75, 1), (-0.75, 1), (-0.15, 0)]],
-}
+}  # fmt: skip
 OUTLINES = {
     name: [np.array(contour) / np.abs(np.array(contours[0])).max() for contour in contours]
     for name, contours in OUTLINES.items()
@@ -86,10 +69,8 @@ CLASS_NAMES = tuple(OUTLINES)
 
 @dataclass
 class Shape:
-    """One object of a scene: what of each pixel it covers, [h, w] float32 from 0 to 1, and where that lies."""
-
     label: int
-    coverage: np.ndarray
+    coverage: np.ndarray  # of each pixel, [h, w] float32 from 0 to 1
     extent: np.ndarray  # [4] float64 xyxy in the coordinates of `coverage`, from the outline's points
     left: int = 0  # of `coverage`, in pixels of the image; negative where the border cuts it
     top: int = 0
@@ -106,12 +87,9 @@ class Shape:
 
 
 def scene(index: int, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Draw one scene.
-
-    Returns an RGB image of `size` (height, width), boxes [K, 4] float32 xyxy in pixels and labels [K] int64, which
-    index CLASS_NAMES.  A box is that of the whole outline, also where another shape covers some of it, clipped to the
-    image.  Raises LiteDetrError for a size that has no room for shapes.
-    """
+    """Draw one scene: an RGB image of `size` (height, width), boxes [K, 4] float32 xyxy in pixels and labels [K] int64,
+    which index CLASS_NAMES.  A box is that of the whole outline, clipped to the image, also where another shape covers
+    some of it.  Raises LiteDetrError for a size that has no room for shapes."""
     if min(size) < 32:
         raise LiteDetrError(
             f"The size of a scene is {size[0]}x{size[1]}; both sides must be at least 32 pixels. "
@@ -127,25 +105,16 @@ def scene(index: int, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[
 
 
 def coco_annotations(objects: Iterable[tuple[np.ndarray, np.ndarray]], size: tuple[int, int] = (SIZE, SIZE)) -> dict:
-    """Return the scenes' objects, (boxes, labels) of images 0, 1, 2, ..., in COCO's annotation format.
-
-    A category's id is its label; the file of image 7 is 000007.png.
-    """
+    """Return the scenes' objects, (boxes, labels) of images 0, 1, 2, ..., in COCO's annotation format.  A category's id
+    is its label; the file of image 7 is 000007.png."""
     images, annotations = [], []
     for image, (boxes, labels) in enumerate(objects):
         images.append({"id": image, "file_name": f"{image:06}.png", "height": size[0], "width": size[1]})
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
             # Ids from 1: pycocotools takes the id 0 for "no match".
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image,
-                    "category_id": label,
-                    "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                }
-            )
+            w, h = x1 - x0, y1 - y0
+            identity = {"id": len(annotations) + 1, "image_id": image, "category_id": label}
+            annotations.append({**identity, "iscrowd": 0, "bbox": [x0, y0, w, h], "area": w * h})
     categories = [{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -203,12 +172,9 @@ def _turn(x, y, angle):
 
 
 def _coverage(contours, height, width):
-    """Return what part of each pixel lies inside the contours, [height, width] float32.
-
-    Contours are [n, 2] points (x, y) inside the pixels' area, and turn as those of OUTLINES do.  Four lines through
-    every row of pixels are cut with the edges; along a line coverage is exact to 1/64 pixel, and all sums are of whole
-    numbers.
-    """
+    """Return what part of each pixel lies inside the contours, [height, width] float32.  They are [n, 2] points (x, y)
+    inside the pixels' area, and turn as those of OUTLINES do.  Four lines through every row of pixels are cut with the
+    edges; along a line coverage is exact to 1/64 pixel, and all sums are of whole numbers."""
     x0, y0 = np.concatenate(contours).T
     x1, y1 = np.concatenate([np.roll(contour, -1, axis=0) for contour in contours]).T
     # Line i is at y = (i + 1/2) / 4; an edge cuts those from `first` on, as many as `cuts`.
@@ -221,11 +187,8 @@ def _coverage(contours, height, width):
     direction = np.sign(line0 - line1)[edge]
     # Right of an entry everything is inside until the exit: each adds its part to its pixel and the rest to the next.
     pixel, part = line // 4 * (width + 1) + (x >> 6), x & 63
-    steps = np.bincount(
-        np.concatenate((pixel, pixel + 1)),
-        np.concatenate((direction * (64 - part), direction * part)),
-        minlength=height * (width + 1),
-    )
+    parts = np.concatenate((direction * (64 - part), direction * part))
+    steps = np.bincount(np.concatenate((pixel, pixel + 1)), parts, minlength=height * (width + 1))
     return steps.reshape(height, width + 1).cumsum(1, np.float32)[:, :width] * np.float32(1 / 256)
 
 
@@ -237,10 +200,8 @@ def _overlap(image, patch, left, top):
 
 
 def _noise(rng, size, cells, octaves):
-    """Return [H, W] float32 from 0 to 1: random grids, each three times as fine as the one before and half as strong.
-
-    `cells` is the number of grid cells along the longer side of the first.
-    """
+    """Return [H, W] float32 from 0 to 1: random grids, each three times as fine as the one before and half as strong;
+    `cells`: of the first, along the longer side."""
     # Summed at half the size, which is faster and shows no difference under the grain of the photograph.
     half = [side // 2 + 1 for side in size]
     total = np.zeros(half, np.float32)
@@ -279,10 +240,8 @@ def _blocks(rng, size):
     shade = shades[(row * 31 + column * 17).astype(np.int32) & 127]
     across -= row
     along -= column
-    edge = np.minimum(
-        np.minimum(across, 1 - across) * np.float32(block_height),
-        np.minimum(along, 1 - along) * np.float32(block_width),
-    )
+    down = np.minimum(across, 1 - across) * np.float32(block_height)
+    edge = np.minimum(down, np.minimum(along, 1 - along) * np.float32(block_width))
     joint = np.clip(np.float32(rng.uniform(1.2, 2.2)) - edge, 0, 1)
     return shade * (1 + joint * np.float32((-0.35, 0.25)[rng.integers(2)]))
 
@@ -332,18 +291,13 @@ def _clutter(rng, light):
             x, y = x - x.min(), y - y.min()
             mask = _coverage([np.stack((x, y), 1)], math.ceil(y.max()) + 1, math.ceil(x.max()) + 1)
         else:
-            mask = _stain(rng, round(rng.uniform(0.2, 0.5) * min(height, width)))
-        there, here = _overlap(
-            light, mask, int(rng.integers(width)) - mask.shape[1] // 2, int(rng.integers(height)) - mask.shape[0] // 2
-        )
+            side = round(rng.uniform(0.2, 0.5) * min(height, width))
+            slope = np.linspace(-1, 1, side, dtype=np.float32)
+            fade = 1 - slope * slope - (slope * slope)[:, None]  # towards the border
+            mask = np.clip((_noise(rng, (side, side), cells=3, octaves=2) + fade - 1) * 2, 0, 1)
+        left, top = (int(rng.integers(side)) - extent // 2 for side, extent in zip((width, height), mask.shape[::-1]))
+        there, here = _overlap(light, mask, left, top)
         light[there] *= 1 + mask[here] * np.float32((-1, 1)[rng.integers(2)] * rng.uniform(0.15, 0.4))
-
-
-def _stain(rng, side):
-    """Return [side, side] float32 from 0 to 1: a patch of noise that fades out towards its border."""
-    slope = np.linspace(-1, 1, side, dtype=np.float32)
-    fade = 1 - slope * slope - (slope * slope)[:, None]
-    return np.clip((_noise(rng, (side, side), cells=3, octaves=2) + fade - 1) * 2, 0, 1)
 
 
 def _draw(rng, canvas, shape):
@@ -375,7 +329,9 @@ def _draw(rng, canvas, shape):
             other = 2 * colour - other
         filling = filling + _planes(other - colour) * blend[here]
     if outlined:
-        inner = _inner(shape.coverage, shape.longest * rng.uniform(0.03, 0.07))[here]
+        # At distance d inside a straight edge a box blur of radius r gives 1/2 + d / (2 r + 1).
+        thickness = shape.longest * rng.uniform(0.03, 0.07)  # of the rim, about, in pixels
+        inner = np.clip(_blurred(np.pad(shape.coverage, 1), thickness * 1.4)[1:-1, 1:-1] * 5 - 4, 0, 1)[here]
         line = _planes(_colour_unlike(rng, colour, 60))
         filling = line + (filling - line) * inner
     part = canvas[there]
@@ -402,12 +358,6 @@ def _blurred(coverage, radius):
     """Return the coverage after a box blur, [h, w] float32 from 0 to 1."""
     image = Image.fromarray((coverage * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.BoxBlur(radius))) * np.float32(1 / 255)
-
-
-def _inner(coverage, thickness):
-    """Return the coverage without a rim of about `thickness` pixels."""
-    # At distance d inside a straight edge a box blur of radius r gives 1/2 + d / (2 r + 1).
-    return np.clip(_blurred(np.pad(coverage, 1), thickness * 1.4)[1:-1, 1:-1] * 5 - 4, 0, 1)
 
 
 def _cast_shadow(rng, canvas, shape):

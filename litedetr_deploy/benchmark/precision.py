@@ -14,8 +14,8 @@ from ..evaluate.evaluate import Evaluation, Options, evaluate
 from ..evaluate.match import compare_detections
 from ..export.export import export_onnx
 from ..export.limits import Int8
+from ..model.deployed import TorchSession
 from ..model.detector import Detector
-from ..model.session import TorchSession
 from ..runtime.images import prepare
 from ..runtime.session import OnnxSession
 from ..verify.typed import float_twin

@@ -1,7 +1,4 @@
-"""How right and how fast is an artifact on annotated images?
-
-The package is callable: `litedetr_deploy.evaluate(artifact, data)` is `evaluate.evaluate.evaluate`.
-"""
+"""How right and how fast an artifact is on annotated images; callable, as `evaluate.evaluate.evaluate` is."""
 
 import sys
 from types import ModuleType

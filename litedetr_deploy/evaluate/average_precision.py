@@ -13,7 +13,6 @@ METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_lar
 
 
 def import_pycocotools():
-    """Return `pycocotools.coco` and `pycocotools.cocoeval`; raise LiteDetrError when they cannot be imported."""
     try:
         from pycocotools import coco, cocoeval
     except ImportError as error:
@@ -41,27 +40,16 @@ def matched(dataset: Dataset, detections: dict):
     for image, one in detections.items():
         for label, (x1, y1, x2, y2), score in zip(one.labels.tolist(), one.boxes.tolist(), one.scores.tolist()):
             width, height = x2 - x1, y2 - y1
-            found.append(
-                {
-                    "id": len(found) + 1,
-                    "image_id": image,
-                    "category_id": label,
-                    "score": score,
-                    "bbox": [x1, y1, width, height],
-                    "area": width * height,
-                    "iscrowd": 0,
-                }
-            )
+            identity = {"id": len(found) + 1, "image_id": image, "category_id": label, "score": score}
+            found.append({**identity, "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0})
     # COCOeval takes the id 0 for "no match", and data of others often starts there.
     objects = [annotation | {"id": number} for number, annotation in enumerate(dataset.annotations, 1)]
     categories = [{"id": number, "name": name} for number, name in dataset.categories.items()]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        indexed = []
-        for annotations in (objects, found):
-            index = coco.COCO()
+        indexes = coco.COCO(), coco.COCO()
+        for index, annotations in zip(indexes, (objects, found)):
             index.dataset = {"images": dataset.images, "categories": categories, "annotations": annotations}
             index.createIndex()
-            indexed.append(index)
-        evaluation = cocoeval.COCOeval(*indexed, "bbox")
+        evaluation = cocoeval.COCOeval(*indexes, "bbox")
         evaluation.evaluate()
     return evaluation

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +41,16 @@ class Evaluation:
 
     def to_dict(self) -> dict:
         """Return everything but the detections."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "detections"}
+        return {name: value for name, value in vars(self).items() if name != "detections"}
 
 
 @dataclass
 class Comparison:
-    """Two artifacts on one data set."""
-
     first: Evaluation
     second: Evaluation
     ap_difference: float  # of the second from the first
     detections: dict  # see compare_detections
-    tolerance: float | None = None  # of the AP difference; None lets any pass
+    tolerance: float | None = None  # of the AP difference (0..1); None lets any pass
 
     @property
     def passed(self) -> bool:
@@ -67,7 +65,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Options:
-    """How artifacts are run; None leaves what fits the artifact and the data."""
+    """How artifacts are run; None: as fits the artifact and the data."""
 
     variant: str | None = None  # of a checkpoint, as `load_model` takes it
     force_variant: bool = False
@@ -78,50 +76,39 @@ class Options:
     threads: int | None = None  # of the CPU
 
 
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
 def evaluate(
-    artifact,
-    data: Dataset | str | os.PathLike,
-    options: Options | None = None,
-    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
-    **single,
+    artifact, data: Dataset | str | os.PathLike, options: Options | None = None, progress=_silent, **single
 ) -> Evaluation:
     """Run `artifact` on every image of `data` and return its AP and latency.
+
+    Detections are kept in the user's cache while it runs, so that an interrupted evaluation continues.
 
     Args:
         artifact: path of an ONNX model or of an engine; path of a checkpoint, or the name of one that comes with this
             package, to be run in PyTorch; or a session, which has what `OnnxSession` has.
         data: a `Dataset`, the path of a COCO folder, or 'shapes'.
-        options: how it is run.
         progress: called as progress(stage, done, total) when a stage begins and after every image of it; total is None
             for a stage that does not count images.
         single: fields of `options`, as in batch_size=2.
 
-    Returns:
-        The evaluation.  Detections are kept in the user's cache while it runs; the same one continues after an
-        interruption.  A file that was not verified, or was changed since, gives a `Notice`.
-
-    Raises:
-        LiteDetrError: where the model cannot be run, lacks a category of the data, or gives a NaN.
+    Raises LiteDetrError where the model cannot be run, lacks a category of the data, or gives a NaN; a file that was
+    not verified, or was changed since, gives a `Notice`.
     """
     [evaluation] = _evaluate([artifact], open_data(data), replace(options or Options(), **single), progress)
     return evaluation
 
 
 def compare(
-    artifact,
-    other,
-    data: Dataset | str | os.PathLike,
-    options: Options | None = None,
-    tolerance: float | None = None,
-    progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
-    **single,
+    artifact, other, data, options: Options | None = None, tolerance: float | None = None, progress=_silent, **single
 ) -> Comparison:
     """Evaluate two artifacts as `evaluate` does and compare their detections.
 
     Where one has a fixed input size, the other takes the same if its own is dynamic; where one takes no pixel mask,
     images of a fixed size are stretched for both, unless `resize` says otherwise.
-
-    tolerance: the difference of the APs (0..1) that still passes.
     """
     options = replace(options or Options(), **single)
     first, second = _evaluate([artifact, other], open_data(data), options, progress)
@@ -132,17 +119,16 @@ def compare(
 def _evaluate(artifacts, dataset, options: Options, progress):
     import_pycocotools()  # before the work, not after it
     image_size, resize = options.image_size, options.resize
-    sessions = []
-    for artifact in artifacts:
-        progress(f"load {_name(artifact)}", 0, None)
+    names, sessions = list(map(_name, artifacts)), []
+    for name, artifact in zip(names, artifacts):
+        progress(f"load {name}", 0, None)
         sessions.append(_open(artifact, options))
-    names, fixed = list(map(_name, artifacts)), list(map(_fixed_size, sessions))
+    fixed = list(map(_fixed_size, sessions))
     for name, size in zip(names, fixed):
         if size and image_size and size != tuple(image_size):
             raise LiteDetrError(
-                f"The input of {name} is fixed at {size[0]}x{size[1]} (height x width), and "
-                f"{image_size[0]}x{image_size[1]} was asked for. Leave the size out, or export the "
-                "model for it."
+                f"The input of {name} is fixed at {size[0]}x{size[1]} (height x width), and {image_size[0]}x"
+                f"{image_size[1]} was asked for. Leave the size out, or export the model for it."
             )
     if image_size is None and resize != "shortest_edge":
         image_size = next(filter(None, fixed), dataset.image_size)
@@ -187,12 +173,9 @@ class _Measured:
 
 
 def _store(artifact, dataset, settings) -> Store:
-    """What is done of an evaluation: image id, as text -> what was found.
-
-    Its file is in the user's cache, named after the contents of the artifact and the data and after the settings, so
-    that a change of any begins anew.  For a session that the caller made nothing is kept.
-    """
-    if not isinstance(artifact, (str, os.PathLike)):
+    """What is done of an evaluation: image id, as text -> what was found.  Its file in the user's cache is named after
+    the contents of the artifact and the data and after the settings: a change of any begins anew."""
+    if not isinstance(artifact, (str, os.PathLike)):  # a session
         return Store(None, None)
     # Of weights that come with this package the name is enough, its version is known.
     contents = sha256(artifact) if Path(artifact).is_file() else os.fspath(artifact)
@@ -210,7 +193,7 @@ def _open(artifact, options: Options):
         return session
     try:
         from ..model.checkpoints import load_model
-        from ..model.session import TorchSession
+        from ..model.deployed import TorchSession
     except ImportError as error:
         what = f"{artifact} is no {', '.join(SUFFIXES)} file, so PyTorch runs it, which"
         raise (not_installed(error, what) or error) from error
@@ -228,21 +211,14 @@ def _fixed_size(session):
 
 
 def _categories(dataset, metadata, name):
-    """Return a dict of the artifact's labels -> category ids of the data, of the categories that both have.
-
-    A label is a category id, unless the artifact's class names say that the data numbers its categories otherwise.
-    Raises LiteDetrError for a category of an annotation that the artifact lacks.
-    """
+    """Return the artifact's labels -> category ids of the data, of the categories that both have.  A label is a
+    category id, unless the artifact's class names say that the data numbers its categories otherwise."""
     names = metadata.get("class_names")
     number = len(names) if names else metadata.get("num_classes")
     used = {annotation["category_id"] for annotation in dataset.annotations}
     if names and any(names[id : id + 1] != [dataset.categories[id]] for id in used):
-        labels = {
-            label: id
-            for id, category in dataset.categories.items()
-            for label in range(len(names))
-            if names[label] == category
-        }
+        known = list(dataset.categories.items())
+        labels = {label: id for id, category in known for label in range(number) if names[label] == category}
         why = f"its {number} classes are {', '.join(dict.fromkeys(names))}"
     else:
         labels = {id: id for id in dataset.categories if number is None or 0 <= id < number}
@@ -260,13 +236,11 @@ def _categories(dataset, metadata, name):
 def _run(name, detector, dataset, categories, store, mode, batch_size, progress):
     """Run the detector on the images that the store lacks, and add what it finds; labels become category ids."""
     todo = [entry for entry in dataset.images if str(entry["id"]) not in store.items]
-    total = len(dataset.images)
-    stage = f"evaluate {name}"
+    total, stage = len(dataset.images), f"evaluate {name}"
     if store.resumed:
         stage += f", continued: {store.resumed} of {total} images were done before"
     progress(stage, store.resumed, total)
-    images = (dataset.load(entry) for entry in todo)
-    stream = detector.stream(images, batch_size=batch_size, resize=mode, clip=False)
+    stream = detector.stream(map(dataset.load, todo), batch_size=batch_size, resize=mode, clip=False)
     try:
         for entry, found in zip(todo, stream):
             if not detector.session.finite:
@@ -276,12 +250,9 @@ def _run(name, detector, dataset, categories, store, mode, batch_size, progress)
                     "`litedetr verify` what it computes otherwise than its checkpoint does."
                 )
             known = np.isin(found.labels, list(categories))
-            result = {
-                "seconds": detector.session.seconds,
-                "labels": [categories[label] for label in found.labels[known].tolist()],
-                "boxes": found.boxes[known].tolist(),
-                "scores": found.scores[known].tolist(),
-            }
+            labels = [categories[label] for label in found.labels[known].tolist()]
+            boxes, scores = found.boxes[known].tolist(), found.scores[known].tolist()
+            result = {"seconds": detector.session.seconds, "labels": labels, "boxes": boxes, "scores": scores}
             store.add(str(entry["id"]), result)
             progress(stage, len(store.items), total)
     except KeyboardInterrupt:
@@ -290,28 +261,16 @@ def _run(name, detector, dataset, categories, store, mode, batch_size, progress)
 
 
 def _summary(name, detector, dataset, store, mode, batch_size):
-    detections = {
-        entry["id"]: Detections(
-            np.array(found["labels"], np.int64),
-            np.array(found["boxes"], np.float32).reshape(-1, 4),
-            np.array(found["scores"], np.float32),
-        )
-        for entry in dataset.images
-        for found in [store.items[str(entry["id"])]]
-    }
+    detections = {}
+    for entry in dataset.images:
+        found = store.items[str(entry["id"])]
+        boxes, scores = np.array(found["boxes"], np.float32).reshape(-1, 4), np.array(found["scores"], np.float32)
+        detections[entry["id"]] = Detections(np.array(found["labels"], np.int64), boxes, scores)
     seconds = np.array([found["seconds"] for found in store.items.values()])
     median, p90 = np.percentile(seconds, (50, 90)) * 1000
     return Evaluation(
-        artifact=name,
-        data=dataset.name,
-        images=len(detections),
-        objects=len(dataset.annotations),
-        image_size=list(detector.image_size) if detector.image_size else None,
-        resize=mode,
-        batch_size=batch_size,
-        metrics=average_precision(dataset, detections),
-        latency_ms={"median": float(median), "p90": float(p90)},
-        images_per_second=len(detections) / float(seconds.sum()),
-        continued=store.resumed,
-        detections=detections,
-    )
+        artifact=name, data=dataset.name, images=len(detections), objects=len(dataset.annotations),
+        image_size=list(detector.image_size) if detector.image_size else None, resize=mode, batch_size=batch_size,
+        metrics=average_precision(dataset, detections), latency_ms={"median": float(median), "p90": float(p90)},
+        images_per_second=len(detections) / float(seconds.sum()), continued=store.resumed, detections=detections,
+    )  # fmt: skip

@@ -11,14 +11,10 @@ IOU_FLOOR = 0.5  # of two detections that match
 
 
 def compare_detections(first: dict, second: dict) -> dict:
-    """Return how far two sets of detections agree, of those that score SCORE_FLOOR or more.
-
-    first, second: image id -> Detections, of the same images.
-
-    Per image, from the best score of `first` down, each detection takes the one of `second` with the same label that
-    overlaps it most, by IOU_FLOOR or more, and is not taken.  The box difference of a match is its largest, over the
-    four coordinates, in pixels; the differences are None where nothing matches.
-    """
+    """Return how far two sets of detections, image id -> Detections of the same images, agree from SCORE_FLOOR up.  Per
+    image, from the best score of `first` down, each takes the one of `second` with the same label that overlaps it
+    most, by IOU_FLOOR or more, and is not taken.  The box difference of a match is its largest, over the four
+    coordinates, in pixels; the differences are None where nothing matches."""
     counts, box_differences, score_differences = [0, 0], [], []
     for image, one in first.items():
         a, b = _confident(one), _confident(second[image])
@@ -27,14 +23,12 @@ def compare_detections(first: dict, second: dict) -> dict:
             box_differences.append(float(np.abs(a[1][i] - b[1][j]).max()))
             score_differences.append(float(abs(a[2][i] - b[2][j])))
     matched = len(box_differences)
+    values = {"box_difference_px": box_differences, "score_difference": score_differences}
     return {
-        "score_floor": SCORE_FLOOR,
-        "iou_floor": IOU_FLOOR,
-        "matched": matched,
+        "score_floor": SCORE_FLOOR, "iou_floor": IOU_FLOOR, "matched": matched,
         "unmatched": [count - matched for count in counts],
-        "box_difference_px": _largest_and_mean(box_differences),
-        "score_difference": _largest_and_mean(score_differences),
-    }
+        **{name: {"largest": largest(x) if x else None, "mean": mean(x) if x else None} for name, x in values.items()},
+    }  # fmt: skip
 
 
 def _confident(found):
@@ -60,7 +54,3 @@ def _iou(a, b):
     areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(-1) for boxes in (a, b)]
     union = areas[0][:, None] + areas[1] - shared
     return shared / np.where(union > 0, union, 1)
-
-
-def _largest_and_mean(values):
-    return {"largest": largest(values), "mean": mean(values)} if values else {"largest": None, "mean": None}

@@ -9,23 +9,11 @@ from ..ops import torch_op
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention with all the switches of the official module.
+    """Multi-scale deformable attention with all the switches of the official module (models/dino/ops/modules/
+    ms_deform_attn.py).  Key-aware (paper section 3.3), the attention weights are a softmax over <query, sampled key>,
+    otherwise over a Linear of the query.  Sampling, softmax and weighted sum are one op (`litedetr_deploy.ops`)."""
 
-    Key-aware (paper section 3.3, official models/dino/ops/modules/ms_deform_attn.py): the attention weights
-    are a softmax over <query, sampled key>.  Otherwise they come from a Linear of the query.  Sampling, softmax
-    and weighted sum are one op (`litedetr_deploy.ops`).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        key_aware: bool,
-        proj_key: bool = False,
-        same_loc: bool = False,
-    ):
+    def __init__(self, dim: int, num_heads, num_levels, num_points, key_aware, proj_key=False, same_loc=False):
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.same_loc = same_loc
@@ -37,44 +25,27 @@ class DeformableAttention(nn.Module):
         self.key_proj = nn.Linear(dim, dim) if proj_key else None
         self.output_proj = nn.Linear(dim, dim)
 
-    def forward(
-        self,
-        query: Tensor,
-        reference_points: Tensor,
-        tokens: Tensor,
-        spatial_shapes: Tensor,
-        padding_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, reference_points, tokens, spatial_shapes, padding_mask=None) -> Tensor:
         """query [N, Q, dim] with its position added, reference_points [N, Q, L, 2 or 4], tokens [N, S, dim],
         spatial_shapes [L, 2] (height, width), padding_mask [N, S] True = padding -> [N, Q, dim]."""
         offsets = self.sampling_offsets(query)
         if self.same_loc:
             offsets = offsets.unflatten(-1, (self.num_heads, 1, -1)).expand(-1, -1, -1, self.num_levels, -1).flatten(2)
-        value = _zero_padding(self.value_proj(tokens), padding_mask)
+
+        def zero_padding(x: Tensor) -> Tensor:
+            return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
+
+        value = zero_padding(self.value_proj(tokens))
+        sampled = value, reference_points, offsets, spatial_shapes, self.num_heads, self.num_points
         if self.query_proj is None:
-            assert self.attention_weights is not None
-            output = torch_op.ms_deform_attn(
-                self.attention_weights(query), value, reference_points, offsets, spatial_shapes,
-                self.num_heads, self.num_points,
-            )  # fmt: skip
-        else:
-            key = None if self.key_proj is None else _zero_padding(self.key_proj(tokens), padding_mask)
-            output = torch_op.key_aware_deform_attn(
-                self.query_proj(query), value, reference_points, offsets, spatial_shapes,
-                self.num_heads, self.num_points, key,
-            )  # fmt: skip
-        return self.output_proj(output)
-
-
-def _zero_padding(x: Tensor, padding_mask: Tensor | None) -> Tensor:
-    return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
+            return self.output_proj(torch_op.ms_deform_attn(self.attention_weights(query), *sampled))
+        key = None if self.key_proj is None else zero_padding(self.key_proj(tokens))
+        return self.output_proj(torch_op.key_aware_deform_attn(self.query_proj(query), *sampled, key))
 
 
 class SelfAttention(nn.Module):
-    """Dense self-attention with the parameter names of torch.nn.MultiheadAttention.
-
-    Written out, so that the exported graph has three projections, two MatMuls and one Softmax.
-    """
+    """Dense self-attention with the parameter names of torch.nn.MultiheadAttention, written out so that the exported
+    graph has three projections, two MatMuls and one Softmax."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

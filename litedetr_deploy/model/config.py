@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import LiteDetrError, nearest
@@ -12,43 +13,17 @@ from ..errors import LiteDetrError, nearest
 FAMILIES = ("dino", "deformable-detr", "h-detr")
 BACKBONES = ("r50", "r101", "r26n", "swin-t", "swin-l")
 ENCODER_LAYERS = 6
-# Where the published models of a family or with a backbone differ from DINO R50.
-_FAMILY_FIELDS = {
-    "dino": {},
+# Where the published models of a family or with a backbone differ from DINO R50; r26n is of detectors that are small
+# throughout.
+_FIELDS = {
     "deformable-detr": {"num_queries": 300, "dim_feedforward": 1024, "decoder_dim_feedforward": 1024},
     "h-detr": {"num_queries": 300},
-}
-# The light backbone belongs to a detector that is small throughout.
-_BACKBONE_FIELDS = {
     "r26n": {
-        "num_classes": 10,
-        "num_queries": 64,
-        "hidden_dim": 128,
-        "num_heads": 4,
-        "dim_feedforward": 512,
-        "decoder_dim_feedforward": 512,
-        "decoder_layers": 3,
+        "num_classes": 10, "num_queries": 64, "hidden_dim": 128, "num_heads": 4, "dim_feedforward": 512,
+        "decoder_dim_feedforward": 512, "decoder_layers": 3,
     },
     "swin-l": {"window_size": 12},
-}
-
-# Of every whole number of a configuration, the least and the most; the ops take 8 levels and 8 points (kda.h).
-_RANGES = {
-    "window_size": (1, 64),
-    "num_classes": (1, 100_000),
-    "num_queries": (1, 100_000),
-    "hidden_dim": (32, 4096),
-    "num_heads": (1, 1024),
-    "num_levels": (3, 8),  # three maps of the backbone, and coarser ones
-    "encoder_points": (1, 8),
-    "decoder_points": (1, 8),
-    "dim_feedforward": (1, 65536),
-    "decoder_dim_feedforward": (1, 65536),
-    "encoder_layers": (1, 64),
-    "decoder_layers": (1, 64),
-    "enc_scale": (1, 7),
-    "num_expansion": (1, 64),
-}
+}  # fmt: skip
 
 _VARIANT = re.compile(
     rf"(?P<lite>lite-)?(?P<family>{'|'.join(FAMILIES)})-(?P<backbone>{'|'.join(BACKBONES)})"
@@ -57,31 +32,37 @@ _VARIANT = re.compile(
 )
 
 
+def _whole(default: int, least: int, most: int) -> Any:
+    """A field that must be a whole number from `least` to `most`."""
+    return field(default=default, metadata={"range": (least, most)})
+
+
 @dataclass(frozen=True)
 class DetectorConfig:
     """A detector with a full-scale or an interleaved (Lite) encoder.
 
     family: 'dino'; 'deformable-detr', two-stage with iterative box refinement; or 'h-detr', which is that with learned
         query content (its mixed selection; of its two branches the one-to-one branch).
-    The names of the other fields follow the official configuration where it has one (config/DINO/DINO_4scale.py).
+    The names of the other fields follow the official configuration where it has one (config/DINO/DINO_4scale.py); the
+    ops take 8 levels and 8 points at most (kda.h).
     """
 
     family: str = "dino"
     backbone: str = "r50"
-    window_size: int = 7  # of a Swin backbone
-    num_classes: int = 91
-    num_queries: int = 900
-    hidden_dim: int = 256
-    num_heads: int = 8
-    num_levels: int = 4
-    encoder_points: int = 4
-    decoder_points: int = 4
-    dim_feedforward: int = 2048  # encoder
-    decoder_dim_feedforward: int = 2048
-    encoder_layers: int = ENCODER_LAYERS
-    decoder_layers: int = 6
-    enc_scale: int = 3  # how many of the coarse levels are high-level features (paper section 3.2)
-    num_expansion: int = 6  # how many layers update all levels; 6 of 6 is the full-scale encoder
+    window_size: int = _whole(7, 1, 64)  # of a Swin backbone
+    num_classes: int = _whole(91, 1, 100_000)
+    num_queries: int = _whole(900, 1, 100_000)
+    hidden_dim: int = _whole(256, 32, 4096)
+    num_heads: int = _whole(8, 1, 1024)
+    num_levels: int = _whole(4, 3, 8)  # three maps of the backbone, and coarser ones
+    encoder_points: int = _whole(4, 1, 8)
+    decoder_points: int = _whole(4, 1, 8)
+    dim_feedforward: int = _whole(2048, 1, 65536)  # encoder
+    decoder_dim_feedforward: int = _whole(2048, 1, 65536)
+    encoder_layers: int = _whole(ENCODER_LAYERS, 1, 64)
+    decoder_layers: int = _whole(6, 1, 64)
+    enc_scale: int = _whole(3, 1, 7)  # how many of the coarse levels are high-level features (paper section 3.2)
+    num_expansion: int = _whole(6, 1, 64)  # how many layers update all levels; 6 of 6 is the full-scale encoder
     small_expand: bool = False  # low-level tokens have a light feed-forward network of their own
     key_aware: bool = False  # key-aware deformable attention (paper section 3.3)
     proj_key: bool = False  # encoder attention has its own key projection
@@ -91,12 +72,12 @@ class DetectorConfig:
         def refuse(name, wanted):
             raise LiteDetrError(f"{name} is {getattr(self, name)!r:.80}; it must be {wanted}.")
 
-        for name, (least, most) in _RANGES.items():
-            if type(value := getattr(self, name)) is not int or not least <= value <= most:
-                refuse(name, f"a whole number from {least} to {most}")
-        for name in ("small_expand", "key_aware", "proj_key", "same_loc"):
-            if not isinstance(getattr(self, name), bool):
-                refuse(name, "True or False")
+        for entry in dataclasses.fields(self):
+            value, (least, most) = getattr(self, entry.name), entry.metadata.get("range", (0, 0))
+            if most and (type(value) is not int or not least <= value <= most):
+                refuse(entry.name, f"a whole number from {least} to {most}")
+            if isinstance(entry.default, bool) and not isinstance(value, bool):
+                refuse(entry.name, "True or False")
         if self.family not in FAMILIES:
             refuse("family", f"one of {', '.join(FAMILIES)}")
         if self.backbone not in BACKBONES:
@@ -114,17 +95,14 @@ class DetectorConfig:
 
     @property
     def full_layers(self) -> tuple[bool, ...]:
-        """For every encoder layer, whether it updates all tokens ('F') or the high-level ones ('H').
-
-        Official code, TransformerEncoder.forward: layer i is F where (i + 1) % (layers / num_expansion) == 0.
-        """
+        """For every encoder layer, whether it updates all tokens ('F') or the high-level ones ('H'), as the official
+        TransformerEncoder.forward has it."""
         every = self.encoder_layers // self.num_expansion
         return tuple((i + 1) % every == 0 for i in range(self.encoder_layers))
 
     @property
     def is_dino(self) -> bool:
-        """Whether heads, query positions and position encodings are DINO's; else they are Deformable DETR's."""
-        return self.family == "dino"
+        return self.family == "dino"  # else heads and positions are Deformable DETR's
 
     @property
     def is_lite(self) -> bool:
@@ -132,7 +110,6 @@ class DetectorConfig:
 
     @property
     def name(self) -> str:
-        """Return the variant's name, such as 'lite-dino-r50-h3l1-2+1x3'."""
         base = f"{self.family}-{self.backbone}"
         if not self.is_lite:
             return base
@@ -143,39 +120,32 @@ class DetectorConfig:
 
     @property
     def attention_nodes(self) -> int:
-        """How many deformable attention nodes the exported graph has."""
-        return self.encoder_layers + self.decoder_layers
+        return self.encoder_layers + self.decoder_layers  # deformable ones, of the exported graph
 
 
 VARIANT_EXAMPLES = (
-    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, "
-    "dino-r50, h-detr-swin-l"
+    "lite-dino-r50-h3l1-2+1x3, lite-dino-swin-t-h3l1-6+1x1, lite-deformable-detr-r50-h2l2-2+1x3, dino-r50, "
+    "h-detr-swin-l"
 )
 
 
 def parse_variant(variant: str, **overrides) -> DetectorConfig:
-    """Return the configuration that a name stands for; `overrides` replace single fields.
-
-    Both 'lite-dino-r50-h3l1-2+1x3' and the paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' are understood.  A
-    Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.  Lite models are key-aware and have the
-    small feed-forward network; full-scale ones have neither.
-    """
+    """Return the configuration that a name stands for, in the paper's spelling 'Lite-DINO-R50-H3L1-(2+1)x3' too;
+    `overrides` replace single fields.  A Lite variant without the encoder's suffix is the paper's best, H3L1-(2+1)x3.
+    Only Lite models are key-aware and have the small feed-forward network."""
     match = _VARIANT.fullmatch(str(variant).strip().replace(" ", "-"))
     if not match:
         base = re.split(r"-h\d", str(variant).lower())[0]
-        names = [
-            f"{lite}{family}-{backbone}" for lite in ("lite-", "") for family in FAMILIES for backbone in BACKBONES
-        ]
+        names = map("".join, itertools.product(("lite-", ""), [f"{family}-" for family in FAMILIES], BACKBONES))
         raise LiteDetrError(f"unknown variant {variant!r}. Names look like: {VARIANT_EXAMPLES}.{nearest(base, names)}")
     fields: dict[str, Any] = {"family": match["family"].lower(), "backbone": match["backbone"].lower()}
-    fields |= _FAMILY_FIELDS[fields["family"]] | _BACKBONE_FIELDS.get(fields["backbone"], {})
+    fields |= _FIELDS.get(fields["family"], {}) | _FIELDS.get(fields["backbone"], {})
     if fields["family"] == "h-detr":
         fields["window_size"] = 7  # its Swin-L too
     if match["lite"]:
         fields |= {"enc_scale": 3, "num_expansion": 3, "small_expand": True, "key_aware": True}
         if match["high"]:
-            high, low = int(match["high"]), int(match["low"])
-            between, expansions = int(match["between"]), int(match["expansions"])
+            high, low, between, expansions = map(int, match.group("high", "low", "between", "expansions"))
             if high + low != 4 or high < 1 or low < 1:
                 raise LiteDetrError(f"variant {variant!r}: H{high}L{low} must share out the 4 levels, as H3L1 does.")
             if between * expansions != ENCODER_LAYERS:

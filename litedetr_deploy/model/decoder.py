@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .attention import DeformableAttention, SelfAttention
 from .config import DetectorConfig
 from .position import box_position
+
+if TYPE_CHECKING:
+    from .detector import Encoded
 
 
 class MLP(nn.Module):
@@ -38,9 +41,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         dim, hidden = config.hidden_dim, config.decoder_dim_feedforward
         # The official decoder never has proj_key or same_loc.
-        self.cross_attn = DeformableAttention(
-            dim, config.num_heads, config.num_levels, config.decoder_points, config.key_aware
-        )
+        heads, levels, points = config.num_heads, config.num_levels, config.decoder_points
+        self.cross_attn = DeformableAttention(dim, heads, levels, points, config.key_aware)
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = SelfAttention(dim, config.num_heads)
         self.norm2 = nn.LayerNorm(dim)
@@ -48,12 +50,9 @@ class DecoderLayer(nn.Module):
         self.linear2 = nn.Linear(hidden, dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(
-        self, x, position, reference_boxes, memory, spatial_shapes, padding_mask, attention_bias=None
-    ) -> Tensor:
+    def forward(self, x, position, boxes, memory, spatial_shapes, padding_mask, attention_bias=None) -> Tensor:
         x = self.norm2(x + self.self_attn(x + position, x, attention_bias))
-        attended = self.cross_attn(x + position, reference_boxes, memory, spatial_shapes, padding_mask)
-        x = self.norm1(x + attended)
+        x = self.norm1(x + self.cross_attn(x + position, boxes, memory, spatial_shapes, padding_mask))
         return self.norm3(x + self.linear2(self.linear1(x).relu()))
 
 
@@ -69,30 +68,20 @@ class Decoder(nn.Module):
         self.ref_point_head = MLP(2 * dim, dim, dim, 2) if config.is_dino else None
         self.eps = 1e-3 if config.is_dino else 1e-5  # of the inverse sigmoid
 
-    def forward(
-        self,
-        x: Tensor,
-        boxes: Tensor,
-        memory: Tensor,
-        spatial_shapes: Tensor,
-        valid_ratios: Tensor,
-        padding_mask: Tensor | None,
-        box_heads: Sequence[nn.Module],
-        position: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x [N or 1, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement;
-        valid_ratios [N or 1, L, 2] (x, y); box_heads: one for every layer; position [N, Q, dim] of the queries, None
-        in DINO.  Returns the last layer's features, normalised in DINO, and boxes [N, Q, 4]."""
+    def forward(self, x: Tensor, boxes: Tensor, position: Tensor | None, box_heads, encoded: Encoded):
+        """x [N or 1, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement; position
+        [N, Q, dim] of the queries, None in DINO; box_heads: one for every layer.  Returns the last layer's features,
+        normalised in DINO, and boxes [N, Q, 4]."""
+        ratios = encoded.valid_ratios
         for layer, box_head in zip(self.layers, box_heads):
-            if padding_mask is None:  # every valid ratio is 1
-                reference_boxes = torch.cat([boxes[:, :, None]] * valid_ratios.shape[1], 2)
-                level_0 = boxes
+            if encoded.padding_mask is None:  # every valid ratio is 1
+                references, level_0 = torch.cat([boxes[:, :, None]] * ratios.shape[1], 2), boxes
             else:
-                reference_boxes = boxes[:, :, None] * torch.cat((valid_ratios, valid_ratios), -1)[:, None]
-                level_0 = reference_boxes[:, :, 0]
+                references = boxes[:, :, None] * torch.cat((ratios, ratios), -1)[:, None]
+                level_0 = references[:, :, 0]
             if self.ref_point_head is not None:
                 position = self.ref_point_head(box_position(level_0, x.shape[-1] // 2))
-            x = layer(x, position, reference_boxes, memory, spatial_shapes, padding_mask)
+            x = layer(x, position, references, encoded.memory, encoded.spatial_shapes, encoded.padding_mask)
             before = inverse_sigmoid(boxes, self.eps)
             if layer is not self.layers[-1]:
                 # References are refined with the features before the norm, final boxes with those after it.

@@ -1,11 +1,16 @@
-"""The detector as it is deployed: normalisation before it, detections after it."""
+"""The detector as it is deployed: normalisation before it, detections after it; and as PyTorch runs that."""
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..machine import bounded_threads
 from .detector import Detector, take_tokens
+from .resnet import fold_frozen_batch_norm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -19,9 +24,6 @@ PROBES = ("pred_logits", "pred_boxes", "proposal_scores", "topk_indices")
 class Deployed(nn.Module):
     """Images in 0..1 to detections in pixels, or to raw logits and boxes."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
         self.detector, self.outputs = detector, outputs
@@ -30,9 +32,8 @@ class Deployed(nn.Module):
         self.register_buffer("shift", torch.tensor(IMAGENET_MEAN)[:, None, None] / std)
 
     def forward(self, images: Tensor, orig_target_sizes: Tensor | None = None, pixel_mask: Tensor | None = None):
-        """images [N, 3, H, W] RGB in 0..1; orig_target_sizes [N, 2] int64 (width, height); pixel_mask [N, H, W],
-        True = padding.  Returns a dict: labels [N, 300] int64, boxes [N, 300, 4] xyxy in original pixels and scores
-        [N, 300] where asked for, then PROBES."""
+        """images [N, 3, H, W] RGB in 0..1; orig_target_sizes [N, 2] int64 (width, height); pixel_mask [N, H, W], True =
+        padding -> a dict: the outputs of `postprocess` where detections are asked for, then PROBES."""
         raw = self.detector(self.normalise(images, pixel_mask), pixel_mask)
         values = {name: raw[name] for name in PROBES}
         if self.outputs == "detections":
@@ -50,9 +51,9 @@ class Deployed(nn.Module):
 
 
 def postprocess(pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """pred_logits [N, Q, classes], pred_boxes [N, Q, 4] cxcywh in 0..1, sizes [N, 2] (width, height) -> labels,
-    boxes (xyxy, in pixels, not clipped), scores of the best pairs of query and class (official models/dino/dino.py,
-    PostProcess)."""
+    """pred_logits [N, Q, classes], pred_boxes [N, Q, 4] cxcywh in 0..1, sizes [N, 2] (width, height) -> labels [N, 300]
+    int64, boxes [N, 300, 4] (xyxy, in pixels, not clipped), scores [N, 300] of the best pairs of query and class
+    (official models/dino/dino.py, PostProcess)."""
     _, num_queries, num_classes = pred_logits.shape
     logits, pairs = pred_logits.flatten(1).topk(min(NUM_SELECT, num_queries * num_classes), dim=1)
     labels = pairs % num_classes
@@ -62,3 +63,32 @@ def postprocess(pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor) -> tuple
     sizes = sizes.to(boxes.dtype)
     boxes = torch.cat((centre - half, centre + half), -1) * torch.cat((sizes, sizes), -1)[:, None]
     return labels, boxes, logits.sigmoid()
+
+
+class TorchSession:
+    """A checkpoint behind the interface of an exported model (see OnnxSession): of dynamic size, with a pixel mask;
+    threads: of PyTorch, in the whole process."""
+
+    def __init__(self, model: Detector, threads: int | None = None):
+        if threads is not None:
+            torch.set_num_threads(bounded_threads(threads))
+        model = copy.deepcopy(model)
+        fold_frozen_batch_norm(model)
+        self._deployed = Deployed(model, "detections").eval()
+        mask = ("batch", "height", "width")
+        self.inputs = {"images": ("batch", 3, *mask[1:]), "orig_target_sizes": ("batch", 2), "pixel_mask": mask}
+        self.outputs = OUTPUTS["detections"]
+        self.metadata = {
+            "variant": model.config.name,
+            "num_classes": model.config.num_classes,
+            "class_names": list(model.class_names) if model.class_names else None,
+        }
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on a dict of name -> array; return a dict of name -> array."""
+        feed = dict(feed)
+        if not feed["pixel_mask"].any():
+            del feed["pixel_mask"]  # the model is the same without, and faster
+        with torch.inference_mode():
+            values = self._deployed(**{name: torch.from_numpy(value) for name, value in feed.items()})
+        return {name: values[name].numpy() for name in self.outputs}

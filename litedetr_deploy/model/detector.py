@@ -31,8 +31,6 @@ class Encoded(NamedTuple):
 class Detector(nn.Module):
     """DINO, Deformable DETR or H-DETR, with a full-scale or an interleaved encoder.
 
-    class_names: of every label, where they are known.
-    forced_variant: what `load_model` was told to overrule, None for nothing.
     Sources: Lite DETR (arXiv 2303.07335), DINO (arXiv 2203.03605), Deformable DETR (arXiv 2010.04159), H-DETR (arXiv
     2207.13080); official models/dino/dino.py and deformable_transformer.py, models/deformable_detr.py.
     """
@@ -40,8 +38,8 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig):
         super().__init__()
         self.config = config
-        self.class_names: tuple[str, ...] | None = None
-        self.forced_variant: str | None = None
+        self.class_names: tuple[str, ...] | None = None  # of every label, where they are known
+        self.forced_variant: str | None = None  # what `load_model` was told to overrule
         dim = config.hidden_dim
         swin = config.backbone in SWINS
         self.backbone = SwinTransformer(config.backbone, config.window_size) if swin else ResNet(config.backbone)
@@ -69,10 +67,8 @@ class Detector(nn.Module):
     def forward(
         self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Detect objects.
-
-        images [N, 3, H, W], normalised with ImageNet's mean and deviation; pixel_mask [N, H, W], True = padding
-        at the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
+        """images [N, 3, H, W], normalised with ImageNet's mean and deviation; pixel_mask [N, H, W], True = padding at
+        the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
 
         Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
         [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].
@@ -86,56 +82,32 @@ class Detector(nn.Module):
             topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
         selected = take_tokens(encoded.features, topk_indices)
         boxes = (self.enc_out_bbox_embed(selected) + take_tokens(encoded.proposals, topk_indices)).sigmoid()
-        content, position = self._queries(boxes)
-        queries, boxes = self.decoder(
-            content,
-            boxes,
-            encoded.memory,
-            encoded.spatial_shapes,
-            encoded.valid_ratios,
-            encoded.padding_mask,
-            [self.bbox_embed] * self.config.decoder_layers if self.config.is_dino else self.bbox_embed,
-            position,
-        )
-        return {
-            "pred_logits": self.class_embed(queries),
-            "pred_boxes": boxes,
-            "memory": encoded.memory,
-            "proposal_scores": proposal_scores,
-            "topk_indices": topk_indices,
-        }
-
-    def _queries(self, boxes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return content [N or 1, Q, dim] of the queries that start with boxes [N, Q, 4], and their position
-        [N, Q, dim], None in DINO, where it follows the boxes."""
-        if self.config.is_dino:
-            return self.tgt_embed.weight[None], None
-        dim = self.config.hidden_dim
-        embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
-        content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
-        return content, embedded[..., :dim]
+        if self.config.is_dino:  # positions follow the boxes
+            content, position = self.tgt_embed.weight[None], None
+        else:
+            dim = self.config.hidden_dim
+            embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
+            content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
+            position = embedded[..., :dim]
+        heads = [self.bbox_embed] * self.config.decoder_layers if self.config.is_dino else self.bbox_embed
+        queries, boxes = self.decoder(content, boxes, position, heads, encoded)
+        found = {"pred_logits": self.class_embed(queries), "pred_boxes": boxes, "memory": encoded.memory}
+        return found | {"proposal_scores": proposal_scores, "topk_indices": topk_indices}
 
     def encode(self, images: Tensor, pixel_mask: Tensor | None = None, maps: list[Tensor] | None = None) -> Encoded:
-        """Compute everything before the decoder; the arguments are those of `forward`.
-
-        maps: what `project` gave for these images, where it is known already.
-        """
+        """Compute everything before the decoder, as `forward` does; maps: what `project` gave, where it is known."""
         maps = self.project(images) if maps is None else maps
         shapes = [tuple(m.shape[-2:]) for m in maps]
         spatial_shapes = sizes_tensor([size for shape in shapes for size in shape], images.device).view(-1, 2)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
         masks = [None if pixel_mask is None else resize_mask(pixel_mask, h, w) for h, w in shapes]
         origin = {} if self.config.is_dino else {"temperature": 10000.0, "first": 0.5}
-        position = torch.cat(
-            [
-                map_position(h, w, self.config.hidden_dim, mask, images.device, **origin) + self.level_embed[level]
-                for level, ((h, w), mask) in enumerate(zip(shapes, masks))
-            ],
-            1,
-        )
-        padding_mask = (
-            torch.cat([mask.flatten(1) for mask in masks if mask is not None], 1) if pixel_mask is not None else None
-        )
+        positions = [
+            map_position(h, w, self.config.hidden_dim, mask, images.device, **origin) + self.level_embed[level]
+            for level, ((h, w), mask) in enumerate(zip(shapes, masks))
+        ]
+        position = torch.cat(positions, 1)
+        padding_mask = None if pixel_mask is None else torch.cat([mask.flatten(1) for mask in masks], 1)
         # Valid extents of every level in pixels: [N or 1, L, 2] (x, y).
         extents = torch.stack([valid_extent(h, w, mask, images.device) for (h, w), mask in zip(shapes, masks)], 1)
         sizes = torch.stack((spatial_shapes[:, 1], spatial_shapes[:, 0]), -1).float()
@@ -149,13 +121,10 @@ class Detector(nn.Module):
         memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
 
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
-        logits = self._proposal_logits(features)
+        head = self.enc_out_class_embed  # tokens are ranked by the best logit of all classes, or by the first's
+        is_dino = self.config.is_dino
+        logits = head(features) if is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
         return Encoded(memory, spatial_shapes, valid_ratios, padding_mask, features, proposals, logits)
-
-    def _proposal_logits(self, features: Tensor) -> Tensor:
-        """Return the logits of the classes whose best logit ranks the tokens: DINO's are all, the others' the first."""
-        head = self.enc_out_class_embed
-        return head(features) if self.config.is_dino else nn.functional.linear(features, head.weight[:1], head.bias[:1])
 
     def project(self, images: Tensor) -> list[Tensor]:
         """Return the projected maps of all levels, [N, dim, h, w] each."""
@@ -168,11 +137,9 @@ class Detector(nn.Module):
         return maps
 
     def _proposals(self, memory, centres, level_of_token, padding_mask) -> tuple[Tensor, Tensor]:
-        """Return features [N, S, dim] that compete to become queries, and boxes [N or 1, S, 4] before the sigmoid.
-
-        A token whose box reaches beyond (0.01, 0.99), or that is padding, has its memory zeroed and an infinite
-        box, and still competes (official models/dino/utils.py, gen_encoder_output_proposals).
-        """
+        """Return features [N, S, dim] that compete to become queries, and boxes [N or 1, S, 4] before the sigmoid.  A
+        token whose box reaches beyond (0.01, 0.99), or that is padding, has its memory zeroed and an infinite box, and
+        still competes (official models/dino/utils.py, gen_encoder_output_proposals)."""
         side = 0.05 * 2.0 ** level_of_token.float()
         boxes = torch.cat((centres, side[None, :, None].expand(centres.shape[0], -1, 2)), -1)
         valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
@@ -189,10 +156,8 @@ def _projection(in_channels: int, dim: int, kernel: int) -> nn.Sequential:
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Nearest-neighbour resize [N, H, W] -> [N, height, width], with F.interpolate's float32 index arithmetic.
-
-    Written out because ONNX Resize rounds the indices differently where a product is nearly whole.
-    """
+    """Nearest-neighbour resize [N, H, W] -> [N, height, width], with F.interpolate's float32 index arithmetic: ONNX
+    Resize rounds the indices differently where a product is nearly whole."""
     for dim, size in ((1, height), (2, width)):
         old = mask.shape[dim]
         index = (torch.arange(size, dtype=torch.float32, device=mask.device) * (old / size)).floor().long()

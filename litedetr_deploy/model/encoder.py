@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -13,24 +10,15 @@ from .config import DetectorConfig
 
 
 class EncoderLayer(nn.Module):
-    """One layer, with the parameter names of the checkpoints.
-
-    linear1, linear2, norm2: the feed-forward network.  linear12, linear22, norm22: the light one of the
-    low-level tokens, in F layers of models with `small_expand`.
-    """
+    """One layer; linear12, linear22, norm22: the light feed-forward network of the low-level tokens, in F layers of
+    models with `small_expand`."""
 
     def __init__(self, config: DetectorConfig, small_expand: bool):
         super().__init__()
         dim, hidden = config.hidden_dim, config.dim_feedforward
-        self.self_attn = DeformableAttention(
-            dim,
-            config.num_heads,
-            config.num_levels,
-            config.encoder_points,
-            config.key_aware,
-            config.proj_key,
-            config.same_loc,
-        )
+        heads, levels, points = config.num_heads, config.num_levels, config.encoder_points
+        switches = config.key_aware, config.proj_key, config.same_loc
+        self.self_attn = DeformableAttention(dim, heads, levels, points, *switches)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, hidden)
         self.linear2 = nn.Linear(hidden, dim)
@@ -63,20 +51,12 @@ class Encoder(nn.Module):
             EncoderLayer(config, small_expand=full and config.small_expand) for full in self.full_layers
         )
 
-    def forward(
-        self,
-        tokens: Tensor,
-        position: Tensor,
-        reference_points: Tensor,
-        spatial_shapes: Tensor,
-        num_low: int,
-        padding_mask: Tensor | None,
-    ) -> Tensor:
+    def forward(self, tokens, position, reference_points, spatial_shapes, num_low: int, padding_mask) -> Tensor:
         """tokens [N, S, dim], fine to coarse; position [N or 1, S, dim]; reference_points [N, S, L, 2]; the first
-        `num_low` tokens are low-level; padding_mask [N, S] True = padding.  -> memory [N, S, dim]."""
+        `num_low` tokens are low-level; padding_mask [N, S] True = padding or None.  -> memory [N, S, dim]."""
         high_position, high_references = position[:, num_low:], reference_points[:, num_low:]
         low, high = tokens[:, :num_low], tokens[:, num_low:]  # kept apart: an exported graph need not split them again
-        for full, layer in zip(self.full_layers, cast("Iterable[EncoderLayer]", self.layers)):
+        for full, layer in zip(self.full_layers, self.layers):
             if full:
                 tokens = layer.attend(tokens, position, reference_points, tokens, spatial_shapes, padding_mask)
                 if layer.small_expand:

@@ -14,27 +14,19 @@ from .. import artifact
 from ..errors import LiteDetrError
 from ..ops import onnx_schema, schema
 from .config import parse_variant
-from .flops import BILINEAR, NORM, SOFTMAX, Cost, FlopCount, attention_cost
+from .flops import Cost, FlopCount, attention_cost, cost_of
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_NAMES = (
-    "Add Sub Mul Div Neg Abs Sqrt Reciprocal Exp Log Pow Erf Sin Cos Sigmoid Tanh Relu Gelu Clip Min Max Floor Ceil "
-    "Round Sign Mod Sum"
-)
-_POINTWISE = frozenset(_NAMES.split())
-_NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
+_POINTWISE = {
+    "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Pow", "Erf", "Sin", "Cos", "Sigmoid",
+    "Tanh", "Relu", "Gelu", "Clip", "Min", "Max", "Floor", "Ceil", "Round", "Sign", "Mod", "Sum",
+}  # fmt: skip
 _MODULE = "detector."
 
 
 def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> FlopCount:
-    """Count one image.
-
-    Args:
-        image_size: (height, width), for a model of dynamic size; a model of a fixed size has its own.
-
-    Raises:
-        LiteDetrError: a file that `litedetr export` did not write, or another size than the model's.
-    """
+    """Count one image, of (height, width) where the model's size is dynamic; raise LiteDetrError for a file that
+    `litedetr export` did not write, or another size than the model's."""
     model = artifact.load_onnx(path)
     metadata = artifact.onnx_metadata(model, path)
     fixed = metadata.get("image_size")
@@ -43,11 +35,10 @@ def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None
             f"{path} takes images of {fixed[0]}x{fixed[1]}, not of {image_size[0]}x{image_size[1]}. Leave the size "
             "out, or export with that size or with dynamic sizes."
         )
-    height, width = fixed or image_size or (0, 0)
-    if not height:
+    if not (fixed or image_size):
         raise LiteDetrError(f"{path} takes images of any size: say which to count, as in 800x1333.")
-    size = (height, width)
-    graph = _with_shapes(model, size)
+    height, width = fixed or image_size
+    graph = _with_shapes(model, (height, width))
     costs = []
     for node in graph:
         try:
@@ -65,7 +56,7 @@ def count_onnx_flops(path: str | os.PathLike, image_size: tuple[int, int] | None
         if name.startswith(_MODULE) and weight.dtype in _FLOATS:
             module = _module(name).rpartition(".")[0]
             parameters[module] = parameters.get(module, 0) + _numbers(weight)
-    return FlopCount(parse_variant(str(metadata.get("variant"))), size, tuple(costs), parameters)
+    return FlopCount(parse_variant(str(metadata.get("variant"))), (height, width), tuple(costs), parameters)
 
 
 def _module(name: str) -> str:
@@ -91,31 +82,26 @@ def _numbers(value: Any) -> int:
 
 
 def _cost(node: Any) -> tuple[str, int, int]:
-    """Return kind, and operations in both conventions, of a node."""
     op, inputs, output = node.op_type, node.inputs, node.outputs[0]
     if node.domain == schema.DOMAIN:
         head_dim = inputs[1].shape[2] // node.attributes["num_heads"].as_int()
         costs = attention_cost(op, _numbers(inputs[3]) // 2, head_dim, len(inputs) > 5 and inputs[5] is not None)
         return "deformable attention", *costs
     if op == "Conv":
-        count = _numbers(output) * _numbers(inputs[1]) // inputs[1].shape[0]
-        return "convolution", count, count
+        return cost_of("convolution", _numbers(output) * _numbers(inputs[1]) // inputs[1].shape[0])
     if op in ("MatMul", "Gemm"):
         transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
-        count = _numbers(output) * int(inputs[0].shape[0 if transposed else -1])
-        return "matrix product", count, count
-    if op in _NORMS:
-        count = NORM * _numbers(inputs[0])
-        return "norm", count, count
+        return cost_of("matrix product", _numbers(output) * int(inputs[0].shape[0 if transposed else -1]))
+    if op in ("LayerNormalization", "InstanceNormalization", "GroupNormalization"):
+        return cost_of("norm", _numbers(inputs[0]))
     if op == "GridSample":
-        count = BILINEAR * _numbers(output)
-        return "sampling", count, count
+        return cost_of("sampling", _numbers(output))
     if op == "Softmax":
-        return "softmax", 0, SOFTMAX * _numbers(output)
+        return cost_of("softmax", _numbers(output))
     if op == "MaxPool":
-        return "pooling", 0, _numbers(output) * math.prod(node.attributes["kernel_shape"].as_ints())
+        return cost_of("pooling", _numbers(output) * math.prod(node.attributes["kernel_shape"].as_ints()))
     if op.startswith("Reduce") and inputs[0].dtype in _FLOATS:
-        return "reduction", 0, _numbers(inputs[0])
+        return cost_of("reduction", _numbers(inputs[0]))
     if op in _POINTWISE and output.dtype in _FLOATS:
-        return "pointwise", 0, _numbers(output)
+        return cost_of("pointwise", _numbers(output))
     return "", 0, 0

@@ -21,12 +21,9 @@ def _interleaved_sine(x: Tensor, features: int, temperature: float) -> Tensor:
 def map_position(
     height: int, width: int, dim: int, mask: Tensor | None, device=None, temperature: float = 20.0, first: float = 1.0
 ) -> Tensor:
-    """Return the encoding of a feature map's pixels: [N or 1, height * width, dim], y before x.
-
-    Counted from `first` and normalised by the valid extent, eps 1e-6, scale 2 pi.  DINO has temperature 20 and counts
-    from 1 (models/dino/position_encoding.py, PositionEmbeddingSineHW), Deformable DETR has 10000 and counts from 0.5.
-    `mask` [N, height, width], True = padding.
-    """
+    """Return the encoding of a feature map's pixels, [N or 1, height * width, dim], y before x, counted from `first`
+    and normalised by the valid extent; mask [N, height, width], True = padding.  DINO has temperature 20 and counts
+    from 1 (models/dino/position_encoding.py, PositionEmbeddingSineHW), Deformable DETR has 10000 and from 0.5."""
     eps = 1e-6
     if mask is None:
         # Without padding the encoding is separable: two short tables instead of a map.
@@ -45,11 +42,8 @@ def map_position(
 
 
 def box_position(boxes: Tensor, dim: int, order: tuple[int, ...] = (1, 0, 2, 3)) -> Tensor:
-    """Return the encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim].
-
-    Temperature 10000.  DINO has y before x (models/dino/utils.py, gen_sineembed_for_position); Deformable DETR's order
-    is (0, 1, 2, 3) (deformable_transformer.py, get_proposal_pos_embed).
-    """
+    """Return the encoding of boxes (x, y, w, h) in 0..1: [..., 4] -> [..., 4 * dim].  DINO has y before x (models/dino/
+    utils.py, gen_sineembed_for_position); Deformable DETR's order is (0, 1, 2, 3) (get_proposal_pos_embed)."""
     if order != (0, 1, 2, 3):
         boxes = boxes.index_select(-1, torch.tensor(order, device=boxes.device))
     return _interleaved_sine(boxes * _TWO_PI, dim, 10000.0).flatten(-2)

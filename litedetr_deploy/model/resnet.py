@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -13,17 +15,11 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch norm with constant statistics, eps 1e-5 (DETR's models/backbone.py)."""
 
     eps = 1e-5
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -48,9 +44,8 @@ class Bottleneck(nn.Module):
         self.bn3 = FrozenBatchNorm2d(out_channels)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), FrozenBatchNorm2d(out_channels)
-            )
+            conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, FrozenBatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x)).relu()
@@ -71,33 +66,27 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         in_channels = width
         for stage, blocks in enumerate(stages):
-            layer = []
+            layer = nn.Sequential()
             for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layer.append(Bottleneck(in_channels, width << stage, stride))
+                layer.append(Bottleneck(in_channels, width << stage, 2 if stage > 0 and block == 0 else 1))
                 in_channels = (width << stage) * Bottleneck.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+            setattr(self, f"layer{stage + 1}", layer)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
-        maps = []
-        for stage in (1, 2, 3, 4):
-            x = getattr(self, f"layer{stage}")(x)
-            maps.append(x)
+        maps = [self.layer1(x)]
+        for layer in (self.layer2, self.layer3, self.layer4):
+            maps.append(layer(maps[-1]))
         return maps[1:]
 
 
 def fold_frozen_batch_norm(module: nn.Module) -> None:
-    """Fold every frozen batch norm of `module` into the convolution before it, in place.
-
-    The products are formed in float64, so that the folded weights are the correctly rounded ones.
-    """
+    """Fold every frozen batch norm of `module` into the convolution before it, in place, with products in float64: the
+    folded weights are the correctly rounded ones."""
     for parent in list(module.modules()):
-        children = list(parent.named_children())
-        for (_, conv), (norm_name, norm) in zip(children, children[1:]):
-            if not (isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d)):
-                continue
-            scale, shift = norm.double().scale_and_shift()
-            conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype))
-            conv.bias = nn.Parameter(shift.to(conv.weight.dtype))
-            setattr(parent, norm_name, nn.Identity())
+        for (_, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+                scale, shift = norm.double().scale_and_shift()
+                conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype))
+                conv.bias = nn.Parameter(shift.to(conv.weight.dtype))
+                setattr(parent, norm_name, nn.Identity())

@@ -1,13 +1,10 @@
-"""Swin Transformers (arXiv 2103.14030), as the checkpoints name them (models/dino/swin_transformer.py).
-
-Padding, shifting and cutting into windows is one gather of tokens, and its inverse another: the indices follow from
-the map's size alone, so that an export at a fixed size folds them, and one at dynamic sizes computes them.
-"""
+"""Swin Transformers (arXiv 2103.14030), as the checkpoints name them (models/dino/swin_transformer.py).  Padding,
+shifting and cutting into windows is one gather of tokens, and its inverse another; an export at a fixed size folds the
+indices, which follow from the map's size alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +13,7 @@ from torch import Tensor, nn
 SHAPES = {"swin-t": (96, (2, 2, 6, 2), 3), "swin-l": (192, (2, 2, 18, 2), 6)}
 
 PATCH = 4  # pixels
-# What the official code adds to the logits of pairs that must not attend to each other.
-HIDDEN = -100.0
+HIDDEN = -100.0  # added to the logits of pairs that must not attend to each other, as in the official code
 
 
 class WindowAttention(nn.Module):
@@ -34,16 +30,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [N, windows, window^2, dim]; mask [windows, window^2, window^2] is added to the logits -> as x."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + self._bias()
+        index = relative_position_index(self.window, x.device)
+        bias = self.relative_position_bias_table.index_select(0, index.flatten())
+        bias = bias.unflatten(0, index.shape).permute(2, 0, 1)  # heads, window^2, window^2
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
         if mask is not None:
             logits = logits + mask[:, None]
         return self.proj((logits.softmax(-1) @ value).transpose(2, 3).flatten(3))
-
-    def _bias(self) -> Tensor:
-        """[heads, window^2, window^2]"""
-        index = relative_position_index(self.window, self.relative_position_bias_table.device)
-        bias = self.relative_position_bias_table.index_select(0, index.flatten())
-        return bias.unflatten(0, index.shape).permute(2, 0, 1)
 
 
 def relative_position_index(window: int, device=None) -> Tensor:
@@ -54,16 +47,6 @@ def relative_position_index(window: int, device=None) -> Tensor:
     return index.flatten(2).flatten(0, 1)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
 class SwinBlock(nn.Module):
     def __init__(self, dim: int, window: int, num_heads: int):
         super().__init__()
@@ -71,7 +54,8 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, window, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim)
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """x [N, height * width, dim], the tokens of a map -> as x."""
@@ -82,10 +66,8 @@ class SwinBlock(nn.Module):
 
 
 class Windows:
-    """A map cut into windows of window x window tokens, after a cyclic shift up and left by `shift` tokens.
-
-    The map is padded with zeros at the bottom and the right to whole windows; the padding attends and is attended to,
-    as in the official code.
+    """A map cut into windows of window x window tokens, after a cyclic shift up and left by `shift` tokens.  It is
+    padded with zeros at the bottom and the right; padding attends and is attended to, as in the official code.
 
     tokens [windows * window^2]: which token stands at each place of the windows; height * width is a zero token.
     places [height * width]: where each token of the map stands.
@@ -142,8 +124,7 @@ class PatchMerging(nn.Module):
         """x [N, height * width, dim] -> [N, ceil(height / 2) * ceil(width / 2), 2 dim]"""
         row = torch.arange((height + 1) // 2, device=x.device)[:, None, None] * 2
         column = torch.arange((width + 1) // 2, device=x.device)[None, :, None] * 2
-        # The official order of the four: down before across.
-        row = row + torch.tensor((0, 1, 0, 1), device=x.device)
+        row = row + torch.tensor((0, 1, 0, 1), device=x.device)  # the official order: down before across
         column = column + torch.tensor((0, 0, 1, 1), device=x.device)
         tokens = torch.where((row < height) & (column < width), row * width + column, height * width)
         merged = with_zero_token(x).index_select(1, tokens.flatten()).unflatten(1, (-1, 4)).flatten(2)
@@ -198,7 +179,7 @@ class SwinTransformer(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         x, height, width = self.patch_embed(images)
         maps = []
-        for stage, layer in enumerate(cast("Iterable[Stage]", self.layers)):
+        for stage, layer in enumerate(self.layers):
             x = layer(x, height, width)
             if stage > 0:
                 maps.append(getattr(self, f"norm{stage}")(x).transpose(1, 2).unflatten(2, (height, width)))

@@ -409,7 +409,7 @@ def test_evaluator_not_installed(four, monkeypatch):
 def test_torch_session_detects_what_the_onnx_model_does(tmp_path):
     torch = pytest.importorskip("torch")
     from litedetr_deploy.model.config import DetectorConfig
-    from litedetr_deploy.model.session import TorchSession
+    from litedetr_deploy.model.deployed import TorchSession
 
     random = np.random.default_rng(0)
     logits = random.normal(size=(6, len(NAMES))).astype(np.float32)
@@ -445,7 +445,7 @@ def test_torch_session_detects_what_the_onnx_model_does(tmp_path):
 def test_torch_session_takes_a_mask():
     torch = pytest.importorskip("torch")
     from litedetr_deploy.model.config import DetectorConfig
-    from litedetr_deploy.model.session import TorchSession
+    from litedetr_deploy.model.deployed import TorchSession
 
     class Padding(torch.nn.Module):
         config = DetectorConfig(num_classes=1)

@@ -490,7 +490,7 @@ def test_unknown_fields_are_named():
 @pytest.mark.parametrize("has_body", [True, False])
 def test_rules_are_inverse(is_dino, has_body):
     """Every key of ours comes back from the official one."""
-    from litedetr_deploy.model.checkpoints.keys import theirs, translate
+    from litedetr_deploy.model.checkpoints.official import theirs, translate
 
     config = parse_variant("lite-dino-swin-t" if is_dino else "lite-h-detr-r50")
     with torch.device("meta"):

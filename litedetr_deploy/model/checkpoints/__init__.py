@@ -1,7 +1,4 @@
-"""Checkpoints in and out: a file read, recognised and converted, every key accounted for.
-
-A dialect is a file with a list of (their key, our key) rules that is read both ways: see `official`.
-"""
+"""Checkpoints in and out: a file read, recognised and converted, every key accounted for."""
 
 from __future__ import annotations
 
@@ -20,17 +17,13 @@ from ...errors import LiteDetrError
 from ..coco import CLASS_NAMES
 from ..config import VARIANT_EXAMPLES, DetectorConfig, parse_variant
 from ..detector import Detector
-from . import official
 from .files import read_checkpoint, write_checkpoint
-from .keys import Weights, is_weight, some, theirs
+from .official import Weights, is_weight, official_key, rules_of, some, theirs
 from .recognise import recognise
 
 
 def load_model(
-    checkpoint: str | os.PathLike | Mapping | None = None,
-    variant: str | None = None,
-    force_variant: bool = False,
-    **overrides,
+    checkpoint: str | os.PathLike | Mapping | None = None, variant: str | None = None, force_variant=False, **overrides
 ) -> Detector:
     """Return a detector in eval mode.
 
@@ -42,34 +35,30 @@ def load_model(
             model's `forced_variant` says then what was overruled.
         overrides: single fields of `DetectorConfig`, whatever the checkpoint says.
 
-    Raises:
-        LiteDetrError: the file is no checkpoint; another architecture; what is said of the checkpoint is
-            contradictory; a key is missing, unexpected, misshapen or of a type that is not supported.
+    Raises LiteDetrError where the checkpoint cannot be read, recognised or fitted, or is contradictory.
     """
     if unknown := sorted(overrides.keys() - {field.name for field in dataclasses.fields(DetectorConfig)}):
         raise LiteDetrError(f"unknown configuration field {', '.join(unknown)}. DetectorConfig lists those that exist.")
+    if checkpoint is None and variant is None:
+        raise LiteDetrError(f"load_model needs a checkpoint or a variant, such as {VARIANT_EXAMPLES}.")
     if checkpoint is None:
-        if variant is None:
-            raise LiteDetrError(f"load_model needs a checkpoint or a variant, such as {VARIANT_EXAMPLES}.")
-        model = Detector(parse_variant(variant, **overrides)).eval()
+        model = Detector(parse_variant(variant, **overrides))
         model.class_names = _class_names({}, model.config)
-        return model
+        return model.eval()
     source, file_name = "the state dict", ""
     if not isinstance(checkpoint, Mapping):
         path = assets.path(str(checkpoint)) if checkpoint in assets.NAMES else Path(checkpoint)
         source, file_name, checkpoint = f"checkpoint {str(path)!r}", path.name, read_checkpoint(path)
     arguments = checkpoint.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        arguments = vars(arguments)
-    elif not isinstance(arguments, Mapping):
-        arguments = {}
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    arguments = arguments if isinstance(arguments, Mapping) else {}
     if arguments.get("value_proj_after"):
         raise LiteDetrError(
             "the checkpoint was trained with value_proj_after = True, which the official code itself cannot run; there "
             "is nothing to deploy it as. Train with value_proj_after = False."
         )
     state_dict = _state_dict(checkpoint, source)
-    weights = Weights(state_dict, official.rules_of(state_dict))
+    weights = Weights(state_dict, rules_of(state_dict))
     config, contradiction = recognise(weights, variant, arguments, file_name, force_variant, overrides)
     with torch.device("meta"):
         model = Detector(config)
@@ -79,23 +68,18 @@ def load_model(
 
 
 def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
-    """Write a model as `load_model` reads it back: official keys, of a shared head the first one, and what keys cannot
-    tell as training arguments.
-
-    path: .pth, .pt or .safetensors; the file appears complete or not at all.
-    """
+    """Write a model as `load_model` reads it back, as .pth, .pt or .safetensors, complete or not at all: under official
+    keys, of a shared head the first one, and with what keys cannot tell as training arguments."""
     config = model.config
+    queries = "num_queries_one2one" if config.family == "h-detr" else "num_queries"
     arguments = {
-        "enc_scale": config.enc_scale,
-        "num_expansion": config.num_expansion,
-        "nheads": config.num_heads,
-        "num_queries_one2one" if config.family == "h-detr" else "num_queries": config.num_queries,
-        "tool_version": __version__,
-    }
+        "enc_scale": config.enc_scale, "num_expansion": config.num_expansion, "nheads": config.num_heads,
+        queries: config.num_queries, "tool_version": __version__,
+    }  # fmt: skip
     if model.class_names:
         arguments["class_names"] = list(model.class_names)
     tensors = {  # copies: those of a checkpoint can be parts of one memory, which safetensors refuses
-        official.official_key(key, config): value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        official_key(key, config): value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
     }
     write_checkpoint(path, tensors, arguments)
@@ -134,12 +118,11 @@ def _state_dict(contents: Mapping, source: str) -> dict[str, Tensor]:
 def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
     """Return the state dict of `model`, every key checked."""
     config = model.config
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
     found = dict(weights.tensors)
     if not config.key_aware:  # the official module has the projection also where nothing reads it
         found = {key: value for key, value in found.items() if ".query_proj." not in key}
-    if config.family == "h-detr" and "tgt_embed.weight" in found:
-        # The others belong to its one-to-many branch.
+    if config.family == "h-detr" and "tgt_embed.weight" in found:  # the others belong to its one-to-many branch
         found["tgt_embed.weight"] = found["tgt_embed.weight"][: config.num_queries]
     types = [f"{weights.names[key]} ({value.dtype})" for key, value in found.items() if not is_weight(value)]
     if types:
@@ -147,18 +130,16 @@ def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
             f"the checkpoint's weights are of a type that is not supported: {some(types)}. Give the floating-point "
             "weights of the training (float32, float16, bfloat16 or float64); INT8 is made by the export."
         )
-    different = "heads that differ between layers, which must be one shared head"
-    if not config.is_dino:
-        different = "copies of one head that differ"
+    shared = "heads that differ between layers, which must be one shared head"
     problems = {
         "missing": [theirs(key, weights.rules) for key in wanted if key not in found],
         "unexpected": [weights.names[key] for key in found if key not in wanted],
         "misshapen": [
             f"{weights.names[key]} is {list(value.shape)}, must be {list(wanted[key])}"
             for key, value in found.items()
-            if key in wanted and tuple(value.shape) != wanted[key]
+            if value.shape != wanted.get(key, value.shape)
         ],
-        different: weights.different,
+        shared if config.is_dino else "copies of one head that differ": weights.different,
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(keys, 10)}" for what, keys in problems.items() if keys)

@@ -24,11 +24,8 @@ _WANTED = "a checkpoint, a .pth or .safetensors file"
 
 
 def read_checkpoint(path: str | os.PathLike) -> Mapping:
-    """Return what a checkpoint holds, with nothing unpickled but tensors, containers and argparse namespaces.
-
-    A safetensors file, by its suffix or its first bytes, gives {'model': tensors, 'args': the metadata that
-    `write_checkpoint` wrote}.  Raises LiteDetrError for anything that is no checkpoint.
-    """
+    """Return what a checkpoint holds, with nothing unpickled but tensors, containers and argparse namespaces; of a
+    safetensors file, by its suffix or its first bytes, {'model': tensors, 'args': what `write_checkpoint` wrote}."""
     path = Path(path)
     check_file(path, _WANTED)
     if path.suffix.lower() in SUFFIXES:
@@ -86,7 +83,7 @@ def _read_torch(path: Path) -> object:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Return whether a file begins with a complete pickle; nothing is unpickled."""
+    """Whether a file begins with a complete pickle; nothing is unpickled."""
     try:
         with open(path, "rb") as file:
             return sum(1 for _ in pickletools.genops(file)) > 0
@@ -95,10 +92,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, Tensor], arguments: Mapping) -> None:
-    """Write what `read_checkpoint` reads, complete or not at all, in the format of the suffix.
-
-    arguments: JSON types.
-    """
+    """Write what `read_checkpoint` reads, complete or not at all, in the format of the suffix."""
     path = Path(path)
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise LiteDetrError(f"checkpoint {str(path)!r} must have a name that ends in {', '.join(CHECKPOINT_SUFFIXES)}.")

@@ -1,9 +1,5 @@
-"""What a checkpoint is: from its weights and from what is said about them, all of which has to agree.
-
-Keys and shapes tell most of a configuration.  What they cannot tell (how many levels are high-level; whether a model
-without light feed-forward networks is interleaved; the number of heads) is said by the variant, by the training
-arguments saved beside the weights and by the official files' names.
-"""
+"""What a checkpoint is: from its weights, and from the variant, the training arguments and the official file's name,
+which say what keys and shapes cannot tell (high-level levels, interleaving, heads).  All of it has to agree."""
 
 from __future__ import annotations
 
@@ -16,22 +12,16 @@ from ...errors import LiteDetrError
 from ..config import DetectorConfig, parse_variant
 from ..resnet import SHAPES as RESNETS
 from ..swin import SHAPES as SWINS
-from .keys import Weights, some, theirs
+from .official import Weights, some, theirs
 
 # r50_s3ex1_50.2.pth, checkpoint_s2ex3.pth, lite_dino_s3_r50.pth: s = high-level scales, ex = expansions.
 _FILE_NAME = re.compile(r"(?:^|[_\-.])s(?P<enc_scale>[123])(?:ex(?P<num_expansion>[1236]))?(?=[_\-.]|$)")
-# Training arguments, as the official code names them -> our fields.
+# Training arguments, as the official code names them (the last is H-DETR's) -> our fields.
 _ARGUMENTS = {
-    "enc_scale": "enc_scale",
-    "num_expansion": "num_expansion",
-    "nheads": "num_heads",
-    "hidden_dim": "hidden_dim",
-    "enc_layers": "encoder_layers",
-    "dec_layers": "decoder_layers",
-    "num_feature_levels": "num_levels",
-    "num_queries": "num_queries",
-    "num_queries_one2one": "num_queries",  # H-DETR's
-}
+    "enc_scale": "enc_scale", "num_expansion": "num_expansion", "nheads": "num_heads", "hidden_dim": "hidden_dim",
+    "enc_layers": "encoder_layers", "dec_layers": "decoder_layers", "num_feature_levels": "num_levels",
+    "num_queries": "num_queries", "num_queries_one2one": "num_queries",
+}  # fmt: skip
 _MEANINGS = {
     "enc_scale": " (how many levels are high-level)",
     "num_expansion": " (how many encoder layers update all levels)",
@@ -45,21 +35,17 @@ def recognise(
 ) -> tuple[DetectorConfig, str | None]:
     """Return the configuration, and the contradiction that `force` overruled, None where there was none.
 
-    Args:
-        arguments: those of the training, by their official names.
-        force: go on where the variant, the arguments and the file's name contradict each other; the first counts.
-        overrides: fields of the configuration that are what they are, whatever is said.
-
-    Raises:
-        LiteDetrError: another architecture, a contradiction, or something that nothing tells.
+    arguments: those of the training, by their official names; of contradictory ones the variant, then they, then the
+    file's name count.  overrides: fields of the configuration that are what they are, whatever is said.
     """
     told = _by_weights(weights)
     offsets = {part: told.pop(f"{part}_offsets") for part in ("encoder", "decoder")}
+    by_name = match.groupdict() if (match := _FILE_NAME.search(file_name)) else {}
     said = {
         _WEIGHTS: told,
         f"the variant {variant!r}": _by_variant(variant),
         "the checkpoint's training arguments": _by_arguments(arguments, overrides),
-        f"the file's name {file_name!r}": _by_file_name(file_name),
+        f"the file's name {file_name!r}": {field: int(value) for field, value in by_name.items() if value},
     }
     plain = not (told["key_aware"] or told["small_expand"] or weights.having("encoder.*.query_proj.*"))
     if plain and "num_expansion" not in arguments:
@@ -116,7 +102,7 @@ def recognise(
 
 
 def _variants(fields: Mapping) -> str:
-    """Return the names that a checkpoint with these fields can have."""
+    """The names that a checkpoint with these fields can have."""
     base, expansions = f"{fields['family']}-{fields['backbone']}", fields.get("num_expansion")
     if not expansions or expansions >= fields["encoder_layers"] and not fields["small_expand"]:
         return base if expansions else f"{base} or lite-{base}-h3l1-2+1x3"
@@ -147,11 +133,6 @@ def _by_arguments(arguments: Mapping, overrides: Mapping) -> dict:
     return said
 
 
-def _by_file_name(name: str) -> dict:
-    match = _FILE_NAME.search(name)
-    return {field: int(value) for field, value in match.groupdict().items() if value} if match else {}
-
-
 def _by_weights(weights: Weights) -> dict:
     """Return what keys and shapes tell, and the widths of all offsets of an encoder's and a decoder's layer."""
     if weights.having("reference_points.*"):
@@ -161,13 +142,11 @@ def _by_weights(weights: Weights) -> dict:
             "and --with_box_refine."
         )
     modules = {
-        "num_classes": "*class_embed.*",
-        "hidden_dim": "enc_output*",
+        "num_classes": "*class_embed.*", "hidden_dim": "enc_output*",
         "encoder_offsets": "encoder.layers.*.self_attn.sampling_offsets.*",
         "decoder_offsets": "decoder.layers.*.cross_attn.sampling_offsets.*",
-        "dim_feedforward": "encoder.layers.*.linear1.*",
-        "decoder_dim_feedforward": "decoder.layers.*.linear1.*",
-    }
+        "dim_feedforward": "encoder.layers.*.linear1.*", "decoder_dim_feedforward": "decoder.layers.*.linear1.*",
+    }  # fmt: skip
     lacking = [theirs(module, weights.rules) for module in modules.values() if not weights.having(module)]
     backbone = _backbone(weights)
     if lacking or not backbone:
