@@ -28,8 +28,7 @@ class Device:
     """One stream on the GPU, and the memory that is used on it."""
 
     def __init__(self):
-        self._stream = None
-        self._device_memory, self._host_memory, self._graphs = [], [], []
+        self._stream, self._device_memory, self._host_memory, self._graphs = None, [], [], []
         self._cuda = _bindings()
         self._stream = _call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
         self.stream = int(self._stream)
@@ -62,10 +61,7 @@ class Device:
         _call(self._cuda.cudaStreamSynchronize, self._stream)
 
     def capture(self, enqueue):
-        """Return a CUDA graph of the work that `enqueue()` puts on the stream; None where it cannot be captured.
-
-        The work is not done.
-        """
+        """Return a CUDA graph of what `enqueue()` puts on the stream, which is not run; None where that fails."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _call(self._cuda.cudaStreamBeginCapture, self._stream, mode)
         captured = enqueue()
@@ -128,21 +124,21 @@ def _call(function, *arguments):
         raise LiteDetrError(
             f"no GPU here (CUDA: {missing}). Run this on a machine with an NVIDIA GPU and its driver."
         ) from missing
-    success, out_of_memory = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorMemoryAllocation
-    if error == success:
+    codes = runtime.cudaError_t
+    if error == codes.cudaSuccess:
         return values[0] if values else None
     text = runtime.cudaGetErrorString(error)[1].decode()
-    if error == out_of_memory:
+    if error == codes.cudaErrorMemoryAllocation:
         raise OutOfMemory(
-            f"the GPU has too little memory left: {function.__name__}{arguments} fails ({text}). End "
-            "what else runs on it, or build the engine for a smaller batch or image size."
+            f"the GPU has too little memory left: {function.__name__}{arguments} fails ({text}). End what else runs on "
+            "it, or build the engine for a smaller batch or image size."
         )
-    if error in (runtime.cudaError_t.cudaErrorNoDevice, runtime.cudaError_t.cudaErrorInsufficientDriver):
+    if error in (codes.cudaErrorNoDevice, codes.cudaErrorInsufficientDriver):
         raise LiteDetrError(
-            f"no GPU here (CUDA: {text}). Run this on a machine with an NVIDIA GPU, and a driver as "
-            "new as the installed CUDA bindings."
+            f"no GPU here (CUDA: {text}). Run this on a machine with an NVIDIA GPU, and a driver as new as the "
+            "installed CUDA bindings."
         )
     raise LiteDetrError(
-        f"CUDA fails in {function.__name__}: {text} ({error.name}). Run the program again; if it "
-        "stays, look at the driver's log (dmesg)."
+        f"CUDA fails in {function.__name__}: {text} ({error.name}). Run the program again; if it stays, look at the "
+        "driver's log (dmesg)."
     )
