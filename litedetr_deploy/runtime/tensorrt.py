@@ -1,7 +1,4 @@
-"""TensorRT and TensorRT-RTX engines behind the session interface.
-
-Needs numpy, the `tensorrt` (or `tensorrt_rtx`) package and NVIDIA's CUDA bindings; no torch.
-"""
+"""TensorRT and TensorRT-RTX engines behind the session interface; needs their package and NVIDIA's CUDA bindings."""
 
 from __future__ import annotations
 
@@ -21,6 +18,11 @@ from ..ops import native, schema
 from . import cuda
 from .session import check_metadata, check_op_version
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
 if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
 
@@ -28,16 +30,6 @@ if TYPE_CHECKING:
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
 CONTEXTS = 4  # input shapes that are kept ready at a time
 MAGIC = re.compile(rb"[a-z]trt")  # what an engine begins with: ftrt, ptrt, vtrt
-
-# What an engine's failure to load means, by what TensorRT 10 and 11 say; the first that is found.
-_FAILURES = (
-    ("memory", r"out of memory|OutOfMemory|insufficient memory"),
-    ("op version", r"serialization_version is"),
-    ("plugin", r"could not find plugin|PluginCreator|plugin creator|plugin not found"),
-    ("not an engine", r"magic ?tag"),
-    ("version", r"version tag|expecting library version|not compatible with this version|stdVersionRead"),
-    ("device", r"incompatible device|expecting compute|compute capability|unsupported SM"),
-)
 
 
 def import_tensorrt(backend: str):
@@ -50,33 +42,29 @@ def import_tensorrt(backend: str):
         return found
     except (ImportError, OSError) as error:
         raise LiteDetrError(
-            f"{module} cannot be imported ({error}). Install it with "
-            f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack."
+            f"{module} cannot be imported ({error}). Install it with `pip install litedetr-deploy[{extra}]`; on a "
+            "Jetson it comes with JetPack."
         ) from error
 
 
 def message_logger(trt):
-    """Return a logger for `trt` that prints nothing; its `errors` and `warnings` are lists of what it was told."""
+    """Return a logger for `trt` that prints nothing; its `errors` are a list of what it was told."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):
             trt.ILogger.__init__(self)
-            self.errors, self.warnings = [], []
+            self.errors = []
 
         def log(self, severity, message):
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                self.warnings.append(message)
 
     return Logger()
 
 
 def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
-    """Load this package's plugins into a TensorRT plugin registry and return their library.
-
-    Raises LiteDetrError where the library was not built or does not load.
-    """
+    """Load this package's plugins into a TensorRT plugin registry and return their library; raise LiteDetrError where
+    it was not built or does not load."""
     try:
         library = native.library("tensorrt")
     except FileNotFoundError as error:
@@ -118,15 +106,15 @@ def read_record(engine: str | os.PathLike) -> dict:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LiteDetrError(
-            f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
-            "it again, build the engine again, or remove it if trtexec built the engine."
+            f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy it again, build "
+            "the engine again, or remove it if trtexec built the engine."
         ) from error
     found = sha256(engine)
     if found != recorded:
         raise LiteDetrError(
-            f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., "
-            f"and {recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, "
-            "or build the engine again."
+            f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., and "
+            f"{recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, or build the engine "
+            "again."
         )
     return record
 
@@ -147,49 +135,26 @@ def deserialize(
 
 
 def _explain(trt, path, record, gpu, errors):
+    failures = tomllib.loads(Path(__file__).with_name("tensorrt_failures.toml").read_text())
     text = " ".join(errors)
-    said = f"TensorRT says: {errors[0].strip()[:300]}" if errors else "TensorRT does not say why"
-    kind = next((kind for kind, pattern in _FAILURES if re.search(pattern, text, re.IGNORECASE)), None)
+    why = next((why for why, row in failures.items() if re.search(row["said"], text, re.IGNORECASE)), None)
     built_with, built_on = record.get("version"), record.get("compute_capabilities")
-    if kind == "memory":
-        return LiteDetrError(
-            f"{path} does not fit into the memory of {gpu.name} that is free. {said}. End what else "
-            "runs on it, or build the engine for a smaller batch or image size."
-        )
-    if kind == "op version":
-        return LiteDetrError(
-            f"{path} holds attention plugins of another version than this package's. {said}. Build "
-            "the engine again, or install the litedetr-deploy that built it."
-        )
-    if kind == "plugin":
-        return LiteDetrError(
-            f"{path} needs a plugin that TensorRT does not have: {schema.KEY_AWARE} and "
-            f"{schema.PLAIN} are in this package's library {native.LIBRARIES['tensorrt']}, which is "
-            f"not there or is of another version. {said}. Run `pip install .` in the source folder."
-        )
-    if kind == "version" or (built_with not in (None, trt.__version__) and kind != "device"):
-        return LiteDetrError(
-            f"{path} was built by {trt.__name__} {built_with or 'of another version'}, and "
-            f"{trt.__version__} is installed: an engine runs in the version that built it. {said}. "
-            "Build it again here, or once for all newer versions with --version-compatible."
-        )
-    if kind == "device" or (built_on and gpu.compute_capability not in built_on and kind is None):
-        built_on = " and ".join(built_on) if built_on else "another one"
-        return LiteDetrError(
-            f"{path} was built for compute capability {built_on}, and {gpu.name} has "
-            f"{gpu.compute_capability}. {said}. Build it again on this GPU."
-        )
-    return LiteDetrError(
-        f"{path} is not an engine of {trt.__name__}, or a damaged one. {said}. Copy it again, or "
-        "build it again with `litedetr build`."
-    )
+    if why in (None, "not an engine") and built_with not in (None, trt.__version__):
+        why = "version"
+    elif why is None:
+        why = "device" if built_on and gpu.compute_capability not in built_on else "not an engine"
+    message = failures[why]["message"].format(
+        trt=trt, gpu=gpu, schema=schema, library=native.LIBRARIES["tensorrt"],
+        built_with=built_with or "of another version", built_on=" and ".join(built_on or ["another one"]),
+        said=f"TensorRT says: {errors[0].strip()[:300]}" if errors else "TensorRT does not say why",
+    )  # fmt: skip
+    return LiteDetrError(f"{path} {message}")
 
 
 class TensorRTSession:
     """An engine, ready to run: what `OnnxSession` is to an ONNX model.
 
-    artifact: path of an engine of `litedetr build`; of one that trtexec built, which has no metadata.
-
+    artifact: path of an engine of `litedetr build`, or of one that trtexec built, which has no metadata
     inputs: name -> shape, a tuple with an int where the engine takes one size only and None where it takes several
     outputs: names, in the engine's order
     metadata: what `litedetr export` wrote into the ONNX model, with the verdict on the engine as its `verification`
@@ -231,12 +196,8 @@ class TensorRTSession:
         is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.outputs = tuple(name for name in names if not is_input[name])
         self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-        # name -> (smallest, largest) shape
-        self._limits = {}
-        for name in names:
-            if is_input[name]:
-                smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
-                self._limits[name] = _plain(smallest), _plain(largest)
+        profiles = {name: engine.get_tensor_profile_shape(name, 0) for name in names if is_input[name]}
+        self._limits = {name: (_plain(low), _plain(high)) for name, (low, _, high) in profiles.items()}
         self.inputs = {
             name: tuple(low if low == high else None for low, high in zip(*limits))
             for name, limits in self._limits.items()
@@ -249,10 +210,8 @@ class TensorRTSession:
             context = self._make_context()
             for name, (_, shape) in self._limits.items():
                 context.set_input_shape(name, shape)
-            sizes = {
-                name: int(np.prod(_plain(context.get_tensor_shape(name)))) * self._types[name].itemsize
-                for name in names
-            }
+            shapes = {name: _plain(context.get_tensor_shape(name)) for name in names}
+            sizes = {name: int(np.prod(shape)) * self._types[name].itemsize for name, shape in shapes.items()}
             self._addresses = {name: device.allocate(size) for name, size in sizes.items()}
             self._host = {name: device.allocate_host(size) for name, size in sizes.items()}
         except cuda.OutOfMemory as error:
@@ -262,9 +221,8 @@ class TensorRTSession:
         """An execution context; those of TensorRT share one memory for activations, of which one is used at a time."""
         if self._rtx:  # captures graphs itself, for any shape
             config = self._engine.create_runtime_config()
-            config.cuda_graph_strategy = (  # type: ignore[attr-defined]
-                self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            )
+            whole = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = whole  # type: ignore[attr-defined]
             context = self._engine.create_execution_context(config)
         else:
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -278,11 +236,8 @@ class TensorRTSession:
     def run(self, feed: dict) -> dict:
         """Run on a dict of name -> array; return a dict of name -> array.  A batch of 0 gives empty arrays."""
         if 0 in map(len, feed.values()):
-            shapes = {name: _plain(self._engine.get_tensor_shape(name)) for name in self.outputs}
-            return {
-                name: np.empty((0, *(max(size, 0) for size in shapes[name][1:])), self._types[name])
-                for name in self.outputs
-            }
+            shapes = {name: _plain(self._engine.get_tensor_shape(name))[1:] for name in self.outputs}
+            return {name: np.empty((0, *np.maximum(shape, 0)), self._types[name]) for name, shape in shapes.items()}
         context = self._enqueue(feed)
         views = {}
         for name in self.outputs:
@@ -329,33 +284,30 @@ class TensorRTSession:
         for name, (smallest, largest) in self._limits.items():
             if name not in feed:
                 raise LiteDetrError(
-                    f"the input {name!r} of {self.path} is missing; given: "
-                    f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}."
+                    f"the input {name!r} of {self.path} is missing; given: {', '.join(feed) or 'none'}. Give all of "
+                    f"{', '.join(self._limits)}."
                 )
-            array = np.asarray(feed[name])
+            arrays[name] = array = np.asarray(feed[name])
             if array.dtype != self._types[name]:
                 raise LiteDetrError(
-                    f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. "
-                    "Convert it before the run."
+                    f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. Convert it before "
+                    "the run."
                 )
-            fits = array.ndim == len(smallest) and all(
-                low <= size <= high for low, size, high in zip(smallest, array.shape, largest)
-            )
-            if not fits:
+            bounds = zip(smallest, array.shape, largest)
+            if array.ndim != len(smallest) or not all(low <= size <= high for low, size, high in bounds):
                 raise LiteDetrError(
-                    f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for "
-                    f"{list(smallest)} to {list(largest)}. Run smaller batches or other sizes, or "
-                    "build the engine with other --batch and --image-size."
+                    f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for {list(smallest)} "
+                    f"to {list(largest)}. Run smaller batches or other sizes, or build the engine with other --batch "
+                    "and --image-size."
                 )
-            arrays[name] = array
         return arrays
 
     def _failed(self, what):
         errors, self._logger.errors = self._logger.errors, []
         said = f": {errors[0].strip()[:300]}" if errors else ""
         return LiteDetrError(
-            f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else "
-            "build the engine again with the TensorRT that is installed here."
+            f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else build the engine "
+            "again with the TensorRT that is installed here."
         )
 
 
@@ -379,8 +331,7 @@ class _Context:
 
     def execute(self, device) -> bool:
         """Put the work on the device's stream."""
-        self._runs += 1
-        # The first run also does what follows from new shapes, which must not become part of a graph.
+        self._runs += 1  # the first also does what follows from new shapes, which must not become part of a graph
         if self._captures and self._runs == 2:
             self._graph = device.capture(lambda: self.execution.execute_async_v3(device.stream))
         if self._graph is None:
