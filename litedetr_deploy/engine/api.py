@@ -31,8 +31,10 @@ HARDWARE_COMPATIBILITY = {
 }  # fmt: skip
 # As the metadata of a graph name them, and TensorRT's DataType.
 PRECISIONS = {"fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
-# What the inspector calls them: 'Row major linear FP16 format', 'Half'.
+# What the inspector calls them, as in 'Row major linear FP16 format' and 'Half'; and where: of a tensor as
+# 'Format/Datatype' in 10, 'DataType' in 11, of weights as 'Type'.
 _INSPECTED = {"fp16": r"\b(fp16|half)\b", "bf16": r"\b(bf16|bfloat16)\b", "int8": r"\bint8\b"}
+_TYPE = r'"(?:format/datatype|datatype|type)": "([^"]*)"'
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0")  # for which TensorRT-RTX builds when nothing is said
 POLL = 0.2  # seconds between looks at the build, while Ctrl-C is waited for
 
@@ -289,14 +291,5 @@ def inspect(trt, gpu: cuda.Gpu, plan: Path, record: dict) -> list[dict]:
 
 def count_layer_types(layers: list) -> dict[str, int]:
     """Return how many of the inspector's layers have inputs, outputs or weights in fp16, bf16 and int8."""
-    texts = [" ".join(_types(layer)).lower() for layer in layers]
+    texts = [" ".join(re.findall(_TYPE, json.dumps(layer).lower())) for layer in layers]
     return {name: sum(bool(re.search(pattern, text)) for text in texts) for name, pattern in _INSPECTED.items()}
-
-
-def _types(layer):
-    """What a layer says about types: 'Format/Datatype' (10) or 'DataType' (11) of a tensor, 'Type' of weights."""
-    if not isinstance(layer, dict):
-        return
-    for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ())):
-        yield from (str(value) for name, value in tensor.items() if name.lower() in ("format/datatype", "datatype"))
-    yield from (str(value["Type"]) for value in layer.values() if isinstance(value, dict) and "Type" in value)

@@ -17,7 +17,7 @@ from ..export.limits import ATTENTIONS, PRECISIONS
 from ..files import folder_beside
 from ..ops import schema
 from ..runtime import cuda
-from ..runtime.session import OnnxSession, check_op_version, check_opset
+from ..runtime.session import OnnxSession, check_op_version
 from ..runtime.tensorrt import MODULES, TensorRTSession, record_path
 from ..verify.engine import verify_engine
 from ..verify.verdict import Verdict
@@ -84,28 +84,25 @@ def build_engine(
     progress: Callable = lambda stage, done=0, total=None: None,
     **single,
 ) -> EngineReport:
-    """Build an engine, look into it and compare it with the ONNX model.
+    """Build an engine, look into it and compare it with the ONNX model; return the report.
 
-    Args:
-        model: path of an ONNX model of `litedetr export`; or a checkpoint, the name of weights that come with the
-            package, or what `load_model` returned, which is exported first, with the attention that `backend` takes.
-            Of weights, one image size is what they are exported for (800x1333), several make the graph dynamic.
-        path: of the engine, .plan or .engine.  `<path>.json` describes it, `<path>.layers.json` lists its layers.
-        backend: 'tensorrt', on the GPU that it is for; 'tensorrt-rtx', which needs no GPU.
-        precision, variant, force_variant: of an export, see `export_onnx` and `load_model`.
-        allow_known_bad: build with a version that is known to go wrong; the report's `warnings` say how.
-        allow_unverified: build from a model that was not verified, or was changed since; `warnings` say so.
-        images: to verify with; None: the package draws one.
-        progress: called as progress(stage, done, total) when a stage begins, and while TensorRT builds.
-        single: fields of `options`, as in batch=(1, 1, 4).
+    Without a GPU the engine cannot be looked into or compared: the report says so.  A comparison that fails is not an
+    error: see its `passed`.  The files appear complete or not at all.
 
-    Returns:
-        The report.  Without a GPU the engine cannot be looked into or compared: it says so.  A comparison that fails
-        is not an error: see `passed`.  The files appear complete or not at all.
+    model: path of an ONNX model of `litedetr export`; or a checkpoint, the name of weights that come with the package,
+        or what `load_model` returned, which is exported first, with the attention that `backend` takes.  Of weights,
+        one image size is what they are exported for (800x1333), several make the graph dynamic.
+    path: of the engine, .plan or .engine.  `<path>.json` describes it, `<path>.layers.json` lists its layers.
+    backend: 'tensorrt', on the GPU that it is for; 'tensorrt-rtx', which needs no GPU.
+    precision, variant, force_variant: of an export, see `export_onnx` and `load_model`.
+    allow_known_bad: build with a version that is known to go wrong; the report's `warnings` say how.
+    allow_unverified: build from a model that was not verified, or was changed since; `warnings` say so.
+    images: to verify with; None: the package draws one.
+    progress: called as progress(stage, done, total) when a stage begins, and while TensorRT builds.
+    single: fields of `options`, as in batch=(1, 1, 4).
 
-    Raises:
-        LiteDetrError: for bad options, and for a model that is not verified.
-        CheckFailed: where the graph's precision is lost before anything is built.
+    Raises LiteDetrError for bad options, and for a model that is not verified; CheckFailed where the graph's precision
+    is lost before anything is built.
     """
     start, path = time.monotonic(), Path(path)
     if backend not in MODULES:
@@ -213,8 +210,7 @@ class _Graph:
         self.precision = self.metadata["precision"]
         self.operators = frozenset(node.op_type for node in proto.graph.node)
         opsets = {opset.domain: opset.version for opset in proto.opset_import}
-        check_opset(path, opsets.get(schema.DOMAIN))
-        check_op_version(path, self.metadata)
+        check_op_version(path, self.metadata, opsets.get(schema.DOMAIN))
         if backend == "tensorrt-rtx" and self.metadata["attention"] == "op":
             raise LiteDetrError(
                 f"{path} holds the fused attention ops, and TensorRT-RTX has no plugins to run them. Export the model "

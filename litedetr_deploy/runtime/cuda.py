@@ -12,14 +12,12 @@ from ..errors import LiteDetrError
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that CUDA numbers 0."""
-
     name: str
     compute_capability: str  # '8.6'
 
 
 def find_gpu() -> Gpu:
-    """Return the GPU; raise LiteDetrError, which says why, where there is none that can be used."""
+    """Return the GPU that CUDA numbers 0; raise LiteDetrError, which says why, where there is none to be used."""
     properties = _call(_bindings().cudaGetDeviceProperties, 0)
     return Gpu(properties.name.decode(), f"{properties.major}.{properties.minor}")
 

@@ -45,7 +45,7 @@ class Finding:
 
 
 def inspect_environment() -> list[Finding]:
-    """Return a list of `Finding`: packages, native libraries, ONNX Runtime with our ops, CPU and GPU."""
+    """Return what was looked for of packages, native libraries, ONNX Runtime with our ops, CPU and GPU."""
     topics = {
         "packages": _packages, "native libraries": _libraries, "ONNX Runtime": _onnxruntime, "CPU": _cpu, "GPU": _gpu,
     }  # fmt: skip
@@ -118,12 +118,9 @@ def _run_one_op() -> None:
 
     value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
     feed = {
-        "query": np.ones((1, 1, 4), np.float32),
-        "value": value,
-        "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
-        "sampling_offsets": np.zeros((1, 1, 2), np.float32),
-        "spatial_shapes": np.ones((1, 2), np.int64),
-    }
+        "query": np.ones_like(value), "value": value, "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
+        "sampling_offsets": np.zeros((1, 1, 2), np.float32), "spatial_shapes": np.ones((1, 2), np.int64),
+    }  # fmt: skip
     node = helper.make_node(
         schema.KEY_AWARE, list(feed), [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
         **schema.PLUGIN_ATTRIBUTES,

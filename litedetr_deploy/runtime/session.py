@@ -21,12 +21,10 @@ def create_session(
 ):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
-    Args:
-        onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
-        providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
-        threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core,
-            when not given.
-        options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
+    onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
+    providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
+    threads: inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core, when not given.
+    options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
 
     Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
     damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
@@ -39,13 +37,13 @@ def create_session(
     options = options or ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = bounded_threads(threads)
-    check_opset(name, opset_version(onnx, schema.DOMAIN))
+    check_op_version(name, {}, opset_version(onnx, schema.DOMAIN))
     options.log_severity_level = 3  # its warnings are about its own optimisations
     no_library = None
     try:
         register_ops(options)
-    except LiteDetrError as error:  # matters only to a model that holds our ops
-        no_library = error
+    except LiteDetrError as error:
+        no_library = error  # which matters only to a model that holds our ops
     disabled = _CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else ()
     try:
         model = onnx if isinstance(onnx, bytes) else name
@@ -172,16 +170,6 @@ def _explain(name: str, message: str, no_library: LiteDetrError | None) -> LiteD
     )
 
 
-def check_opset(name: object, version: int | None) -> None:
-    """Raise LiteDetrError where the opset import of a model's attention ops, None for none, is not this package's."""
-    if version not in (None, schema.VERSION):
-        raise LiteDetrError(
-            f"{name} imports version {version} of the opset {schema.DOMAIN!r}; this package has version "
-            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made "
-            "it."
-        )
-
-
 _OUTPUTS = {"detections": {"labels", "boxes", "scores"}, "raw": {"pred_logits", "pred_boxes"}}
 
 
@@ -215,14 +203,19 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
             f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
             "the model again."
         )
-    logits = outputs.get("pred_logits") if isinstance(outputs, Mapping) else None
-    classes = logits[-1] if logits else None
+    classes = (outputs.get("pred_logits") or [None])[-1] if isinstance(outputs, Mapping) else None
     if names and isinstance(classes, int) and classes != len(names):
         refuse("class_names are", len(names), f"{classes} classes")
 
 
-def check_op_version(name, metadata):
-    """Raise LiteDetrError where the attention ops in `name` are of another version than this package's."""
+def check_op_version(name: object, metadata: dict, opset: int | None = None) -> None:
+    """Raise LiteDetrError where the attention ops in `name` are of another version than this package's, by its metadata
+    or by the `opset` that it imports."""
+    if opset not in (None, schema.VERSION):
+        raise LiteDetrError(
+            f"{name} imports version {opset} of the opset {schema.DOMAIN!r}; this package has version {schema.VERSION} "
+            "of the attention ops. Export the model again, or install the litedetr-deploy that made it."
+        )
     version = metadata.get("op_version", schema.VERSION)
     if metadata.get("attention") == "op" and version != schema.VERSION:
         raise LiteDetrError(

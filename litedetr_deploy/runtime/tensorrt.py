@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,10 @@ def message_logger(trt):
 
 
 def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
-    """Load this package's plugins into a TensorRT plugin registry and return their library; raise LiteDetrError where
-    it was not built or does not load."""
+    """Load this package's plugins into a TensorRT plugin registry and return their library.
+
+    Raises LiteDetrError where it was not built or does not load.
+    """
     try:
         library = native.library("tensorrt")
     except FileNotFoundError as error:
@@ -122,10 +125,7 @@ def read_record(engine: str | os.PathLike) -> dict:
 def deserialize(
     trt, runtime: tensorrt.Runtime, logger, path: str | os.PathLike, record: dict, gpu: cuda.Gpu
 ) -> tensorrt.ICudaEngine:
-    """Return the engine in the file `path`; raise LiteDetrError that says why it cannot be loaded.
-
-    record: what `read_record` gave; gpu: the GPU that is here.
-    """
+    """Return the engine in the file `path`; raise LiteDetrError that says why it cannot be loaded on `gpu`."""
     # Code for the host is in a version-compatible engine: TensorRT's lean runtime and the plugins.
     runtime.engine_host_code_allowed = bool(record.get("options", {}).get("version_compatible"))
     engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
@@ -152,16 +152,14 @@ def _explain(trt, path, record, gpu, errors):
 
 
 class TensorRTSession:
-    """An engine, ready to run: what `OnnxSession` is to an ONNX model.
+    """An engine, ready to run: what `OnnxSession` is to an ONNX model.  Not for several threads at a time.
 
     artifact: path of an engine of `litedetr build`, or of one that trtexec built, which has no metadata
     inputs: name -> shape, a tuple with an int where the engine takes one size only and None where it takes several
     outputs: names, in the engine's order
     metadata: what `litedetr export` wrote into the ONNX model, with the verdict on the engine as its `verification`
 
-    From the second run with the same input shapes on, TensorRT's work is one CUDA graph.  Not for several threads at
-    a time.  Raises LiteDetrError where TensorRT, the CUDA bindings or a GPU is missing, and for an engine that cannot
-    be loaded here.
+    Raises LiteDetrError where TensorRT, the CUDA bindings or a GPU is missing, and for what cannot be loaded here.
     """
 
     def __init__(self, artifact):
@@ -183,10 +181,14 @@ class TensorRTSession:
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
         runtime: tensorrt.Runtime = trt.Runtime(self._logger)
-        # Without a record nobody knows whether the engine needs them.
-        needs_plugins = self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt"))
-        if backend == "tensorrt" and needs_plugins and not record.get("plugin_inside"):
-            load_plugins(runtime.get_plugin_registry())
+        needs_plugins = not record or (self.metadata.get("attention") == "op" and not record.get("plugin_inside"))
+        if backend == "tensorrt" and needs_plugins:
+            try:
+                load_plugins(runtime.get_plugin_registry())
+            except LiteDetrError as error:
+                # Without a record nobody knows whether the engine needs the library that was not built.
+                if record or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
         self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
         self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
 
@@ -238,12 +240,24 @@ class TensorRTSession:
         if 0 in map(len, feed.values()):
             shapes = {name: _plain(self._engine.get_tensor_shape(name))[1:] for name in self.outputs}
             return {name: np.empty((0, *np.maximum(shape, 0)), self._types[name]) for name, shape in shapes.items()}
-        context = self._enqueue(feed)
+        arrays = self._check(feed)
+        context = self._context(tuple(arrays[name].shape for name in self.inputs))
+        for name, array in arrays.items():
+            # Through pinned memory, which the GPU reads by itself; what was read last is done with by now.
+            pinned = self._host[name][: array.nbytes].view(array.dtype).reshape(array.shape)
+            pinned[...] = array
+            self._device.to_device(self._addresses[name], pinned)
+        context.runs += 1  # the first also does what follows from new shapes, which must not become part of a graph
+        if context.runs == 2 and not self._rtx:
+            context.graph = self._device.capture(lambda: context.execution.execute_async_v3(self._device.stream))
+        if context.graph is not None:
+            self._device.launch(context.graph)
+        elif not context.execution.execute_async_v3(self._device.stream):
+            raise self._failed("fails to run")
         views = {}
-        for name in self.outputs:
-            shape, dtype = context.shapes[name], self._types[name]
-            size = int(np.prod(shape)) * dtype.itemsize
-            views[name] = self._host[name][:size].view(dtype).reshape(shape)
+        for name, shape in context.shapes.items():
+            size = int(np.prod(shape)) * self._types[name].itemsize
+            views[name] = self._host[name][:size].view(self._types[name]).reshape(shape)
             self._device.to_host(views[name], self._addresses[name])
         self._device.synchronize()
         return {name: view.copy() for name, view in views.items()}
@@ -253,30 +267,24 @@ class TensorRTSession:
         self._contexts.clear()
         self._device.close()
 
-    def _enqueue(self, feed):
-        arrays = self._check(feed)
-        context = self._context(tuple(arrays[name].shape for name in self.inputs))
-        for name, array in arrays.items():
-            # Through pinned memory, which the GPU reads by itself; what was read last is done with by now.
-            pinned = self._host[name][: array.nbytes].view(array.dtype).reshape(array.shape)
-            pinned[...] = array
-            self._device.to_device(self._addresses[name], pinned)
-        if not context.execute(self._device):
-            raise self._failed("fails to run")
-        return context
-
     def _context(self, shapes):
         """The context that is prepared for these input shapes; the one that was used longest ago makes room."""
         context = self._contexts.pop(shapes, None)
         if context is None:
             if len(self._contexts) == CONTEXTS:
                 _, oldest = self._contexts.popitem(last=False)
-                oldest.release(self._device)
+                if oldest.graph is not None:
+                    self._device.destroy(oldest.graph)
             reused = next(iter(self._contexts.values())).execution if self._rtx and self._contexts else None
-            context = _Context(reused or self._make_context(), not self._rtx)
+            context = _Context(reused or self._make_context())
         self._contexts[shapes] = context
-        if not context.set_shapes(dict(zip(self.inputs, shapes)), self._addresses, self.outputs):
-            raise self._failed(f"cannot take inputs of the shapes {list(shapes)}")
+        if context.shapes is None or self._rtx:
+            execution = context.execution
+            if not all(execution.set_input_shape(name, shape) for name, shape in zip(self.inputs, shapes)):
+                raise self._failed(f"cannot take inputs of the shapes {list(shapes)}")
+            for name, address in self._addresses.items():
+                execution.set_tensor_address(name, address)
+            context.shapes = {name: _plain(execution.get_tensor_shape(name)) for name in self.outputs}
         return context
 
     def _check(self, feed):
@@ -311,45 +319,15 @@ class TensorRTSession:
         )
 
 
+@dataclass
 class _Context:
-    """An execution context for one set of input shapes, and the CUDA graph of its work from the second run on."""
+    """What is ready for one set of input shapes; TensorRT-RTX has one execution for all."""
 
-    def __init__(self, execution: tensorrt.IExecutionContext, captures: bool):
-        self.execution = execution
-        self.shapes: dict[str, tuple[int, ...]] | None = None  # of the outputs
-        self._captures, self._graph, self._runs = captures, None, 0
-
-    def set_shapes(self, inputs, addresses, outputs) -> bool:
-        """Tell TensorRT the shapes of the inputs and where everything lies; False where it refuses."""
-        if self.shapes is None or not self._captures:
-            if not all(self.execution.set_input_shape(name, shape) for name, shape in inputs.items()):
-                return False
-            for name, address in addresses.items():
-                self.execution.set_tensor_address(name, address)
-            self.shapes = {name: _plain(self.execution.get_tensor_shape(name)) for name in outputs}
-        return True
-
-    def execute(self, device) -> bool:
-        """Put the work on the device's stream."""
-        self._runs += 1  # the first also does what follows from new shapes, which must not become part of a graph
-        if self._captures and self._runs == 2:
-            self._graph = device.capture(lambda: self.execution.execute_async_v3(device.stream))
-        if self._graph is None:
-            return self.execution.execute_async_v3(device.stream)
-        device.launch(self._graph)
-        return True
-
-    def release(self, device):
-        if self._graph is not None:
-            device.destroy(self._graph)
+    execution: tensorrt.IExecutionContext
+    shapes: dict[str, tuple[int, ...]] | None = None  # of the outputs
+    runs: int = 0
+    graph: object = None  # the CUDA graph of its work, from the second run on
 
 
 def _plain(dims: tensorrt.Dims) -> tuple[int, ...]:
     return tuple(dims[i] for i in range(len(dims)))
-
-
-def _is_built(name):
-    try:
-        return bool(native.library(name))
-    except FileNotFoundError:
-        return False
