@@ -58,10 +58,8 @@ class Options:
         """Raise LiteDetrError for what `backend` cannot be asked for."""
         level = self.hardware_compatibility
         if level not in HARDWARE_COMPATIBILITY:
-            raise LiteDetrError(
-                f"hardware_compatibility is {level!r}; it must be {' or '.join(map(repr, HARDWARE_COMPATIBILITY))}."
-                f"{nearest(level, HARDWARE_COMPATIBILITY)}"
-            )
+            known = " or ".join(map(repr, HARDWARE_COMPATIBILITY)) + "." + nearest(level, HARDWARE_COMPATIBILITY)
+            raise LiteDetrError(f"hardware_compatibility is {level!r}; it must be {known}")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise LiteDetrError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
         if self.workspace is not None and self.workspace <= 0:
@@ -73,10 +71,8 @@ class Options:
             )
         for name in ("timing_cache", "version_compatible", "hardware_compatibility"):
             if backend == "tensorrt-rtx" and getattr(self, name) != getattr(Options, name):
-                raise LiteDetrError(
-                    f"{name} is given, and is not supported by the backend 'tensorrt-rtx'. Leave it out, or choose "
-                    "backend 'tensorrt'."
-                )
+                fix = "Leave it out, or choose backend 'tensorrt'."
+                raise LiteDetrError(f"{name} is given, and is not supported by the backend 'tensorrt-rtx'. {fix}")
 
 
 class Builder:
@@ -92,10 +88,8 @@ class Builder:
         try:
             self.gpu = cuda.find_gpu() if backend == "tensorrt" else None
         except LiteDetrError as error:
-            raise LiteDetrError(
-                f"TensorRT builds an engine on the GPU that it is for: {error} To build ahead of time, without a GPU, "
-                "choose backend 'tensorrt-rtx'."
-            ) from error
+            fix = "To build ahead of time, without a GPU, choose backend 'tensorrt-rtx'."
+            raise LiteDetrError(f"TensorRT builds an engine on the GPU that it is for: {error} {fix}") from error
         self.logger = message_logger(trt)
         self._builder: tensorrt.Builder = trt.Builder(self.logger)
         self.plugins: Path | None = None
@@ -115,12 +109,10 @@ class Builder:
                 f"are {', '.join(known)}."
             )
 
-    def load_plugins(self) -> None:
-        """Make this package's attention ops known to the parser; raise LiteDetrError where that fails."""
-        self.plugins = load_plugins(self._builder.get_plugin_registry())
-
-    def parse(self, onnx: Path) -> tensorrt.INetworkDefinition:
+    def parse(self, onnx: Path, needs_plugins: bool = False) -> tensorrt.INetworkDefinition:
         """Return the network of an ONNX file; raise LiteDetrError for what the parser refuses."""
+        if needs_plugins:
+            self.plugins = load_plugins(self._builder.get_plugin_registry())
         self._network = self._builder.create_network(_network_flags(self.trt, self.backend))
         parser: tensorrt.OnnxParser = self.trt.OnnxParser(self._network, self.logger)
         if not _interruptible(lambda: parser.parse_from_file(str(onnx))):
@@ -141,10 +133,8 @@ class Builder:
     def build(self, shapes: dict, options: Options, progress: Callable[[float], None]) -> bytes:
         """Return the serialized engine of the parsed network; raise LiteDetrError where TensorRT fails.
 
-        Ctrl-C cancels: TensorRT stops at the end of its step, and KeyboardInterrupt is raised.
-
-        shapes: input -> its smallest, best and largest shape.
-        progress: called with the part that is done, 0 to 1, from another thread.
+        shapes: input -> its smallest, best and largest shape; progress: called with the part that is done, 0 to 1, from
+        another thread.  Ctrl-C cancels at the end of TensorRT's step; then KeyboardInterrupt is raised.
         """
         config = self._configure(shapes, options)
         config.progress_monitor, cancel = _monitor(self.trt, progress)

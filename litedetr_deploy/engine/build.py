@@ -70,20 +70,11 @@ class EngineReport:
 
 
 def build_engine(
-    model,
-    path: str | os.PathLike,
-    backend: str = "tensorrt",
-    options: Options | None = None,
-    precision: str = "fp32",
-    variant: str | None = None,
-    force_variant: bool = False,
-    allow_known_bad: bool = False,
-    allow_unverified: bool = False,
-    verify: bool = True,
-    images=None,
-    progress: Callable = lambda stage, done=0, total=None: None,
-    **single,
-) -> EngineReport:
+    model, path: str | os.PathLike, backend: str = "tensorrt", options: Options | None = None,
+    precision: str = "fp32", variant: str | None = None, force_variant: bool = False,
+    allow_known_bad: bool = False, allow_unverified: bool = False,
+    verify: bool = True, images=None, progress: Callable = lambda stage, done=0, total=None: None, **single,
+) -> EngineReport:  # fmt: skip
     """Build an engine, look into it and compare it with the ONNX model; return the report.
 
     Without a GPU the engine cannot be looked into or compared: the report says so.  A comparison that fails is not an
@@ -106,9 +97,8 @@ def build_engine(
     """
     start, path = time.monotonic(), Path(path)
     if backend not in MODULES:
-        raise LiteDetrError(
-            f"backend is {backend!r}; it must be {' or '.join(map(repr, MODULES))}.{nearest(backend, MODULES)}"
-        )
+        known = " or ".join(map(repr, MODULES)) + "." + nearest(backend, MODULES)
+        raise LiteDetrError(f"backend is {backend!r}; it must be {known}")
     if path.suffix.lower() not in ENGINE_SUFFIXES:
         raise LiteDetrError(f"the engine is {path}; its name must end in {' or '.join(ENGINE_SUFFIXES)}.")
     options = replace(options or Options(), **single)
@@ -121,10 +111,8 @@ def build_engine(
         graph = _Graph(Path(model), backend)
         doubt = artifact.distrust(model, graph.metadata)
         if doubt and not allow_unverified:
-            raise LiteDetrError(
-                f"{model} {doubt}, so no engine is built of it. Export it again, or build with --allow-unverified "
-                "(allow_unverified=True)."
-            )
+            fix = "Export it again, or build with --allow-unverified (allow_unverified=True)."
+            raise LiteDetrError(f"{model} {doubt}, so no engine is built of it. {fix}")
     progress(f"start {backend}")
     builder = api.Builder(backend)
     builder.check(options)
@@ -143,9 +131,7 @@ def build_engine(
         warnings = known_bad.gate(target, allow_known_bad) + ([f"{model} {doubt}"] if doubt else [])
         progress("read the ONNX model")
         uses_plugin = graph.metadata["attention"] == "op"
-        if uses_plugin:
-            builder.load_plugins()
-        network = builder.parse(graph.path)
+        network = builder.parse(graph.path, uses_plugin)
         inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
         shapes = profile.shapes(inputs, options.batch, options.image_size)
         types = builder.count_types()
@@ -203,10 +189,8 @@ class _Graph:
         self.path, self.metadata = path, artifact.onnx_metadata(proto, path)
         for key, allowed in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
             if (value := self.metadata.get(key)) not in allowed:
-                raise LiteDetrError(
-                    f"the metadata of {path} gives {value!r} as {key}; it must be {' or '.join(map(repr, allowed))}. "
-                    "Export the model again."
-                )
+                known = " or ".join(map(repr, allowed)) + ". Export the model again."
+                raise LiteDetrError(f"the metadata of {path} gives {value!r} as {key}; it must be {known}")
         self.precision = self.metadata["precision"]
         self.operators = frozenset(node.op_type for node in proto.graph.node)
         opsets = {opset.domain: opset.version for opset in proto.opset_import}
@@ -238,9 +222,8 @@ def _export(model, onnx, variant, force_variant, image_size, **options):
     sizes = {tuple(size) for size in image_size or [(800, 1333)]}
     report = export_onnx(model, onnx, image_size=sizes.pop() if len(sizes) == 1 else None, **options)
     if options["verify"] and not report.verdict.passed:
-        raise CheckFailed(
-            f"no engine was built: {report.verdict}. Run `litedetr export` on the same weights to see all figures."
-        )
+        fix = "Run `litedetr export` on the same weights to see all figures."
+        raise CheckFailed(f"no engine was built: {report.verdict}. {fix}")
 
 
 def _examine(report, trt, plan, onnx, verify, images, progress):
@@ -248,10 +231,8 @@ def _examine(report, trt, plan, onnx, verify, images, progress):
     try:
         gpu = cuda.find_gpu()
         if report.backend == "tensorrt-rtx" and gpu.compute_capability not in report.compute_capabilities:
-            raise LiteDetrError(
-                f"the engine is for compute capability {', '.join(report.compute_capabilities)}, and {gpu.name} has "
-                f"{gpu.compute_capability}"
-            )
+            targets, here = ", ".join(report.compute_capabilities), f"{gpu.name} has {gpu.compute_capability}"
+            raise LiteDetrError(f"the engine is for compute capability {targets}, and {here}")
     except LiteDetrError as error:
         report.not_inspected = report.verdict.skipped = str(error)
         return None

@@ -16,9 +16,8 @@ Size = tuple[int, int]  # (height, width)
 def check(batch: Sequence[int] | None, image_size: Sequence[Size] | None) -> None:
     """Raise LiteDetrError for sizes that no graph could take; None is for the graph to say."""
     if batch is not None and (len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]):
-        raise LiteDetrError(
-            f"the batch is {_text(batch)}; it must be the smallest, the best and the largest, as in 1,1,4."
-        )
+        wanted = "the smallest, the best and the largest, as in 1,1,4"
+        raise LiteDetrError(f"the batch is {_text(batch)}; it must be {wanted}.")
     if image_size is None:
         return
     ordered = all(a[i] <= b[i] for a, b in zip(image_size, image_size[1:]) for i in (0, 1))
@@ -28,10 +27,8 @@ def check(batch: Sequence[int] | None, image_size: Sequence[Size] | None) -> Non
             "largest with no side smaller than the one before, as in 480x480,800x1333,1333x1333."
         )
     if min(image_size[0]) < SMALLEST_SIDE:
-        raise LiteDetrError(
-            f"the image size is {_text(image_size)}; no side may be smaller than {SMALLEST_SIDE} pixels, the stride of "
-            "the coarsest feature level."
-        )
+        limit = f"{SMALLEST_SIDE} pixels, the stride of the coarsest feature level"
+        raise LiteDetrError(f"the image size is {_text(image_size)}; no side may be smaller than {limit}.")
 
 
 def shapes(
@@ -45,15 +42,11 @@ def shapes(
     if batch is None:
         batch = BATCH if fixed_batch < 0 else (fixed_batch,) * 3
     elif fixed_batch >= 0 and set(batch) != {fixed_batch}:
-        raise LiteDetrError(
-            f"the batch is {_text(batch)}, and the graph's is fixed at {fixed_batch}. Leave the batch out, or export "
-            "the model again: `litedetr export` leaves the batch open."
-        )
+        fix = "Leave the batch out, or export the model again: `litedetr export` leaves the batch open."
+        raise LiteDetrError(f"the batch is {_text(batch)}, and the graph's is fixed at {fixed_batch}. {fix}")
     if image_size is None and min(fixed) < 0:
-        raise LiteDetrError(
-            "the graph takes images of any size, and an engine must know which: give the smallest, the best and the "
-            "largest, as in --image-size 480x480,800x1333,1333x1333."
-        )
+        fix = "give the smallest, the best and the largest, as in --image-size 480x480,800x1333,1333x1333."
+        raise LiteDetrError(f"the graph takes images of any size, and an engine must know which: {fix}")
     sizes = image_size or [fixed]
     if min(fixed) >= 0 and {tuple(size) for size in sizes} != {tuple(fixed)}:
         raise LiteDetrError(

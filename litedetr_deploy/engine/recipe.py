@@ -36,9 +36,7 @@ def read_recipe(path: str | os.PathLike, command: str, options: Collection[str])
     if command not in recipe:
         raise LiteDetrError(f"the recipe {path} has no table [{command}]: it says nothing to `litedetr {command}`.")
     if unknown := set(recipe[command]) - set(options):
-        raise LiteDetrError(
-            f"the recipe {path} gives `litedetr {command}` the option {min(unknown)!r}; it has "
-            f"{', '.join(sorted(options))}.{nearest(min(unknown), options)}"
-        )
+        known = ", ".join(sorted(options)) + "." + nearest(min(unknown), options)
+        raise LiteDetrError(f"the recipe {path} gives `litedetr {command}` the option {min(unknown)!r}; it has {known}")
     shared = recipe.get("export", {}) if command == "build" else {}
     return {name: value for name, value in shared.items() if name in options} | recipe[command]

@@ -58,9 +58,7 @@ class Detector:
         # (height, width) of the input, None when dynamic
         self.image_size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
-    def predict(
-        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None
-    ) -> list[Detections]:
+    def predict(self, images, threshold: float = 0, batch_size: int = 1, resize: str | None = None) -> list[Detections]:
         """Return a list with the `Detections` of each image, their boxes clipped to it.
 
         images: one image or an iterable of them, each as `load_image` takes it.
@@ -75,7 +73,7 @@ class Detector:
         return list(self.stream(images, threshold, batch_size, resize))
 
     def stream(
-        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None, clip: bool = True
+        self, images, threshold: float = 0, batch_size: int = 1, resize: str | None = None, clip: bool = True
     ) -> Iterator[Detections]:
         """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end.
 
@@ -103,9 +101,8 @@ class Detector:
         if resize is None:
             return "shortest_edge" if fixed is None else "letterbox" if self.takes_mask else "stretch"
         if resize not in RESIZE_MODES:
-            raise LiteDetrError(
-                f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.{nearest(resize, RESIZE_MODES)}"
-            )
+            known = ", ".join(RESIZE_MODES) + "." + nearest(resize, RESIZE_MODES)
+            raise LiteDetrError(f"resize is {resize!r}; it must be one of {known}")
         if resize == "shortest_edge" and fixed is not None:
             raise LiteDetrError(
                 "resize 'shortest_edge' gives every aspect ratio its own size, and the model's is fixed at "
@@ -113,15 +110,11 @@ class Detector:
                 "dynamic`."
             )
         if resize != "shortest_edge" and fixed is None:
-            raise LiteDetrError(
-                f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. Use 'shortest_edge', or "
-                "export with `--image-size HEIGHTxWIDTH`."
-            )
+            fix = "Use 'shortest_edge', or export with `--image-size HEIGHTxWIDTH`."
+            raise LiteDetrError(f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. {fix}")
         if resize == "letterbox" and not self.takes_mask:
-            raise LiteDetrError(
-                "resize 'letterbox' pads the image, and the model takes no mask that says where. Use 'stretch', or "
-                "export with `--pixel-mask`."
-            )
+            why = "takes no mask that says where. Use 'stretch', or export with `--pixel-mask`."
+            raise LiteDetrError(f"resize 'letterbox' pads the image, and the model {why}")
         return resize
 
     def _run(self, batch, threshold, clip):
@@ -129,12 +122,11 @@ class Detector:
         feed = {"images": np.stack([prepared.pixels for prepared in batch])}
         if self.takes_mask:
             feed["pixel_mask"] = np.stack([prepared.mask for prepared in batch])
-        if not self.raw:
-            feed["orig_target_sizes"] = sizes
-        output = self.session.run(feed)
         if self.raw:
+            output = self.session.run(feed)
             found = postprocess(output["pred_logits"], output["pred_boxes"], sizes)
         else:
+            output = self.session.run(feed | {"orig_target_sizes": sizes})
             found = output["labels"], output["boxes"], output["scores"]
         for labels, boxes, scores, size in zip(*found, sizes):
             keep = scores >= threshold

@@ -38,7 +38,8 @@ def draw(image: Image.Image, detections) -> Image.Image:
         placed.append((colour, text, *_place(canvas, box, text, image.size, [spot for _, _, spot, _, _ in placed])))
     for colour, text, spot, origin, font in reversed(placed):
         canvas.rectangle(spot, fill=colour)
-        canvas.text(origin, text, fill=_contrast(colour), font=font)
+        luma = np.dot(colour, (0.299, 0.587, 0.114))  # of Rec. 601: black or white, whichever reads better
+        canvas.text(origin, text, fill=(0, 0, 0) if luma > 140 else (255, 255, 255), font=font)
     return image
 
 
@@ -61,12 +62,6 @@ def class_colour(label: int) -> tuple[int, int, int]:
     # The value alternates as well, so that classes a full circle apart differ.
     red, green, blue = colorsys.hsv_to_rgb(label * GOLDEN_RATIO % 1, 0.85, 1.0 if label % 2 else 0.8)
     return round(red * 255), round(green * 255), round(blue * 255)
-
-
-def _contrast(colour):
-    """Black or white, whichever reads better on `colour`; weights of the luma of Rec. 601."""
-    red, green, blue = colour
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
 def _place(canvas, box, text, picture, taken):

@@ -11,26 +11,10 @@ from .. import __version__
 from ..errors import LiteDetrError
 from ..machine import describe_cpu, installed_version, usable_cores
 from ..ops import native, schema
-from .session import create_session, import_onnxruntime, register_ops
+from .session import create_session, import_onnxruntime, read_data, register_ops
 from .tensorrt import MODULES, import_tensorrt
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing on the CPU needs it
-
-# (distributions that bring it, needed to run a model on the CPU, what it is for and how to get it)
-PACKAGES = (
-    (("numpy",), True, "pip install numpy"),
-    (("pillow",), True, "pip install pillow"),
-    (("onnxruntime", "onnxruntime-gpu"), True, "runs the models: pip install litedetr-deploy[onnxruntime]"),
-    (("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
-    (("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
-    (("pycocotools",), False, "evaluate needs it: pip install litedetr-deploy[evaluate]"),
-    (("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
-    (("cuda-bindings",), False, "runs engines: pip install litedetr-deploy[gpu]"),
-)
-CPU_FEATURES = (
-    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
-    "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16",
-)  # fmt: skip
 
 
 @dataclass
@@ -63,10 +47,10 @@ def broken(findings: list[Finding]) -> list[str]:
 def _packages():
     yield "litedetr-deploy", OK, __version__
     yield "python", OK, f"{platform.python_version()} on {platform.platform()}"
-    for distributions, needed, remedy in PACKAGES:
-        version = next(filter(None, map(installed_version, distributions)), None)
-        missing = (BROKEN if needed else ABSENT, "not installed", remedy)
-        yield distributions[0], *((OK, version) if version else missing)
+    for package in read_data("environment.toml")["package"]:
+        version = next(filter(None, map(installed_version, package["distributions"])), None)
+        missing = (BROKEN if package["needed"] else ABSENT, "not installed", package["remedy"])
+        yield package["distributions"][0], *((OK, version) if version else missing)
     for backend in MODULES:  # as `litedetr build` imports it: a folder of that name is not the package
         try:
             yield backend, OK, import_tensorrt(backend).__version__
@@ -139,7 +123,8 @@ def _cpu():
     name, flags = describe_cpu()
     yield "model", OK, name
     yield "cores for this process", OK, str(usable_cores())
-    yield "features", OK, " ".join(feature for feature in CPU_FEATURES if feature in flags) or "not known"
+    known = read_data("environment.toml")["cpu_features"]
+    yield "features", OK, " ".join(feature for feature in known if feature in flags) or "not known"
 
 
 def _gpu():

@@ -11,13 +11,10 @@ from ..artifact import check_file
 from ..errors import LiteDetrError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
+RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
 SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels, of the official evaluation
-
 # The detectors subtract this mean, so that padding filled with it is 0 after normalisation, as it is in training.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-
-RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
 
 
 def find_images(paths) -> list[Path]:
@@ -30,10 +27,8 @@ def find_images(paths) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
-                raise LiteDetrError(
-                    f"The directory {path} holds no image ({', '.join(sorted(SUFFIXES))}). Give one that does, or name "
-                    "the files."
-                )
+                fix = "Give one that does, or name the files."
+                raise LiteDetrError(f"The directory {path} holds no image ({', '.join(sorted(SUFFIXES))}). {fix}")
             found += inside
         elif path.is_file():
             found.append(path)
@@ -63,14 +58,11 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
     except (LiteDetrError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise LiteDetrError(
-            f"{path} is not an image that can be read. Give a JPEG, PNG, WebP, BMP or TIFF file."
-        ) from error
+        fix = "Give a JPEG, PNG, WebP, BMP or TIFF file."
+        raise LiteDetrError(f"{path} is not an image that can be read. {fix}") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        raise LiteDetrError(
-            f"The image {path} cannot be read: {error}. It may be damaged or incomplete: save it again, or leave it "
-            "out."
-        ) from error
+        fix = "It may be damaged or incomplete: save it again, or leave it out."
+        raise LiteDetrError(f"The image {path} cannot be read: {error}. {fix}") from error
 
 
 def _to_rgb(image, name):
@@ -95,10 +87,9 @@ def _from_array(array):
     if array.dtype == np.uint16:
         array = np.rint(array / 257).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise LiteDetrError(
-            f"An image array has the type {array.dtype}; it must be uint8 (0..255) or uint16 (0..65535). For floats in "
-            "0..1, give `(array * 255).round().astype('uint8')`."
-        )
+        wanted = "uint8 (0..255) or uint16 (0..65535)"
+        fix = "For floats in 0..1, give `(array * 255).round().astype('uint8')`."
+        raise LiteDetrError(f"An image array has the type {array.dtype}; it must be {wanted}. {fix}")
     grey = array.ndim == 3 and array.shape[2] == 1
     return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if grey else array)).convert("RGB")
 

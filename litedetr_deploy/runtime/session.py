@@ -12,6 +12,11 @@ from ..errors import LiteDetrError, not_installed
 from ..machine import bounded_threads
 from ..ops import native, schema
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
 # ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
 _CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
@@ -87,10 +92,9 @@ def register_ops(options):
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
-        raise LiteDetrError(
-            f"ONNX Runtime {import_onnxruntime().__version__} cannot use the op library {library}: {error}. Build it "
-            "again on this machine, or install a newer onnxruntime."
-        ) from error
+        runtime = f"ONNX Runtime {import_onnxruntime().__version__}"
+        fix = "Build it again on this machine, or install a newer onnxruntime."
+        raise LiteDetrError(f"{runtime} cannot use the op library {library}: {error}. {fix}") from error
 
 
 def read_metadata(session) -> dict:
@@ -138,36 +142,29 @@ def _check_providers(ort, providers):
     return providers
 
 
-# What ONNX Runtime's message on weights in other files holds, the first that is found; what that means; a remedy.
-_EXTERNAL_DATA = (
-    ("does not exist|No such file", "that is not there", "Copy that file to where the model is"),
-    ("out of bounds|read in full", "that is cut short", "Copy that file again"),
-    ("", "outside its own folder, which is not read", "Save it as one file, or with its weights beside it"),
-)
+def read_data(name: str) -> dict:
+    """Return the content of a TOML file in this folder."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text())
 
 
-def _explain(name: str, message: str, no_library: LiteDetrError | None) -> LiteDetrError:
+def find_failure(runtime: str, said: str) -> tuple[dict, str | None]:
+    """Return what failures.toml has on 'onnxruntime' or 'tensorrt', and the name of the row that `said` fits."""
+    rows = read_data("failures.toml")[runtime]
+    return rows, next((why for why, row in rows.items() if re.search(row["said"], said, re.IGNORECASE)), None)
+
+
+def _explain(name: str, said: str, no_library: LiteDetrError | None) -> LiteDetrError:
     """Return the error for ONNX Runtime's failure to load `name`."""
-    if f"{schema.DOMAIN}:" in message and "is not a registered function/op" in message:
-        if no_library is not None:
-            return LiteDetrError(
-                f"{name} holds the fused attention ops, and their library is not usable. {no_library} A model exported "
-                "with `--attention gather` runs without it."
-            )
-        return LiteDetrError(
-            f"{name} holds an op that the installed op library does not have ({message}). This package has version "
-            f"{schema.VERSION} of the ops: export the model again, or install the litedetr-deploy that made it."
-        )
-    if "INVALID_PROTOBUF" in message or "No graph was found" in message:
+    rows, why = find_failure("onnxruntime", said)
+    if why == "damaged":
         return damaged(name, "ONNX Runtime cannot parse it")
-    if "xternal data" in message or "External initializer" in message:
-        message = message.rpartition("Error: ")[2].strip().rstrip(".")  # without the file that raised it
-        what, remedy = next(row[1:] for row in _EXTERNAL_DATA if re.search(row[0], message))
-        return LiteDetrError(f"{name} keeps its weights in a file {what} ({message}). {remedy}.")
-    return LiteDetrError(
-        f"ONNX Runtime cannot load {name}: {message}. Export the model again with `litedetr export`, or load it with "
-        "the version of onnxruntime that it was made for."
-    )
+    if why == "op" and no_library is not None:
+        return LiteDetrError(
+            f"{name} holds the fused attention ops, and their library is not usable. {no_library} A model exported "
+            "with `--attention gather` runs without it."
+        )
+    detail = said.rpartition("Error: ")[2].strip().rstrip(".")  # without the file that raised it
+    return LiteDetrError(rows[why]["message"].format(name=name, said=said, detail=detail, version=schema.VERSION))
 
 
 _OUTPUTS = {"detections": {"labels", "boxes", "scores"}, "raw": {"pred_logits", "pred_boxes"}}
@@ -199,10 +196,8 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
             refuse("image_size is", metadata["image_size"] or "dynamic", f"images of {found}")
     names = metadata.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
-        raise LiteDetrError(
-            f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
-            "the model again."
-        )
+        fix = "they must be a list of texts. Export the model again."
+        raise LiteDetrError(f"the class names in the metadata of {name} are {str(names)[:80]!r}; {fix}")
     classes = (outputs.get("pred_logits") or [None])[-1] if isinstance(outputs, Mapping) else None
     if names and isinstance(classes, int) and classes != len(names):
         refuse("class_names are", len(names), f"{classes} classes")

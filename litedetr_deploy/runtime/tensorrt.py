@@ -17,35 +17,27 @@ from ..artifact import check_file, sha256
 from ..errors import LiteDetrError
 from ..ops import native, schema
 from . import cuda
-from .session import check_metadata, check_op_version
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
+from .session import check_metadata, check_op_version, find_failure
 
 if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
 
-# Backend -> its Python module, and what installs it.
-MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
+MODULES = ("tensorrt", "tensorrt-rtx")  # backends; each is an extra of this package, and with _ for - a Python module
 CONTEXTS = 4  # input shapes that are kept ready at a time
 MAGIC = re.compile(rb"[a-z]trt")  # what an engine begins with: ftrt, ptrt, vtrt
 
 
 def import_tensorrt(backend: str):
-    """Return the Python module of `backend`, a key of MODULES; raise LiteDetrError where it cannot be imported."""
-    module, extra = MODULES[backend]
+    """Return the Python module of `backend`, one of MODULES; raise LiteDetrError where it cannot be imported."""
+    module = backend.replace("-", "_")
     try:
         found = importlib.import_module(module)
         if not hasattr(found, "__version__"):  # Python imports any folder of that name
             raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
         return found
     except (ImportError, OSError) as error:
-        raise LiteDetrError(
-            f"{module} cannot be imported ({error}). Install it with `pip install litedetr-deploy[{extra}]`; on a "
-            "Jetson it comes with JetPack."
-        ) from error
+        fix = f"Install it with `pip install litedetr-deploy[{backend}]`; on a Jetson it comes with JetPack."
+        raise LiteDetrError(f"{module} cannot be imported ({error}). {fix}") from error
 
 
 def message_logger(trt):
@@ -74,10 +66,8 @@ def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
         raise LiteDetrError(str(error)) from error
     is_loaded = registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is not None
     if not is_loaded and registry.load_library(str(library)) is None:
-        raise LiteDetrError(
-            f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
-            "`pip install --force-reinstall .` in the source folder."
-        )
+        fix = "Build it on this machine: `pip install --force-reinstall .` in the source folder."
+        raise LiteDetrError(f"TensorRT cannot load the plugin library {library}. {fix}")
     return library
 
 
@@ -129,26 +119,20 @@ def deserialize(
     # Code for the host is in a version-compatible engine: TensorRT's lean runtime and the plugins.
     runtime.engine_host_code_allowed = bool(record.get("options", {}).get("version_compatible"))
     engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
-    if engine is None:
-        raise _explain(trt, path, record, gpu, logger.errors)
-    return engine
-
-
-def _explain(trt, path, record, gpu, errors):
-    failures = tomllib.loads(Path(__file__).with_name("tensorrt_failures.toml").read_text())
-    text = " ".join(errors)
-    why = next((why for why, row in failures.items() if re.search(row["said"], text, re.IGNORECASE)), None)
+    if engine is not None:
+        return engine
+    rows, why = find_failure("tensorrt", " ".join(logger.errors))
     built_with, built_on = record.get("version"), record.get("compute_capabilities")
     if why in (None, "not an engine") and built_with not in (None, trt.__version__):
         why = "version"
     elif why is None:
         why = "device" if built_on and gpu.compute_capability not in built_on else "not an engine"
-    message = failures[why]["message"].format(
-        trt=trt, gpu=gpu, schema=schema, library=native.LIBRARIES["tensorrt"],
-        built_with=built_with or "of another version", built_on=" and ".join(built_on or ["another one"]),
-        said=f"TensorRT says: {errors[0].strip()[:300]}" if errors else "TensorRT does not say why",
+    said = f"TensorRT says: {logger.errors[0].strip()[:300]}" if logger.errors else "TensorRT does not say why"
+    message = rows[why]["message"].format(
+        name=path, trt=trt, gpu=gpu, schema=schema, library=native.LIBRARIES["tensorrt"],
+        built_with=built_with or "of another version", built_on=" and ".join(built_on or ["another one"]), said=said,
     )  # fmt: skip
-    return LiteDetrError(f"{path} {message}")
+    raise LiteDetrError(message)
 
 
 class TensorRTSession:
@@ -291,16 +275,12 @@ class TensorRTSession:
         arrays = {}
         for name, (smallest, largest) in self._limits.items():
             if name not in feed:
-                raise LiteDetrError(
-                    f"the input {name!r} of {self.path} is missing; given: {', '.join(feed) or 'none'}. Give all of "
-                    f"{', '.join(self._limits)}."
-                )
+                given = f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}."
+                raise LiteDetrError(f"the input {name!r} of {self.path} is missing; given: {given}")
             arrays[name] = array = np.asarray(feed[name])
             if array.dtype != self._types[name]:
-                raise LiteDetrError(
-                    f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. Convert it before "
-                    "the run."
-                )
+                wanted = f"{self.path} takes {self._types[name]}. Convert it before the run."
+                raise LiteDetrError(f"the input {name!r} is {array.dtype}; {wanted}")
             bounds = zip(smallest, array.shape, largest)
             if array.ndim != len(smallest) or not all(low <= size <= high for low, size, high in bounds):
                 raise LiteDetrError(
