@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,7 +137,8 @@ class Builder:
         another thread.  Ctrl-C cancels at the end of TensorRT's step; then KeyboardInterrupt is raised.
         """
         config = self._configure(shapes, options)
-        config.progress_monitor, cancel = _monitor(self.trt, progress)
+        monitor, cancel = _monitor(self.trt, progress)
+        config.progress_monitor = monitor  # TensorRT holds no reference
         plan = _interruptible(lambda: self._builder.build_serialized_network(self._network, config), cancel)
         if plan is None:
             raise LiteDetrError(
@@ -210,14 +211,22 @@ def _compute_capabilities(trt) -> dict:
 def _interruptible(work: Callable, cancel: Callable[[], None] = lambda: None):
     """Return `work()`, done in a thread of its own: in the main thread TensorRT's callbacks would swallow Ctrl-C, upon
     which this calls `cancel()`, waits for the end, and passes on KeyboardInterrupt."""
-    with ThreadPoolExecutor(1, "TensorRT") as pool:
+    future = Future()
+
+    def run():
         try:
-            future = pool.submit(work)
-            while not wait([future], POLL).done:
-                pass
-        except KeyboardInterrupt:
-            cancel()
-            raise
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:  # no ThreadPoolExecutor: it does not wait for a thread in whose start() Ctrl-C came
+        threading.Thread(target=run, name="TensorRT").start()
+        while not wait([future], POLL).done:
+            pass
+    except KeyboardInterrupt:
+        cancel()
+        wait([future])
+        raise
     return future.result()
 
 
