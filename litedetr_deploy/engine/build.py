@@ -140,10 +140,11 @@ def build_engine(
                 f"{graph.path} says that its precision is {graph.precision}, and {backend} {builder.version} reads no "
                 "layer of that type in it. Export the model again."
             )
+        gpu_name = builder.gpu.name if builder.gpu else None
         asked = asdict(options) | {"timing_cache": options.timing_cache and str(options.timing_cache)}
         report = EngineReport(
             str(path), backend, builder.version, {"name": graph.path.name, "sha256": sha256(graph.path)},
-            graph.metadata, shapes, asked, warnings, builder.gpu and builder.gpu.name, list(gpus), network_types=types,
+            graph.metadata, shapes, asked, warnings, gpu_name, list(gpus), network_types=types,
         )  # fmt: skip
         if uses_plugin:
             library, op_version = builder.plugins, graph.metadata["op_version"]

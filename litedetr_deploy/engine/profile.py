@@ -47,7 +47,7 @@ def shapes(
     if image_size is None and min(fixed) < 0:
         fix = "give the smallest, the best and the largest, as in --image-size 480x480,800x1333,1333x1333."
         raise LiteDetrError(f"the graph takes images of any size, and an engine must know which: {fix}")
-    sizes = image_size or [fixed]
+    sizes = image_size or [(fixed[0], fixed[1])]
     if min(fixed) >= 0 and {tuple(size) for size in sizes} != {tuple(fixed)}:
         raise LiteDetrError(
             f"the image size is {_text(sizes)}, and the graph's is fixed at {fixed[0]}x{fixed[1]}. Leave it out, or "
