@@ -1,11 +1,9 @@
 """TensorRT's builder: the one place that knows how TensorRT 10.3 to 11.x and TensorRT-RTX differ.
 
-- A network is strongly typed by a flag in 10 and always in 11, which has deprecated the flag.  Precision flags and
-  calibrators, gone in 11, are never used: the graph says what is half and what is INT8.
+- Networks are strongly typed, by a flag in 10 and always in 11; precision flags and calibrators, gone in 11, not used.
 - HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY came with 10.9.
-- The inspector's 'Format/Datatype' of a tensor became 'Format' and 'DataType' in 11.
-- TensorRT-RTX has no plugins and no timing cache, builds for compute capabilities that are named (the current one needs
-  a GPU), and numbers its versions from 1.
+- TensorRT-RTX has no plugins and no timing cache, and builds for compute capabilities that are named: the current one
+  needs a GPU.  Its versions count from 1.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ import json
 import os
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,14 +27,14 @@ if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
 
 HARDWARE_COMPATIBILITY = {
-    "none": "NONE",
-    "ampere+": "AMPERE_PLUS",
-    "same-compute-capability": "SAME_COMPUTE_CAPABILITY",
-}
+    "none": "NONE", "ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY",
+}  # fmt: skip
 # As the metadata of a graph name them, and TensorRT's DataType.
 PRECISIONS = {"fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
-# What the inspector calls them: 'Row major linear FP16 format', 'Half'.
+# What the inspector calls them, as in 'Row major linear FP16 format' and 'Half'; and where: of a tensor as
+# 'Format/Datatype' in 10, 'DataType' in 11, of weights as 'Type'.
 _INSPECTED = {"fp16": r"\b(fp16|half)\b", "bf16": r"\b(bf16|bfloat16)\b", "int8": r"\bint8\b"}
+_TYPE = r'"(?:format/datatype|datatype|type)": "([^"]*)"'
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0")  # for which TensorRT-RTX builds when nothing is said
 POLL = 0.2  # seconds between looks at the build, while Ctrl-C is waited for
 
@@ -58,125 +56,94 @@ class Options:
 
     def check(self, backend: str) -> None:
         """Raise LiteDetrError for what `backend` cannot be asked for."""
-        if self.hardware_compatibility not in HARDWARE_COMPATIBILITY:
-            raise LiteDetrError(
-                f"hardware_compatibility is {self.hardware_compatibility!r}; it must be "
-                f"{' or '.join(map(repr, HARDWARE_COMPATIBILITY))}."
-                f"{nearest(self.hardware_compatibility, HARDWARE_COMPATIBILITY)}"
-            )
+        level = self.hardware_compatibility
+        if level not in HARDWARE_COMPATIBILITY:
+            known = " or ".join(map(repr, HARDWARE_COMPATIBILITY)) + "." + nearest(level, HARDWARE_COMPATIBILITY)
+            raise LiteDetrError(f"hardware_compatibility is {level!r}; it must be {known}")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise LiteDetrError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
         if self.workspace is not None and self.workspace <= 0:
             raise LiteDetrError(f"workspace is {self.workspace}; it must be more than 0 GiB.")
         if backend == "tensorrt" and self.compute_capabilities:
             raise LiteDetrError(
-                f"compute_capabilities is {', '.join(self.compute_capabilities)}, and TensorRT builds "
-                "for the GPU that it builds on. Leave it out, or choose backend 'tensorrt-rtx'."
+                f"compute_capabilities is {', '.join(self.compute_capabilities)}, and TensorRT builds for the GPU that "
+                "it builds on. Leave it out, or choose backend 'tensorrt-rtx'."
             )
-        if backend == "tensorrt-rtx":
-            for name, given in (
-                ("timing_cache", self.timing_cache),
-                ("version_compatible", self.version_compatible),
-                ("hardware_compatibility", self.hardware_compatibility != "none"),
-            ):
-                if given:
-                    raise LiteDetrError(
-                        f"{name} is given, and is not supported by the backend 'tensorrt-rtx'. Leave it out, "
-                        "or choose backend 'tensorrt'."
-                    )
+        for name in ("timing_cache", "version_compatible", "hardware_compatibility"):
+            if backend == "tensorrt-rtx" and getattr(self, name) != getattr(Options, name):
+                fix = "Leave it out, or choose backend 'tensorrt'."
+                raise LiteDetrError(f"{name} is given, and is not supported by the backend 'tensorrt-rtx'. {fix}")
 
 
 class Builder:
-    """Parses ONNX models and builds engines.
+    """Parses ONNX models and builds engines with `backend`, 'tensorrt' or 'tensorrt-rtx'.
 
-    backend: 'tensorrt' or 'tensorrt-rtx'.
-    Raises LiteDetrError where it is not installed or, for 'tensorrt', where there is no GPU.
+    Raises LiteDetrError where that is not installed or, for 'tensorrt', where there is no GPU.
     """
 
     def __init__(self, backend: str):
         self.backend = backend
         self.trt = trt = import_tensorrt(backend)
         self.version = trt.__version__
-        if backend == "tensorrt":
-            try:
-                self.gpu = cuda.find_gpu()
-            except LiteDetrError as error:
-                raise LiteDetrError(
-                    f"TensorRT builds an engine on the GPU that it is for: {error} To build ahead of "
-                    "time, without a GPU, choose backend 'tensorrt-rtx'."
-                ) from error
+        try:
+            self.gpu = cuda.find_gpu() if backend == "tensorrt" else None
+        except LiteDetrError as error:
+            fix = "To build ahead of time, without a GPU, choose backend 'tensorrt-rtx'."
+            raise LiteDetrError(f"TensorRT builds an engine on the GPU that it is for: {error} {fix}") from error
         self.logger = message_logger(trt)
         self._builder: tensorrt.Builder = trt.Builder(self.logger)
         self.plugins: Path | None = None
 
     def check(self, options: Options) -> None:
         """Raise LiteDetrError for what this version cannot be asked for."""
-        options.check(self.backend)
         level = HARDWARE_COMPATIBILITY[options.hardware_compatibility]
         if level not in self.trt.HardwareCompatibilityLevel.__members__:
             raise LiteDetrError(
-                f"hardware_compatibility is {options.hardware_compatibility!r}, and TensorRT "
-                f"{self.version} does not have it. Choose 'ampere+', or install 10.9 or newer."
+                f"hardware_compatibility is {options.hardware_compatibility!r}, and TensorRT {self.version} does not "
+                "have it. Choose 'ampere+', or install 10.9 or newer."
             )
-        if options.compute_capabilities:
-            known = _compute_capabilities(self.trt)
-            if unknown := [one for one in options.compute_capabilities if one not in known]:
-                raise LiteDetrError(
-                    f"the compute capability {unknown[0]} is not one that {self.backend} "
-                    f"{self.version} builds for; these are {', '.join(known)}."
-                )
+        known = _compute_capabilities(self.trt) if options.compute_capabilities else {}
+        if unknown := [one for one in options.compute_capabilities if one not in known]:
+            raise LiteDetrError(
+                f"the compute capability {unknown[0]} is not one that {self.backend} {self.version} builds for; these "
+                f"are {', '.join(known)}."
+            )
 
-    def load_plugins(self) -> None:
-        """Make this package's attention ops known to the parser; raise LiteDetrError where that fails."""
-        self.plugins = load_plugins(self._builder.get_plugin_registry())
-
-    def parse(self, onnx: Path) -> tensorrt.INetworkDefinition:
+    def parse(self, onnx: Path, needs_plugins: bool = False) -> tensorrt.INetworkDefinition:
         """Return the network of an ONNX file; raise LiteDetrError for what the parser refuses."""
-        trt = self.trt
-        self._network = self._builder.create_network(_network_flags(trt, self.backend))
-        parser: tensorrt.OnnxParser = trt.OnnxParser(self._network, self.logger)
+        if needs_plugins:
+            self.plugins = load_plugins(self._builder.get_plugin_registry())
+        self._network = self._builder.create_network(_network_flags(self.trt, self.backend))
+        parser: tensorrt.OnnxParser = self.trt.OnnxParser(self._network, self.logger)
         if not _interruptible(lambda: parser.parse_from_file(str(onnx))):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             said = "; ".join(f"node {error.node_name() or error.node()}: {error.desc()}" for error in errors[:3])
             raise LiteDetrError(
-                f"{self.backend} {self.version} cannot read {onnx}: {said or self._said()}. Export it "
-                "again with `litedetr export --attention op` for TensorRT, `--attention gather` for "
-                "TensorRT-RTX."
+                f"{self.backend} {self.version} cannot read {onnx}: {said or self._said()}. Export it again with "
+                "`litedetr export --attention op` for TensorRT, `--attention gather` for TensorRT-RTX."
             )
         return self._network
 
     def count_types(self) -> dict[str, int]:
         """Return how many layers of the parsed network give fp16, bf16 and int8."""
-        names = {value: key for key, value in PRECISIONS.items()}
-        counts = dict.fromkeys(PRECISIONS, 0)
-        for i in range(self._network.num_layers):
-            layer = self._network.get_layer(i)
-            given = {layer.get_output(j).dtype.name for j in range(layer.num_outputs)}
-            for name in given & set(names):
-                counts[names[name]] += 1
-        return counts
+        layers = [self._network.get_layer(i) for i in range(self._network.num_layers)]
+        given = [{layer.get_output(i).dtype.name for i in range(layer.num_outputs)} for layer in layers]
+        return {name: sum(of_trt in types for types in given) for name, of_trt in PRECISIONS.items()}
 
     def build(self, shapes: dict, options: Options, progress: Callable[[float], None]) -> bytes:
-        """Return the serialized engine of the parsed network.
+        """Return the serialized engine of the parsed network; raise LiteDetrError where TensorRT fails.
 
-        Ctrl-C cancels: TensorRT stops at the end of its step, and KeyboardInterrupt is raised.
-
-        Args:
-            shapes: input -> its smallest, best and largest shape.
-            options: what was asked for.
-            progress: called with the part that is done, 0 to 1, from another thread.
-
-        Raises:
-            LiteDetrError: where TensorRT fails.
+        shapes: input -> its smallest, best and largest shape; progress: called with the part that is done, 0 to 1, from
+        another thread.  Ctrl-C cancels at the end of TensorRT's step; then KeyboardInterrupt is raised.
         """
         config = self._configure(shapes, options)
-        monitor = _monitor(self.trt, progress)
-        config.progress_monitor = monitor
-        plan = _interruptible(lambda: self._builder.build_serialized_network(self._network, config), monitor.cancel)
+        monitor, cancel = _monitor(self.trt, progress)
+        config.progress_monitor = monitor  # TensorRT holds no reference
+        plan = _interruptible(lambda: self._builder.build_serialized_network(self._network, config), cancel)
         if plan is None:
             raise LiteDetrError(
-                f"{self.backend} {self.version} cannot build the engine: {self._said()}. If memory is "
-                "short, build for a smaller batch or image size, or with a smaller --workspace."
+                f"{self.backend} {self.version} cannot build the engine: {self._said()}. If memory is short, build for "
+                "a smaller batch or image size, or with a smaller --workspace."
             )
         if options.timing_cache:
             with replaced_when_done(options.timing_cache) as temporary:
@@ -185,8 +152,7 @@ class Builder:
 
     def _configure(self, shapes: dict, options: Options) -> tensorrt.IBuilderConfig:
         trt, config = self.trt, self._builder.create_builder_config()
-        # The inspector's layers with their types; costs nothing at run time.
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; costs nothing at run time
         if not options.tf32:
             config.clear_flag(trt.BuilderFlag.TF32)
         if options.workspace is not None:
@@ -202,7 +168,6 @@ class Builder:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.__members__[level]
         if options.compute_capabilities:
             known = _compute_capabilities(trt)
-            # Of TensorRT-RTX alone.
             config.num_compute_capabilities = len(options.compute_capabilities)  # type: ignore[attr-defined]
             for i, one in enumerate(options.compute_capabilities):
                 config.set_compute_capability(known[one], i)  # type: ignore[attr-defined]
@@ -218,8 +183,8 @@ class Builder:
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise LiteDetrError(
-                f"TensorRT {self.version} cannot use the timing cache {path}: it is damaged, or of "
-                "another version or GPU. Name another file, or remove this one."
+                f"TensorRT {self.version} cannot use the timing cache {path}: it is damaged, or of another version or "
+                "GPU. Name another file, or remove this one."
             )
 
     def _said(self):
@@ -244,65 +209,50 @@ def _compute_capabilities(trt) -> dict:
 
 
 def _interruptible(work: Callable, cancel: Callable[[], None] = lambda: None):
-    """Return `work()`, done in a thread of its own: the main thread must be free to take Ctrl-C, which TensorRT's
-    callbacks would swallow.  It then calls `cancel()`, waits for the end, and passes on KeyboardInterrupt."""
-    results, errors, done = [], [], threading.Event()
+    """Return `work()`, done in a thread of its own: in the main thread TensorRT's callbacks would swallow Ctrl-C, upon
+    which this calls `cancel()`, waits for the end, and passes on KeyboardInterrupt."""
+    future = Future()
 
     def run():
         try:
-            results.append(work())
+            future.set_result(work())
         except BaseException as error:
-            errors.append(error)
-        finally:
-            done.set()
+            future.set_exception(error)
 
-    try:
+    try:  # no ThreadPoolExecutor: it does not wait for a thread in whose start() Ctrl-C came
         threading.Thread(target=run, name="TensorRT").start()
-        # Not join(): up to Python 3.12 an interrupted join takes the thread for ended.
-        while not done.wait(POLL):
+        while not wait([future], POLL).done:
             pass
     except KeyboardInterrupt:
         cancel()
-        done.wait()
+        wait([future])
         raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
 
 
 def _monitor(trt, progress):
-    """A progress monitor that reports one fraction, and stops the build once it is told to `cancel()`."""
+    """Return a progress monitor that reports one fraction, and what cancels the build that it is told of."""
+    phases, cancelled = Progress(), threading.Event()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
-        def __init__(self):
-            trt.IProgressMonitor.__init__(self)
-            self._cancelled = False
-            self._progress = Progress()
-
-        def cancel(self):
-            self._cancelled = True
-
         def phase_start(self, phase, parent, steps):
-            self._progress.start(phase, parent, steps)
+            phases.start(phase, parent, steps)
 
         def step_complete(self, phase, step):
-            progress(self._progress.step(phase, step))
-            return not self._cancelled
+            progress(phases.step(phase, step))
+            return not cancelled.is_set()
 
         def phase_finish(self, phase):
-            self._progress.finish(phase)
+            phases.finish(phase)
 
-    return Monitor()
+    return Monitor(), cancelled.set
 
 
 class Progress:
-    """The part of a build that is done, 0 to 1, of phases that have steps, of which each can be a phase of its own.
-
-    TensorRT calls it from several threads.
-    """
+    """The part of a build that is done, 0 to 1, of phases that have steps, of which each can be a phase of its own."""
 
     def __init__(self):
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # TensorRT calls from several threads
         self._phases = {}  # name -> [parent, steps, steps done]
         self._done = 0.0
 
@@ -340,20 +290,5 @@ def inspect(trt, gpu: cuda.Gpu, plan: Path, record: dict) -> list[dict]:
 
 def count_layer_types(layers: list) -> dict[str, int]:
     """Return how many of the inspector's layers have inputs, outputs or weights in fp16, bf16 and int8."""
-    counts = Counter(dict.fromkeys(PRECISIONS, 0))
-    for layer in layers:
-        text = " ".join(_types(layer)).lower()
-        counts.update(name for name, pattern in _INSPECTED.items() if re.search(pattern, text))
-    return dict(counts)
-
-
-def _types(layer):
-    """What a layer says about types: 'Format/Datatype' (10) or 'DataType' (11) of a tensor, 'Type' of weights."""
-    if not isinstance(layer, dict):
-        return
-    for key in ("Inputs", "Outputs"):
-        for tensor in layer.get(key, ()):
-            yield from (str(value) for name, value in tensor.items() if name.lower() in ("format/datatype", "datatype"))
-    for value in layer.values():
-        if isinstance(value, dict) and "Type" in value:
-            yield str(value["Type"])
+    texts = [" ".join(re.findall(_TYPE, json.dumps(layer).lower())) for layer in layers]
+    return {name: sum(bool(re.search(pattern, text)) for text in texts) for name, pattern in _INSPECTED.items()}

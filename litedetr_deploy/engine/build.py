@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -9,24 +10,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..artifact import (
-    CANNOT_TELL,
-    ENGINE_SUFFIXES,
-    FAILED,
-    NOT_VERIFIED,
-    check_external_data,
-    check_file,
-    distrust,
-    load_onnx,
-    onnx_metadata,
-    sha256,
-)  # fmt: skip
+from .. import artifact
+from ..artifact import CANNOT_TELL, ENGINE_SUFFIXES, FAILED, NOT_VERIFIED, sha256
 from ..errors import CheckFailed, LiteDetrError, nearest, not_installed
 from ..export.limits import ATTENTIONS, PRECISIONS
 from ..files import folder_beside
 from ..ops import schema
 from ..runtime import cuda
-from ..runtime.session import OnnxSession, check_op_version, check_opset
+from ..runtime.session import OnnxSession, check_op_version
 from ..runtime.tensorrt import MODULES, TensorRTSession, record_path
 from ..verify.engine import verify_engine
 from ..verify.verdict import Verdict
@@ -74,58 +65,40 @@ class EngineReport:
         return not self.lost_precision and self.verdict.status not in (FAILED, CANNOT_TELL)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {
-            "verdict": self.verdict.to_dict(),
-            "lost_precision": self.lost_precision,
-            "passed": self.passed,
-        }
+        properties = {"lost_precision": self.lost_precision, "passed": self.passed}
+        return asdict(self) | {"verdict": self.verdict.to_dict()} | properties
 
 
 def build_engine(
-    model,
-    path: str | os.PathLike,
-    backend: str = "tensorrt",
-    options: Options | None = None,
-    precision: str = "fp32",
-    variant: str | None = None,
-    force_variant: bool = False,
-    allow_known_bad: bool = False,
-    allow_unverified: bool = False,
-    verify: bool = True,
-    images=None,
-    progress: Callable = lambda stage, done=0, total=None: None,
-    **single,
-) -> EngineReport:
-    """Build an engine, look into it and compare it with the ONNX model.
+    model, path: str | os.PathLike, backend: str = "tensorrt", options: Options | None = None,
+    precision: str = "fp32", variant: str | None = None, force_variant: bool = False,
+    allow_known_bad: bool = False, allow_unverified: bool = False,
+    verify: bool = True, images=None, progress: Callable = lambda stage, done=0, total=None: None, **single,
+) -> EngineReport:  # fmt: skip
+    """Build an engine, look into it and compare it with the ONNX model; return the report.
 
-    Args:
-        model: path of an ONNX model of `litedetr export`; or a checkpoint, the name of weights that come with the
-            package, or what `load_model` returned, which is exported first, with the attention that `backend` takes.
-            Of weights, one image size is what they are exported for (800x1333), several make the graph dynamic.
-        path: of the engine, .plan or .engine.  `<path>.json` describes it, `<path>.layers.json` lists its layers.
-        backend: 'tensorrt', on the GPU that it is for; 'tensorrt-rtx', which needs no GPU.
-        options: what the engine takes and how it is built.
-        precision, variant, force_variant: of an export, see `export_onnx` and `load_model`.
-        allow_known_bad: build with a version that is known to go wrong; the report's `warnings` say how.
-        allow_unverified: build from a model that was not verified, or was changed since; `warnings` say so.
-        images: to verify with; None: the package draws one.
-        progress: called as progress(stage, done, total) when a stage begins, and while TensorRT builds.
-        single: fields of `options`, as in batch=(1, 1, 4).
+    Without a GPU the engine cannot be looked into or compared: the report says so.  A comparison that fails is not an
+    error: see its `passed`.  The files appear complete or not at all.
 
-    Returns:
-        The report.  Without a GPU the engine cannot be looked into or compared: it says so.  A comparison that fails
-        is not an error: see `passed`.  The files appear complete or not at all.
+    model: path of an ONNX model of `litedetr export`; or a checkpoint, the name of weights that come with the package,
+        or what `load_model` returned, which is exported first, with the attention that `backend` takes.  Of weights,
+        one image size is what they are exported for (800x1333), several make the graph dynamic.
+    path: of the engine, .plan or .engine.  `<path>.json` describes it, `<path>.layers.json` lists its layers.
+    backend: 'tensorrt', on the GPU that it is for; 'tensorrt-rtx', which needs no GPU.
+    precision, variant, force_variant: of an export, see `export_onnx` and `load_model`.
+    allow_known_bad: build with a version that is known to go wrong; the report's `warnings` say how.
+    allow_unverified: build from a model that was not verified, or was changed since; `warnings` say so.
+    images: to verify with; None: the package draws one.
+    progress: called as progress(stage, done, total) when a stage begins, and while TensorRT builds.
+    single: fields of `options`, as in batch=(1, 1, 4).
 
-    Raises:
-        LiteDetrError: for bad options, and for a model that is not verified.
-        CheckFailed: where the graph's precision is lost before anything is built.
+    Raises LiteDetrError for bad options, and for a model that is not verified; CheckFailed where the graph's precision
+    is lost before anything is built.
     """
-    start = time.monotonic()
+    start, path = time.monotonic(), Path(path)
     if backend not in MODULES:
-        raise LiteDetrError(
-            f"backend is {backend!r}; it must be {' or '.join(map(repr, MODULES))}.{nearest(backend, MODULES)}"
-        )
-    path = Path(path)
+        known = " or ".join(map(repr, MODULES)) + "." + nearest(backend, MODULES)
+        raise LiteDetrError(f"backend is {backend!r}; it must be {known}")
     if path.suffix.lower() not in ENGINE_SUFFIXES:
         raise LiteDetrError(f"the engine is {path}; its name must end in {' or '.join(ENGINE_SUFFIXES)}.")
     options = replace(options or Options(), **single)
@@ -133,78 +106,66 @@ def build_engine(
         options = replace(options, compute_capabilities=api.RTX_TARGETS)
     options.check(backend)
     profile.check(options.batch, options.image_size)
-    onnx, doubt = _onnx_path(model), ""
-    graph = _Graph(onnx) if onnx else None
-    if graph:
-        graph.check(backend)
-        doubt = distrust(onnx, graph.metadata)
+    graph, doubt = None, ""
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == ".onnx":
+        graph = _Graph(Path(model), backend)
+        doubt = artifact.distrust(model, graph.metadata)
         if doubt and not allow_unverified:
-            raise LiteDetrError(
-                f"{onnx} {doubt}, so no engine is built of it. Export it again, or build with --allow-unverified "
-                "(allow_unverified=True)."
-            )
+            fix = "Export it again, or build with --allow-unverified (allow_unverified=True)."
+            raise LiteDetrError(f"{model} {doubt}, so no engine is built of it. {fix}")
     progress(f"start {backend}")
     builder = api.Builder(backend)
     builder.check(options)
+    checking = {"verify": verify, "images": images, "progress": progress}
     with folder_beside(path) as folder:
         if graph is None:
-            onnx = Path(folder, "model.onnx")
-            _export(
-                model, onnx, backend, options.image_size, precision, variant, force_variant, verify, images, progress
-            )
-            graph = _Graph(onnx)
-        gpus = (builder.gpu.compute_capability,) if backend == "tensorrt" else options.compute_capabilities
+            onnx = folder / "model.onnx"
+            _export(model, onnx, variant, force_variant, options.image_size, attention=ATTENTION[backend],
+                    precision=precision, **checking)  # fmt: skip
+            graph = _Graph(onnx, backend)
+        gpus = (builder.gpu.compute_capability,) if builder.gpu else tuple(options.compute_capabilities)
         target = known_bad.Target(
-            backend, api.version_numbers(builder.version), graph.precision, graph.operators, tuple(gpus),
+            backend, api.version_numbers(builder.version), graph.precision, graph.operators, gpus,
             known_bad.find_jetpack(),
         )  # fmt: skip
-        warnings = known_bad.gate(target, allow_known_bad) + ([f"{onnx} {doubt}"] if doubt else [])
+        warnings = known_bad.gate(target, allow_known_bad) + ([f"{model} {doubt}"] if doubt else [])
         progress("read the ONNX model")
         uses_plugin = graph.metadata["attention"] == "op"
-        if uses_plugin:
-            builder.load_plugins()
-        network = builder.parse(onnx)
+        network = builder.parse(graph.path, uses_plugin)
         inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
         shapes = profile.shapes(inputs, options.batch, options.image_size)
         types = builder.count_types()
         if graph.precision != "fp32" and not types[graph.precision]:
             raise CheckFailed(
-                f"{graph.path} says that its precision is {graph.precision}, and {backend} "
-                f"{builder.version} reads no layer of that type in it. Export the model again."
+                f"{graph.path} says that its precision is {graph.precision}, and {backend} {builder.version} reads no "
+                "layer of that type in it. Export the model again."
             )
+        gpu_name = builder.gpu.name if builder.gpu else None
+        asked = asdict(options) | {"timing_cache": options.timing_cache and str(options.timing_cache)}
         report = EngineReport(
             str(path), backend, builder.version, {"name": graph.path.name, "sha256": sha256(graph.path)},
-            graph.metadata, shapes, _plain(options), warnings, compute_capabilities=list(gpus), network_types=types,
+            graph.metadata, shapes, asked, warnings, gpu_name, list(gpus), network_types=types,
         )  # fmt: skip
-        if backend == "tensorrt":
-            report.gpu = builder.gpu.name
         if uses_plugin:
-            report.plugin = {
-                "name": builder.plugins.name,
-                "sha256": sha256(builder.plugins),
-                "op_version": graph.metadata["op_version"],
-            }
+            library, op_version = builder.plugins, graph.metadata["op_version"]
+            report.plugin = {"name": library.name, "sha256": sha256(library), "op_version": op_version}
             report.plugin_inside = options.version_compatible
         stage = "build the engine"
         progress(stage, 0, 1)
-        plan = Path(folder, path.name)
+        plan = folder / path.name
         plan.write_bytes(builder.build(shapes, options, lambda done: progress(stage, done, 1)))
         report.size_bytes, report.sha256 = plan.stat().st_size, sha256(plan)
-        record = record_path(plan)
+        record, table = record_path(plan), Path(f"{plan}.layers.json")
         record.write_text(json.dumps(report.to_dict()))
-        layers = _examine(report, builder.trt, plan, onnx, verify, images, progress)
+        layers = _examine(report, builder.trt, plan, graph.path, **checking)
         report.metadata = report.metadata | {"verification": _verification(report.verdict, graph.metadata, doubt)}
         report.seconds = round(time.monotonic() - start, 1)
         record.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        targets = {record: record_path(path), plan: path}
-        table = Path(f"{path}.layers.json")
-        table.unlink(missing_ok=True)  # of an engine that was here before
+        path.with_name(table.name).unlink(missing_ok=True)  # of an engine that was here before
         if layers is not None:
-            staged = Path(folder, table.name)
-            staged.write_text(json.dumps(layers, indent=2) + "\n")
-            targets[staged] = table
-        for file, final in targets.items():
-            os.replace(file, final)
+            table.write_text(json.dumps(layers, indent=2) + "\n")
+        for file in filter(Path.exists, (record, plan, table)):
+            os.replace(file, path.with_name(file.name))
     return report
 
 
@@ -221,51 +182,37 @@ def _verification(verdict: Verdict, metadata: dict, doubt: str) -> dict:
 
 
 class _Graph:
-    """What of an ONNX file matters before it is parsed."""
+    """What of an ONNX file matters before it is parsed; raises LiteDetrError for one that `backend` cannot take."""
 
-    def __init__(self, path: Path):
-        proto = load_onnx(path, weights=False)
-        check_external_data(path, proto)
-        self.path, self.metadata = path, onnx_metadata(proto, path)
+    def __init__(self, path: Path, backend: str):
+        proto = artifact.load_onnx(path, weights=False)
+        artifact.check_external_data(path, proto)
+        self.path, self.metadata = path, artifact.onnx_metadata(proto, path)
         for key, allowed in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
             if (value := self.metadata.get(key)) not in allowed:
-                raise LiteDetrError(
-                    f"the metadata of {path} gives {value!r} as {key}; it must be {' or '.join(map(repr, allowed))}. "
-                    "Export the model again."
-                )
+                known = " or ".join(map(repr, allowed)) + ". Export the model again."
+                raise LiteDetrError(f"the metadata of {path} gives {value!r} as {key}; it must be {known}")
         self.precision = self.metadata["precision"]
         self.operators = frozenset(node.op_type for node in proto.graph.node)
-        self.opsets = {opset.domain: opset.version for opset in proto.opset_import}
-
-    def check(self, backend: str) -> None:
-        """Raise LiteDetrError for a graph that `backend` cannot take."""
-        check_opset(self.path, self.opsets.get(schema.DOMAIN))
-        check_op_version(self.path, self.metadata)
+        opsets = {opset.domain: opset.version for opset in proto.opset_import}
+        check_op_version(path, self.metadata, opsets.get(schema.DOMAIN))
         if backend == "tensorrt-rtx" and self.metadata["attention"] == "op":
             raise LiteDetrError(
-                f"{self.path} holds the fused attention ops, and TensorRT-RTX has no plugins to run "
-                "them. Export the model with `litedetr export --attention gather`, or give its "
-                "checkpoint to `litedetr build`, which exports the right graph itself."
+                f"{path} holds the fused attention ops, and TensorRT-RTX has no plugins to run them. Export the model "
+                "with `litedetr export --attention gather`, or give its checkpoint to `litedetr build`, which exports "
+                "the right graph itself."
             )
-        opset = self.opsets.get("", self.opsets.get("ai.onnx", 0))
+        opset = opsets.get("", opsets.get("ai.onnx", 0))
         if "GridSample" in self.operators and opset >= FIRST_MISREAD_OPSET:
             raise LiteDetrError(
-                f"{self.path} holds GridSample nodes of opset {opset}: from opset "
-                f"{FIRST_MISREAD_OPSET} on, TensorRT's parser reads their 'linear' as nearest without "
-                "a word (NVIDIA/TensorRT issue 4646). Export the model with --attention op or gather."
+                f"{path} holds GridSample nodes of opset {opset}: from opset {FIRST_MISREAD_OPSET} on, TensorRT's "
+                "parser reads their 'linear' as nearest without a word (NVIDIA/TensorRT issue 4646). Export the model "
+                "with --attention op or gather."
             )
 
 
-def _onnx_path(model) -> Path | None:
-    """The path of an ONNX model; None for what has to be exported first."""
-    if not isinstance(model, (str, os.PathLike)) or Path(model).suffix.lower() != ".onnx":
-        return None
-    check_file(model, "an ONNX model that `litedetr export` made, or of a checkpoint")
-    return Path(model)
-
-
-def _export(model, onnx, backend, image_size, precision, variant, force_variant, verify, images, progress):
-    progress("load PyTorch and the checkpoint")
+def _export(model, onnx, variant, force_variant, image_size, **options):
+    options["progress"]("load PyTorch and the checkpoint")
     try:
         from ..export.export import export_onnx
         from ..model.checkpoints import load_model
@@ -273,15 +220,11 @@ def _export(model, onnx, backend, image_size, precision, variant, force_variant,
         raise (not_installed(error, f"{model} is no .onnx file, so it is exported first, which") or error) from error
     if isinstance(model, (str, os.PathLike)):
         model = load_model(os.fspath(model), variant, force_variant)
-    sizes = {tuple(size) for size in image_size} if image_size else {(800, 1333)}
-    report = export_onnx(
-        model, onnx, attention=ATTENTION[backend], precision=precision,
-        image_size=sizes.pop() if len(sizes) == 1 else None, verify=verify, images=images, progress=progress,
-    )  # fmt: skip
-    if verify and not report.verdict.passed:
-        raise CheckFailed(
-            f"no engine was built: {report.verdict}. Run `litedetr export` on the same weights to see all figures."
-        )
+    sizes = {tuple(size) for size in image_size or [(800, 1333)]}
+    report = export_onnx(model, onnx, image_size=sizes.pop() if len(sizes) == 1 else None, **options)
+    if options["verify"] and not report.verdict.passed:
+        fix = "Run `litedetr export` on the same weights to see all figures."
+        raise CheckFailed(f"no engine was built: {report.verdict}. {fix}")
 
 
 def _examine(report, trt, plan, onnx, verify, images, progress):
@@ -289,33 +232,22 @@ def _examine(report, trt, plan, onnx, verify, images, progress):
     try:
         gpu = cuda.find_gpu()
         if report.backend == "tensorrt-rtx" and gpu.compute_capability not in report.compute_capabilities:
-            raise LiteDetrError(
-                f"the engine is for compute capability {', '.join(report.compute_capabilities)}, and "
-                f"{gpu.name} has {gpu.compute_capability}"
-            )
+            targets, here = ", ".join(report.compute_capabilities), f"{gpu.name} has {gpu.compute_capability}"
+            raise LiteDetrError(f"the engine is for compute capability {targets}, and {here}")
     except LiteDetrError as error:
         report.not_inspected = report.verdict.skipped = str(error)
         return None
     progress("inspect the engine")
     layers = api.inspect(trt, gpu, plan, report.to_dict())
     report.layer_types = api.count_layer_types(layers)
+    precision = report.metadata["precision"]
     if not verify:
         report.verdict.skipped = "it was not asked for"
-    elif report.metadata["precision"] == "bf16":
+    elif precision == "bf16":
         report.verdict.skipped = "ONNX Runtime's CPU does not compute in bfloat16"
     else:
         smallest, best, largest = report.shapes["images"]
-        session = TensorRTSession(plan)
-        try:
-            report.verdict = verify_engine(
-                session, OnnxSession(onnx), report.metadata["precision"], (smallest[0], largest[0]),
-                sorted({best[2:], largest[2:]}), images, progress,
-            )  # fmt: skip
-        finally:
-            session.close()
+        batch, sizes = (smallest[0], largest[0]), sorted({best[2:], largest[2:]})
+        with contextlib.closing(TensorRTSession(plan)) as session:
+            report.verdict = verify_engine(session, OnnxSession(onnx), precision, batch, sizes, images, progress)
     return layers
-
-
-def _plain(options: Options) -> dict:
-    values = asdict(options)
-    return values | {"timing_cache": values["timing_cache"] and str(values["timing_cache"])}

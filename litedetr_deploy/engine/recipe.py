@@ -1,7 +1,7 @@
 """Recipes: the options of `litedetr export` and `litedetr build` for one model on one target, as a TOML file.
 
 A recipe has a table for each command, [export] and [build]; its keys are the command's options, with _ for -.  What
-both commands need to know of the model, such as its variant, [export] says.  What the command line says counts more.
+both need to know of the model, such as its variant, [export] says.  What the command line says counts more.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from ..errors import LiteDetrError, nearest
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
 COMMANDS = ("export", "build")
 
 
 def read_recipe(path: str | os.PathLike, command: str, options: Collection[str]) -> dict:
-    """Return the options that a recipe gives to `command`, one of COMMANDS; `options` are the names that it has.
+    """Return the options that a recipe gives to `command`, one of COMMANDS, which has those named in `options`.
 
-    Raises:
-        LiteDetrError: for a file that is no recipe, one that says nothing to the command, and an unknown option.
+    Raises LiteDetrError for a file that is no recipe, one that says nothing to the command, and an unknown option.
     """
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib
     try:
         recipe = tomllib.loads(Path(path).read_text())
     except OSError as error:
@@ -36,9 +36,7 @@ def read_recipe(path: str | os.PathLike, command: str, options: Collection[str])
     if command not in recipe:
         raise LiteDetrError(f"the recipe {path} has no table [{command}]: it says nothing to `litedetr {command}`.")
     if unknown := set(recipe[command]) - set(options):
-        raise LiteDetrError(
-            f"the recipe {path} gives `litedetr {command}` the option {min(unknown)!r}; it has "
-            f"{', '.join(sorted(options))}.{nearest(min(unknown), options)}"
-        )
+        known = ", ".join(sorted(options)) + "." + nearest(min(unknown), options)
+        raise LiteDetrError(f"the recipe {path} gives `litedetr {command}` the option {min(unknown)!r}; it has {known}")
     shared = recipe.get("export", {}) if command == "build" else {}
     return {name: value for name, value in shared.items() if name in options} | recipe[command]

@@ -1,4 +1,1 @@
-"""Artifact -> detections: sessions, images in and out.
-
-Needs numpy, Pillow and (when a session is made) ONNX Runtime; never torch or onnx.
-"""
+"""Artifact -> detections: sessions, images in and out.  Never imports torch; ONNX Runtime with the first session."""

@@ -12,14 +12,12 @@ from ..errors import LiteDetrError
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that CUDA numbers 0."""
-
     name: str
     compute_capability: str  # '8.6'
 
 
 def find_gpu() -> Gpu:
-    """Return the GPU; raise LiteDetrError, which says why, where there is none that can be used."""
+    """Return the GPU that CUDA numbers 0; raise LiteDetrError, which says why, where there is none to be used."""
     properties = _call(_bindings().cudaGetDeviceProperties, 0)
     return Gpu(properties.name.decode(), f"{properties.major}.{properties.minor}")
 
@@ -28,22 +26,24 @@ class Device:
     """One stream on the GPU, and the memory that is used on it."""
 
     def __init__(self):
-        self._stream = None
-        self._device_memory, self._host_memory, self._graphs = [], [], []
+        self._held = []  # (what releases a thing, the thing), in the order in which they were made
         self._cuda = _bindings()
-        self._stream = _call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
-        self.stream = int(self._stream)
+        stream = _call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
+        self._stream = self._hold(self._cuda.cudaStreamDestroy, stream)
+        self.stream = int(stream)
+
+    def _hold(self, release, thing):
+        self._held.append((release, thing))
+        return thing
 
     def allocate(self, size: int) -> int:
         """Return the address of `size` bytes on the GPU."""
-        address = int(_call(self._cuda.cudaMalloc, max(size, 1)))
-        self._device_memory.append(address)
-        return address
+        return self._hold(self._cuda.cudaFree, int(_call(self._cuda.cudaMalloc, max(size, 1))))
 
     def allocate_host(self, size: int) -> np.ndarray:
         """Return `size` bytes of the host, uint8, that the GPU copies without a detour."""
         address = int(_call(self._cuda.cudaHostAlloc, max(size, 1), self._cuda.cudaHostAllocDefault))
-        self._host_memory.append(address)
+        self._hold(self._cuda.cudaFreeHost, address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def to_device(self, address: int, array: np.ndarray) -> None:
@@ -62,10 +62,7 @@ class Device:
         _call(self._cuda.cudaStreamSynchronize, self._stream)
 
     def capture(self, enqueue):
-        """Return a CUDA graph of the work that `enqueue()` puts on the stream; None where it cannot be captured.
-
-        The work is not done.
-        """
+        """Return a CUDA graph of what `enqueue()` puts on the stream, which is not run; None where that fails."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _call(self._cuda.cudaStreamBeginCapture, self._stream, mode)
         captured = enqueue()
@@ -75,30 +72,22 @@ class Device:
             return None
         executable = _call(self._cuda.cudaGraphInstantiate, graph, 0)
         _call(self._cuda.cudaGraphDestroy, graph)
-        self._graphs.append(executable)
-        return executable
+        return self._hold(self._cuda.cudaGraphExecDestroy, executable)
 
     def launch(self, graph) -> None:
         _call(self._cuda.cudaGraphLaunch, graph, self._stream)
 
     def destroy(self, graph) -> None:
-        self._graphs.remove(graph)
+        self._held.remove((self._cuda.cudaGraphExecDestroy, graph))
         _call(self._cuda.cudaGraphExecDestroy, graph)
 
     def close(self) -> None:
         """Give everything back; what was allocated must not be used any more."""
-        if self._stream is None:
-            return
-        self._cuda.cudaStreamSynchronize(self._stream)
-        for release, things in (
-            (self._cuda.cudaGraphExecDestroy, self._graphs),
-            (self._cuda.cudaFree, self._device_memory),
-            (self._cuda.cudaFreeHost, self._host_memory),
-            (self._cuda.cudaStreamDestroy, [self._stream]),
-        ):
-            for thing in things:
-                release(thing)
-        self._graphs, self._device_memory, self._host_memory, self._stream = [], [], [], None
+        if self._held:
+            self._cuda.cudaStreamSynchronize(self._stream)
+        while self._held:
+            release, thing = self._held.pop()
+            release(thing)
 
     def __del__(self):
         self.close()
@@ -112,10 +101,8 @@ def _bindings():
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise LiteDetrError(
-            f"NVIDIA's CUDA bindings for Python cannot be imported ({error}). Install them with "
-            "`pip install litedetr-deploy[gpu]`."
-        ) from error
+        fix = "Install them with `pip install litedetr-deploy[gpu]`."
+        raise LiteDetrError(f"NVIDIA's CUDA bindings for Python cannot be imported ({error}). {fix}") from error
     return runtime
 
 
@@ -125,24 +112,17 @@ def _call(function, *arguments):
     try:
         error, *values = function(*arguments)
     except Exception as missing:  # the bindings' own, where the driver's library is not there
-        raise LiteDetrError(
-            f"no GPU here (CUDA: {missing}). Run this on a machine with an NVIDIA GPU and its driver."
-        ) from missing
-    success, out_of_memory = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorMemoryAllocation
-    if error == success:
+        fix = "Run this on a machine with an NVIDIA GPU and its driver."
+        raise LiteDetrError(f"no GPU here (CUDA: {missing}). {fix}") from missing
+    codes = runtime.cudaError_t
+    if error == codes.cudaSuccess:
         return values[0] if values else None
     text = runtime.cudaGetErrorString(error)[1].decode()
-    if error == out_of_memory:
-        raise OutOfMemory(
-            f"the GPU has too little memory left: {function.__name__}{arguments} fails ({text}). End "
-            "what else runs on it, or build the engine for a smaller batch or image size."
-        )
-    if error in (runtime.cudaError_t.cudaErrorNoDevice, runtime.cudaError_t.cudaErrorInsufficientDriver):
-        raise LiteDetrError(
-            f"no GPU here (CUDA: {text}). Run this on a machine with an NVIDIA GPU, and a driver as "
-            "new as the installed CUDA bindings."
-        )
-    raise LiteDetrError(
-        f"CUDA fails in {function.__name__}: {text} ({error.name}). Run the program again; if it "
-        "stays, look at the driver's log (dmesg)."
-    )
+    if error == codes.cudaErrorMemoryAllocation:
+        fix = "End what else runs on it, or build the engine for a smaller batch or image size."
+        raise OutOfMemory(f"the GPU has too little memory left: {function.__name__}{arguments} fails ({text}). {fix}")
+    if error in (codes.cudaErrorNoDevice, codes.cudaErrorInsufficientDriver):
+        fix = "Run this on a machine with an NVIDIA GPU, and a driver as new as the installed CUDA bindings."
+        raise LiteDetrError(f"no GPU here (CUDA: {text}). {fix}")
+    fix = "Run the program again; if it stays, look at the driver's log (dmesg)."
+    raise LiteDetrError(f"CUDA fails in {function.__name__}: {text} ({error.name}). {fix}")

@@ -28,18 +28,14 @@ class Detections:
 
 
 class Detector:
-    """Runs an artifact on images.
+    """Runs an artifact on images; with a `Notice` where it is not verified, or was changed since.
 
-    An artifact that was not verified, or was changed since, runs with a `Notice` (see `artifact.distrust`).
+    artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that `litedetr build`
+        made from one; or a session, which has what `OnnxSession` has.
+    providers, threads: as `open_session` takes them.
+    class_names: name of each label; those in the artifact when not given.
 
-    Args:
-        artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that
-            `litedetr build` made from one; or a session, which has what `OnnxSession` has.
-        providers, threads: as `open_session` takes them.
-        class_names: name of each label; those in the artifact when not given.
-
-    Raises:
-        LiteDetrError: when the artifact cannot be loaded or does not have a detector's inputs and outputs.
+    Raises LiteDetrError when the artifact cannot be loaded or does not have a detector's inputs and outputs.
     """
 
     def __init__(self, artifact, providers=None, threads=None, class_names=None):
@@ -50,39 +46,34 @@ class Detector:
         inputs, outputs = set(self.session.inputs), set(self.session.outputs)
         self.raw = {"pred_logits", "pred_boxes"} <= outputs
         wanted = {"images"} if self.raw else {"images", "orig_target_sizes"}
-        if not (self.raw or {"labels", "boxes", "scores"} <= outputs) or not wanted <= inputs <= wanted | {
-            "pixel_mask"
-        }:
+        gives = self.raw or {"labels", "boxes", "scores"} <= outputs
+        if not gives or not wanted <= inputs <= wanted | {"pixel_mask"}:
             raise LiteDetrError(
-                f"{artifact} is no detector that can be run: its inputs are {sorted(inputs)} and its "
-                f"outputs {sorted(outputs)}. Wanted: images and orig_target_sizes -> labels, boxes, "
-                "scores, or images -> pred_logits, pred_boxes. `litedetr export` makes such a model."
+                f"{artifact} is no detector that can be run: its inputs are {sorted(inputs)} and its outputs "
+                f"{sorted(outputs)}. Wanted: images and orig_target_sizes -> labels, boxes, scores, or images -> "
+                "pred_logits, pred_boxes. `litedetr export` makes such a model."
             )
         self.takes_mask = "pixel_mask" in inputs
         height, width = self.session.inputs["images"][2:]
         # (height, width) of the input, None when dynamic
         self.image_size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
-    def predict(
-        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None
-    ) -> list[Detections]:
+    def predict(self, images, threshold: float = 0, batch_size: int = 1, resize: str | None = None) -> list[Detections]:
         """Return a list with the `Detections` of each image, their boxes clipped to it.
 
-        Args:
-            images: one image or an iterable of them, each as `load_image` takes it.
-            threshold: detections with a lower score are dropped.
-            batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
-            resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official
-                evaluation's 'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model
-                takes a pixel mask, else 'stretch'.
+        images: one image or an iterable of them, each as `load_image` takes it.
+        threshold: detections with a lower score are dropped.
+        batch_size: images a run at most.  More than 1 pays where images share a size after the resize.
+        resize: 'shortest_edge', 'stretch' or 'letterbox' (see `prepare`).  Not given, it is the official evaluation's
+            'shortest_edge' for a model of dynamic size; for a fixed size 'letterbox' where the model takes a pixel
+            mask, else 'stretch'.
 
-        Raises:
-            LiteDetrError: for an image that cannot be read and for a `resize` that the model cannot take.
+        Raises LiteDetrError for an image that cannot be read and for a `resize` that the model cannot take.
         """
         return list(self.stream(images, threshold, batch_size, resize))
 
     def stream(
-        self, images, threshold: float = 0.0, batch_size: int = 1, resize: str | None = None, clip: bool = True
+        self, images, threshold: float = 0, batch_size: int = 1, resize: str | None = None, clip: bool = True
     ) -> Iterator[Detections]:
         """As `predict`, but yield the `Detections` as they come: `images` can be a generator without end.
 
@@ -106,30 +97,24 @@ class Detector:
 
     def resize_mode(self, resize: str | None = None) -> str:
         """Return how `predict` resizes when given `resize`; raise LiteDetrError where the model cannot take that."""
+        fixed = self.image_size
         if resize is None:
-            if self.image_size is None:
-                return "shortest_edge"
-            return "letterbox" if self.takes_mask else "stretch"
+            return "shortest_edge" if fixed is None else "letterbox" if self.takes_mask else "stretch"
         if resize not in RESIZE_MODES:
+            known = ", ".join(RESIZE_MODES) + "." + nearest(resize, RESIZE_MODES)
+            raise LiteDetrError(f"resize is {resize!r}; it must be one of {known}")
+        if resize == "shortest_edge" and fixed is not None:
             raise LiteDetrError(
-                f"resize is {resize!r}; it must be one of {', '.join(RESIZE_MODES)}.{nearest(resize, RESIZE_MODES)}"
+                "resize 'shortest_edge' gives every aspect ratio its own size, and the model's is fixed at "
+                f"{fixed[0]}x{fixed[1]} (height x width). Use 'stretch' or 'letterbox', or export with `--image-size "
+                "dynamic`."
             )
-        if resize == "shortest_edge" and self.image_size is not None:
-            raise LiteDetrError(
-                "resize 'shortest_edge' gives every aspect ratio its own size, and the model's is "
-                f"fixed at {self.image_size[0]}x{self.image_size[1]} (height x width). Use 'stretch' or "
-                "'letterbox', or export with `--image-size dynamic`."
-            )
-        if resize != "shortest_edge" and self.image_size is None:
-            raise LiteDetrError(
-                f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. Use "
-                "'shortest_edge', or export with `--image-size HEIGHTxWIDTH`."
-            )
+        if resize != "shortest_edge" and fixed is None:
+            fix = "Use 'shortest_edge', or export with `--image-size HEIGHTxWIDTH`."
+            raise LiteDetrError(f"resize {resize!r} needs a model of fixed size, and this one's is dynamic. {fix}")
         if resize == "letterbox" and not self.takes_mask:
-            raise LiteDetrError(
-                "resize 'letterbox' pads the image, and the model takes no mask that says where. Use "
-                "'stretch', or export with `--pixel-mask`."
-            )
+            why = "takes no mask that says where. Use 'stretch', or export with `--pixel-mask`."
+            raise LiteDetrError(f"resize 'letterbox' pads the image, and the model {why}")
         return resize
 
     def _run(self, batch, threshold, clip):
@@ -145,12 +130,10 @@ class Detector:
             found = output["labels"], output["boxes"], output["scores"]
         for labels, boxes, scores, size in zip(*found, sizes):
             keep = scores >= threshold
-            labels = labels[keep]
             if clip:
                 boxes = np.clip(boxes, 0, np.tile(size, 2).astype(boxes.dtype))
-            yield Detections(labels, boxes[keep], scores[keep], self._names(labels))
+            yield Detections(labels[keep], boxes[keep], scores[keep], self._names(labels[keep]))
 
     def _names(self, labels):
-        if self.class_names is None:
-            return None
-        return [self.class_names[label] if label < len(self.class_names) else f"class {label}" for label in labels]
+        known = self.class_names
+        return None if known is None else [known[i] if i < len(known) else f"class {i}" for i in labels]

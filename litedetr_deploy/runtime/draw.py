@@ -14,16 +14,15 @@ GOLDEN_RATIO = 0.618034  # steps of it around the colour circle keep neighbourin
 
 
 def draw(image: Image.Image, detections) -> Image.Image:
-    """Return a copy of the RGB PIL `image` with `Detections` drawn on it, the best on top.
+    """Return a copy of a PIL image with `Detections` drawn on it, the best on top.
 
     Lines and letters grow with the image; a label keeps inside it and, where there is room, off the other labels.
     """
     image = image.convert("RGB")  # a copy, whatever the mode
     canvas = ImageDraw.Draw(image)
-    width, height = image.size
-    line = max(1, round(min(width, height) / 240))
+    line = max(1, round(min(image.size) / 240))
     names = detections.names or [f"class {label}" for label in detections.labels]
-    limit = np.array([width - 1, height - 1] * 2)
+    limit = np.array(image.size * 2) - 1
     visible = []  # (box in whole pixels, colour, label text), best first
     for label, box, score, name in zip(detections.labels, detections.boxes, detections.scores, names):
         if not np.isfinite(box).all() or (box[2:] < 0).any() or (box[:2] > limit[:2]).any():
@@ -34,18 +33,13 @@ def draw(image: Image.Image, detections) -> Image.Image:
 
     for box, colour, _ in reversed(visible):
         canvas.rectangle(box, outline=colour, width=line)
-    taken = []  # rectangles of the labels placed so far; the best choose first
-    placed = []
+    placed = []  # the best choose their place first
     for box, colour, text in visible:
-        font, text_box = _fit_font(canvas, text, width, height)
-        spot = _place(box, text_box, (width, height), taken)
-        taken.append(spot)
-        placed.append((spot, colour, text, font, text_box))
-    for spot, colour, text, font, text_box in reversed(placed):
+        placed.append((colour, text, *_place(canvas, box, text, image.size, [spot for _, _, spot, _, _ in placed])))
+    for colour, text, spot, origin, font in reversed(placed):
         canvas.rectangle(spot, fill=colour)
-        padding = _padding(text_box)
-        origin = (spot[0] + padding - text_box[0], spot[1] + padding - text_box[1])
-        canvas.text(origin, text, fill=_contrast(colour), font=font)
+        luma = np.dot(colour, (0.299, 0.587, 0.114))  # of Rec. 601: black or white, whichever reads better
+        canvas.text(origin, text, fill=(0, 0, 0) if luma > 140 else (255, 255, 255), font=font)
     return image
 
 
@@ -70,43 +64,28 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _contrast(colour):
-    """Black or white, whichever reads better on `colour`; weights of the luma of Rec. 601."""
-    red, green, blue = colour
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
+def _place(canvas, box, text, picture, taken):
+    """Return the rectangle of a label, where its text begins and its font, which is smaller where it would not fit.
 
-
-def _fit_font(canvas, text, width, height):
-    """Return the font for an image of this size and the text's box in it, smaller where the text would not fit."""
-    size = max(10, round(min(width, height) / 32))
-    while True:
+    It is above its box, inside at the top, below or inside at the bottom: where it hides the least of those `taken`.
+    """
+    for size in range(max(10, round(min(picture) / 32)), 5, -1):
         font = ImageFont.load_default(size)
-        text_box = canvas.textbbox((0, 0), text, font=font)
-        if size <= 6 or text_box[2] - text_box[0] + 2 * _padding(text_box) <= width:
-            return font, text_box
-        size -= 1
-
-
-def _padding(text_box):
-    return max(1, (text_box[3] - text_box[1]) // 4)
-
-
-def _place(box, text_box, picture, taken):
-    """Return the rectangle of a label: above its box, inside at the top, below or inside at the bottom."""
-    padding = _padding(text_box)
-    width = text_box[2] - text_box[0] + 2 * padding
-    height = text_box[3] - text_box[1] + 2 * padding
+        left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+        padding = max(1, (bottom - top) // 4)
+        width, height = right - left + 2 * padding, bottom - top + 2 * padding
+        if width <= picture[0]:
+            break
     spots = []
-    for left in (box[0], box[2] - width):
-        for top in (box[1] - height, box[1], box[3], box[3] - height):
-            left_inside = max(0, min(left, picture[0] - 1 - width))
-            top_inside = max(0, min(top, picture[1] - 1 - height))
-            spots.append((left_inside, top_inside, left_inside + width, top_inside + height))
-    return min(spots, key=lambda spot: sum(_overlap(spot, other) for other in taken))
+    for x in (box[0], box[2] - width):
+        for y in (box[1] - height, box[1], box[3], box[3] - height):
+            x_inside, y_inside = max(0, min(x, picture[0] - 1 - width)), max(0, min(y, picture[1] - 1 - height))
+            spots.append((x_inside, y_inside, x_inside + width, y_inside + height))
+    spot = min(spots, key=lambda spot: sum(_overlap(spot, other) for other in taken))
+    return spot, (spot[0] + padding - left, spot[1] + padding - top), font
 
 
 def _overlap(one, other):
     """Return the area that two rectangles share."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     return max(0, width) * max(0, height)

@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -12,27 +11,10 @@ from .. import __version__
 from ..errors import LiteDetrError
 from ..machine import describe_cpu, installed_version, usable_cores
 from ..ops import native, schema
-from .session import create_session, import_onnxruntime, register_ops
+from .session import create_session, import_onnxruntime, read_data, register_ops
 from .tensorrt import MODULES, import_tensorrt
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing on the CPU needs it
-
-# (name, distributions that bring it, needed to run a model on the CPU, what it is for and how to get it)
-PACKAGES = (
-    ("numpy", ("numpy",), True, "pip install numpy"),
-    ("pillow", ("pillow",), True, "pip install pillow"),
-    ("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), True,
-     "runs the models: pip install litedetr-deploy[onnxruntime]"),
-    ("torch", ("torch",), False, "export and verify need it: pip install litedetr-deploy[export]"),
-    ("onnx", ("onnx",), False, "export needs it: pip install litedetr-deploy[export]"),
-    ("pycocotools", ("pycocotools",), False, "evaluate needs it: pip install litedetr-deploy[evaluate]"),
-    ("openvino", ("openvino",), False, "a rival in the benchmarks: pip install litedetr-deploy[benchmark]"),
-    ("cuda-bindings", ("cuda-bindings",), False, "runs engines: pip install litedetr-deploy[gpu]"),
-)  # fmt: skip
-CPU_FEATURES = (
-    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
-    "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16",
-)  # fmt: skip
 
 
 @dataclass
@@ -47,8 +29,11 @@ class Finding:
 
 
 def inspect_environment() -> list[Finding]:
-    """Return a list of `Finding`: packages, native libraries, ONNX Runtime with our ops, CPU and GPU."""
-    return [*_packages(), *_libraries(), *_onnxruntime(), *_cpu(), *_gpu()]
+    """Return what was looked for of packages, native libraries, ONNX Runtime with our ops, CPU and GPU."""
+    topics = {
+        "packages": _packages, "native libraries": _libraries, "ONNX Runtime": _onnxruntime, "CPU": _cpu, "GPU": _gpu,
+    }  # fmt: skip
+    return [Finding(topic, *found) for topic, look in topics.items() for found in look()]
 
 
 def broken(findings: list[Finding]) -> list[str]:
@@ -56,121 +41,104 @@ def broken(findings: list[Finding]) -> list[str]:
     return [finding.name for finding in findings if finding.state == BROKEN]
 
 
+# Each of these yields (name, state, value, remedy) of a topic, as `Finding` has them.
+
+
 def _packages():
-    yield Finding("packages", "litedetr-deploy", OK, __version__)
-    yield Finding("packages", "python", OK, f"{platform.python_version()} on {platform.platform()}")
-    for name, distributions, needed, remedy in PACKAGES:
-        versions = [version for version in map(installed_version, distributions) if version]
-        if versions:
-            yield Finding("packages", name, OK, versions[0])
-        else:
-            yield Finding("packages", name, BROKEN if needed else ABSENT, "not installed", remedy)
+    yield "litedetr-deploy", OK, __version__
+    yield "python", OK, f"{platform.python_version()} on {platform.platform()}"
+    for package in read_data("environment.toml")["package"]:
+        version = next(filter(None, map(installed_version, package["distributions"])), None)
+        missing = (BROKEN if package["needed"] else ABSENT, "not installed", package["remedy"])
+        yield package["distributions"][0], *((OK, version) if version else missing)
     for backend in MODULES:  # as `litedetr build` imports it: a folder of that name is not the package
         try:
-            yield Finding("packages", backend, OK, import_tensorrt(backend).__version__)
+            yield backend, OK, import_tensorrt(backend).__version__
         except LiteDetrError as error:
-            yield Finding("packages", backend, ABSENT, "not installed", f"builds and runs engines: {error}")
+            yield backend, ABSENT, "not installed", f"builds and runs engines: {error}"
 
 
 def _libraries():
-    for name, needed in (("core", True), ("onnxruntime", True), ("tensorrt", False)):
+    for name, state in (("core", BROKEN), ("onnxruntime", BROKEN), ("tensorrt", ABSENT)):
         try:
-            yield Finding("native libraries", name, OK, str(native.library(name)))
+            yield name, OK, str(native.library(name))
+            if name == "core":
+                yield "CPU kernels", OK, native.load_core().kda_cpu_isa().decode()
         except FileNotFoundError as error:
-            yield Finding("native libraries", name, BROKEN if needed else ABSENT, "not found", str(error))
-            continue
-        if name == "core":
-            try:
-                yield Finding("native libraries", "CPU kernels", OK, native.load_core().kda_cpu_isa().decode())
-            except RuntimeError as error:
-                yield Finding("native libraries", "CPU kernels", BROKEN, "cannot be used", str(error))
+            yield name, state, "not found", str(error)
+        except RuntimeError as error:
+            yield "CPU kernels", BROKEN, "cannot be used", str(error)
 
 
 def _onnxruntime():
     try:
         ort = import_onnxruntime()
     except LiteDetrError as error:
-        yield Finding("ONNX Runtime", "import", BROKEN, "fails", str(error))
+        yield "import", BROKEN, "fails", str(error)
         return
-    yield Finding("ONNX Runtime", "providers", OK, ", ".join(ort.get_available_providers()))
+    yield "providers", OK, ", ".join(ort.get_available_providers())
     try:
         native.library("onnxruntime")
+        register_ops(ort.SessionOptions())
+        yield "op library", OK, "registers"
     except FileNotFoundError:
         return  # reported above
-    try:
-        register_ops(ort.SessionOptions())
-        yield Finding("ONNX Runtime", "op library", OK, "registers")
     except LiteDetrError as error:
-        yield Finding("ONNX Runtime", "op library", BROKEN, "cannot be registered", str(error))
+        yield "op library", BROKEN, "cannot be registered", str(error)
         return
     try:
-        model = _one_op_model()
+        _run_one_op()
+        yield "op", OK, f"{schema.KEY_AWARE} runs and is right"
     except ImportError:
-        yield Finding("ONNX Runtime", "op", ABSENT, "not tried", "to try the op here, pip install onnx")
-        return
-    try:
-        _run_one_op(model)
-        yield Finding("ONNX Runtime", "op", OK, f"{schema.KEY_AWARE} runs and is right")
+        yield "op", ABSENT, "not tried", "to try the op here, pip install onnx"
     except Exception as error:  # ONNX Runtime's classes share no base
-        remedy = f"{error}. Build the op library again: pip install --force-reinstall ."
-        yield Finding("ONNX Runtime", "op", BROKEN, "does not run", remedy)
+        yield "op", BROKEN, "does not run", f"{error}. Build the op library again: pip install --force-reinstall ."
 
 
-def _one_op_model():
-    """Return a model, as bytes, of one key-aware attention op: one head of 4 channels, one level, one point."""
-    from onnx import TensorProto, helper
+def _run_one_op() -> None:
+    """Run a key-aware attention op, of one head of 4 channels, one level and one point, on a 1x1 map sampled at its
+    centre, which must give back the value there."""
+    from onnx import helper
 
-    types = {"I": TensorProto.INT64}
-    inputs = {name: letter for name, letter, optional in schema.INPUTS[schema.KEY_AWARE] if not optional}
-    node = helper.make_node(
-        schema.KEY_AWARE, list(inputs), [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
-        **schema.PLUGIN_ATTRIBUTES,
-    )  # fmt: skip
-    values = [
-        helper.make_tensor_value_info(name, types.get(letter, TensorProto.FLOAT), None)
-        for name, letter in inputs.items()
-    ]
-    output = helper.make_tensor_value_info(schema.OUTPUT, TensorProto.FLOAT, None)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
-    graph = helper.make_graph([node], "one_op", values, [output])
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-
-
-def _run_one_op(model):
-    """Run `_one_op_model` on a 1x1 map sampled at its centre, which must give back the value there."""
     value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
     feed = {
-        "query": np.ones((1, 1, 4), np.float32),
-        "value": value,
-        "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
-        "sampling_offsets": np.zeros((1, 1, 2), np.float32),
-        "spatial_shapes": np.ones((1, 2), np.int64),
-    }
-    [output] = create_session(model).run(None, feed)
-    if not np.allclose(output, value):
-        raise ValueError(f"it gives {output.tolist()} where {value.tolist()} is right")
+        "query": np.ones_like(value), "value": value, "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
+        "sampling_offsets": np.zeros((1, 1, 2), np.float32), "spatial_shapes": np.ones((1, 2), np.int64),
+    }  # fmt: skip
+    node = helper.make_node(
+        schema.KEY_AWARE, list(feed), [schema.OUTPUT], domain=schema.DOMAIN, num_heads=1, num_points=1,
+        **schema.PLUGIN_ATTRIBUTES,
+    )  # fmt: skip
+    types = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feed.items()}
+    inputs = [helper.make_tensor_value_info(name, kind, feed[name].shape) for name, kind in types.items()]
+    output = helper.make_tensor_value_info(schema.OUTPUT, types["value"], value.shape)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
+    model = helper.make_model(helper.make_graph([node], "one_op", inputs, [output]), opset_imports=opsets, ir_version=8)
+    [result] = create_session(model.SerializeToString()).run(None, feed)
+    if not np.allclose(result, value):
+        raise ValueError(f"it gives {result.tolist()} where {value.tolist()} is right")
 
 
 def _cpu():
     name, flags = describe_cpu()
-    yield Finding("CPU", "model", OK, name)
-    yield Finding("CPU", "cores for this process", OK, str(usable_cores()))
-    features = " ".join(feature for feature in CPU_FEATURES if feature in flags)
-    yield Finding("CPU", "features", OK, features or "not known")
+    yield "model", OK, name
+    yield "cores for this process", OK, str(usable_cores())
+    known = read_data("environment.toml")["cpu_features"]
+    yield "features", OK, " ".join(feature for feature in known if feature in flags) or "not known"
 
 
 def _gpu():
+    remedy = "for an NVIDIA GPU install NVIDIA's driver"
     try:
         ctypes.CDLL("libcuda.so.1")
-        yield Finding("GPU", "driver library", OK, "libcuda.so.1 loads")
+        yield "driver library", OK, "libcuda.so.1 loads"
     except OSError:
-        yield Finding("GPU", "driver library", ABSENT, "no libcuda.so.1", "for an NVIDIA GPU install NVIDIA's driver")
-    if shutil.which("nvidia-smi") is None:
-        yield Finding("GPU", "devices", ABSENT, "no nvidia-smi", "for an NVIDIA GPU install NVIDIA's driver")
-        return
+        yield "driver library", ABSENT, "no libcuda.so.1", remedy
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-        yield Finding("GPU", "devices", OK, answer.replace("\n", "; "))
+        yield "devices", OK, answer.replace("\n", "; ")
+    except FileNotFoundError:
+        yield "devices", ABSENT, "no nvidia-smi", remedy
     except (OSError, subprocess.SubprocessError) as error:
-        yield Finding("GPU", "devices", ABSENT, "nvidia-smi fails", f"{error}; check NVIDIA's driver")
+        yield "devices", ABSENT, "nvidia-smi fails", f"{error}; check NVIDIA's driver"

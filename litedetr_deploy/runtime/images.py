@@ -7,18 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..artifact import check_file
 from ..errors import LiteDetrError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-# The official evaluation's sizes, in pixels.
-SHORTEST_EDGE = 800
-LONGEST_EDGE = 1333
-
+RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
+SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels, of the official evaluation
 # The detectors subtract this mean, so that padding filled with it is 0 after normalisation, as it is in training.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-
-RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
 
 
 def find_images(paths) -> list[Path]:
@@ -31,10 +27,8 @@ def find_images(paths) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
-                raise LiteDetrError(
-                    f"The directory {path} holds no image ({', '.join(sorted(SUFFIXES))}). Give "
-                    "one that does, or name the files."
-                )
+                fix = "Give one that does, or name the files."
+                raise LiteDetrError(f"The directory {path} holds no image ({', '.join(sorted(SUFFIXES))}). {fix}")
             found += inside
         elif path.is_file():
             found.append(path)
@@ -46,21 +40,17 @@ def find_images(paths) -> list[Path]:
 def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
     """Return `source` as an RGB PIL image, turned upright as its EXIF orientation says.
 
-    Args:
-        source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
-            first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
+    source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
+    first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
 
-    Raises:
-        LiteDetrError: names the file, or the array's shape and type.
+    Raises LiteDetrError, which names the file, or the array's shape and type.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
     path = Path(source)
-    if not path.is_file():
-        state = "is a directory" if path.is_dir() else "does not exist"
-        raise LiteDetrError(f"The image {path} {state}. Give the path of an image.")
+    check_file(path, "an image")
     try:
         with Image.open(path) as image:
             image.load()
@@ -68,14 +58,11 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
     except (LiteDetrError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise LiteDetrError(
-            f"{path} is not an image that can be read. Give a JPEG, PNG, WebP, BMP or TIFF file."
-        ) from error
+        fix = "Give a JPEG, PNG, WebP, BMP or TIFF file."
+        raise LiteDetrError(f"{path} is not an image that can be read. {fix}") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        raise LiteDetrError(
-            f"The image {path} cannot be read: {error}. It may be damaged or incomplete: save it "
-            "again, or leave it out."
-        ) from error
+        fix = "It may be damaged or incomplete: save it again, or leave it out."
+        raise LiteDetrError(f"The image {path} cannot be read: {error}. {fix}") from error
 
 
 def _to_rgb(image, name):
@@ -91,23 +78,20 @@ def _to_rgb(image, name):
 
 
 def _from_array(array):
-    shape, dtype = array.shape, array.dtype
-    if not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))) or array.size == 0:
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))) or array.size == 0:
         raise LiteDetrError(
-            f"An image array has the shape {list(shape)}; it must be [height, width], "
-            "[height, width, 3] (RGB) or [height, width, 4] (RGBA) and not be empty. Move the "
-            "channels to the end, and give the images of a batch one by one."
+            f"An image array has the shape {list(array.shape)}; it must be [height, width], [height, width, 3] (RGB) "
+            "or [height, width, 4] (RGBA) and not be empty. Move the channels to the end, and give the images of a "
+            "batch one by one."
         )
-    if dtype == np.uint16:
+    if array.dtype == np.uint16:
         array = np.rint(array / 257).astype(np.uint8)
-    elif dtype != np.uint8:
-        raise LiteDetrError(
-            f"An image array has the type {dtype}; it must be uint8 (0..255) or uint16 (0..65535). "
-            "For floats in 0..1, give `(array * 255).round().astype('uint8')`."
-        )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    elif array.dtype != np.uint8:
+        wanted = "uint8 (0..255) or uint16 (0..65535)"
+        fix = "For floats in 0..1, give `(array * 255).round().astype('uint8')`."
+        raise LiteDetrError(f"An image array has the type {array.dtype}; it must be {wanted}. {fix}")
+    grey = array.ndim == 3 and array.shape[2] == 1
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if grey else array)).convert("RGB")
 
 
 def shortest_edge_size(width: int, height: int, shortest: int = SHORTEST_EDGE, longest: int = LONGEST_EDGE):
@@ -116,12 +100,11 @@ def shortest_edge_size(width: int, height: int, shortest: int = SHORTEST_EDGE, l
     The shorter side becomes `shortest`, or less where the longer one would pass `longest`.  DETR rounds the shorter
     side of such an image and truncates the longer side of any, so that it can pass `longest` by a pixel or two.
     """
-    short, long = min(width, height), max(width, height)
+    short, long = sorted((width, height))
     if long / short * shortest > longest:
         shortest = max(1, round(longest * short / long))
-    if width < height:
-        return shortest, int(shortest * height / width)
-    return int(shortest * width / height), shortest
+    long = int(shortest * long / short)
+    return (shortest, long) if width < height else (long, shortest)
 
 
 def letterbox_size(width: int, height: int, target_width: int, target_height: int):
@@ -129,8 +112,7 @@ def letterbox_size(width: int, height: int, target_width: int, target_height: in
 
     Where the official evaluation's size for the target's sides fits, it is that one to the pixel.
     """
-    sides = sorted((target_width, target_height))
-    official = shortest_edge_size(width, height, *sides)
+    official = shortest_edge_size(width, height, *sorted((target_width, target_height)))
     if official[0] <= target_width and official[1] <= target_height:
         return official
     scale = min(target_width / width, target_height / height)
@@ -146,28 +128,24 @@ class Prepared(NamedTuple):
 
 
 def prepare(image: Image.Image, mode: str, size: tuple | None = None) -> Prepared:
-    """Return a PIL image as a model takes it, resized.
+    """Return an RGB PIL image as a model takes it.
 
     The resize is bilinear with antialiasing, torchvision's for PIL images, hence the official evaluation's.
 
-    Args:
-        image: RGB.
-        mode: 'shortest_edge', as the official evaluation resizes; 'stretch', to `size` whatever the aspect ratio;
-            'letterbox', to fit `size` at the same aspect ratio, at the top left, the rest filled with ImageNet's mean.
-        size: (height, width) of the model's input, for 'stretch' and 'letterbox'.
+    mode: 'shortest_edge', as the official evaluation resizes; 'stretch', to `size` whatever the aspect ratio;
+        'letterbox', to fit `size` at the same aspect ratio, at the top left, the rest filled with ImageNet's mean.
+    size: (height, width) of the model's input, for 'stretch' and 'letterbox'.
     """
     if mode == "shortest_edge":
         width, height = shortest_edge_size(*image.size)
-        full = (height, width)
+        size = height, width
     elif mode == "stretch":
-        height, width = full = size
+        height, width = size
     else:
         width, height = letterbox_size(*image.size, size[1], size[0])
-        full = size
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
-    pixels = np.empty((3, *full), np.float32)
-    pixels[:] = IMAGENET_MEAN[:, None, None]
+    pixels = np.full((3, *size), IMAGENET_MEAN[:, None, None], np.float32)
     pixels[:, :height, :width] = resized.transpose(2, 0, 1)
-    mask = np.ones(full, bool)
+    mask = np.ones(size, bool)
     mask[:height, :width] = False
     return Prepared(pixels, mask, image.size)

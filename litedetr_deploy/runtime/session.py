@@ -1,6 +1,7 @@
 """Sessions: the one place that starts an inference engine, with the attention ops registered."""
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from ..errors import LiteDetrError, not_installed
 from ..machine import bounded_threads
 from ..ops import native, schema
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
 # ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
 _CPU_SLOWED_BY = ("SkipLayerNormFusion",)
 
@@ -20,16 +26,13 @@ def create_session(
 ):
     """Return an `onnxruntime.InferenceSession` on `onnx`, with the attention ops registered.
 
-    Args:
-        onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
-        providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
-        threads: threads inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core,
-            when not given.
-        options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
+    onnx: path of the model, or the serialized model as bytes (which cannot refer to external weights).
+    providers: execution providers as ONNX Runtime takes them, first choice first; the CPU when not given.
+    threads: inside an operator, at most one a logical core; ONNX Runtime's choice, one a physical core, when not given.
+    options: `onnxruntime.SessionOptions` to start from, for instance with profiling enabled.
 
-    Raises:
-        LiteDetrError: when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
-            damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
+    Raises LiteDetrError when ONNX Runtime or a provider is not installed, when the model is missing, is not ONNX or is
+    damaged, when its attention ops are not those of this version, and when its metadata contradicts its graph.
     """
     name = "the given bytes" if isinstance(onnx, bytes) else os.fspath(onnx)
     if not isinstance(onnx, bytes):
@@ -39,31 +42,23 @@ def create_session(
     options = options or ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = bounded_threads(threads)
-    check_opset(name, opset_version(onnx, schema.DOMAIN))
+    check_op_version(name, {}, opset_version(onnx, schema.DOMAIN))
     options.log_severity_level = 3  # its warnings are about its own optimisations
-
     no_library = None
     try:
         register_ops(options)
-    except LiteDetrError as error:  # matters only to a model that holds our ops
-        no_library = error
+    except LiteDetrError as error:
+        no_library = error  # which matters only to a model that holds our ops
+    disabled = _CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else ()
     try:
-        session = ort.InferenceSession(
-            onnx if isinstance(onnx, bytes) else name,
-            options,
-            providers=providers,
-            disabled_optimizers=_CPU_SLOWED_BY if providers == ["CPUExecutionProvider"] else (),
-        )
+        model = onnx if isinstance(onnx, bytes) else name
+        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
-        raise _explain(name, error, no_library) from error
+        raise _explain(name, str(error), no_library) from error
     metadata = read_metadata(session)
     check_op_version(name, metadata)
-    check_metadata(
-        name,
-        metadata,
-        {value.name: value.shape for value in session.get_inputs()},
-        {value.name: value.shape for value in session.get_outputs()},
-    )
+    inputs, outputs = ({v.name: v.shape for v in values} for values in (session.get_inputs(), session.get_outputs()))
+    check_metadata(name, metadata, inputs, outputs)
     return session
 
 
@@ -97,16 +92,14 @@ def register_ops(options):
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
-        raise LiteDetrError(
-            f"ONNX Runtime {import_onnxruntime().__version__} cannot use the op library {library}: "
-            f"{error}. Build it again on this machine, or install a newer onnxruntime."
-        ) from error
+        runtime = f"ONNX Runtime {import_onnxruntime().__version__}"
+        fix = "Build it again on this machine, or install a newer onnxruntime."
+        raise LiteDetrError(f"{runtime} cannot use the op library {library}: {error}. {fix}") from error
 
 
 def read_metadata(session) -> dict:
     """Return what `litedetr export` wrote into the model as a dict; empty for a model that something else made."""
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
-    return parse_metadata(text, "the model")
+    return parse_metadata(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}"), "the model")
 
 
 class OnnxSession:
@@ -140,78 +133,48 @@ def _empty(value) -> np.ndarray:
 def _check_providers(ort, providers):
     providers = list(providers or ["CPUExecutionProvider"])
     available = ort.get_available_providers()
-    for provider in providers:
-        provider_name = provider if isinstance(provider, str) else provider[0]
-        # ONNX Runtime itself only warns and then runs on the CPU.
-        if provider_name not in available:
+    for provider in (one if isinstance(one, str) else one[0] for one in providers):
+        if provider not in available:  # ONNX Runtime itself only warns and then runs on the CPU
             raise LiteDetrError(
-                f"ONNX Runtime has no execution provider {provider_name!r} here; it has "
-                f"{', '.join(available)}. Choose one of these, or install the onnxruntime package "
-                "that brings the one you want."
+                f"ONNX Runtime has no execution provider {provider!r} here; it has {', '.join(available)}. Choose one "
+                "of these, or install the onnxruntime package that brings the one you want."
             )
     return providers
 
 
-def _explain(name, error, no_library):
-    """Turn ONNX Runtime's failure to load `name` into a LiteDetrError."""
-    message = str(error)
-    if f"{schema.DOMAIN}:" in message and "is not a registered function/op" in message:
-        if no_library is not None:
-            return LiteDetrError(
-                f"{name} holds the fused attention ops, and their library is not usable. {no_library} "
-                "A model exported with `--attention gather` runs without it."
-            )
-        return LiteDetrError(
-            f"{name} holds an op that the installed op library does not have ({message}). This "
-            f"package has version {schema.VERSION} of the ops: export the model again, or install "
-            "the litedetr-deploy that made it."
-        )
-    if "INVALID_PROTOBUF" in message or "No graph was found" in message:
+def read_data(name: str) -> dict:
+    """Return the content of a TOML file in this folder."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text())
+
+
+def find_failure(runtime: str, said: str) -> tuple[dict, str | None]:
+    """Return what failures.toml has on 'onnxruntime' or 'tensorrt', and the name of the row that `said` fits."""
+    rows = read_data("failures.toml")[runtime]
+    return rows, next((why for why, row in rows.items() if re.search(row["said"], said, re.IGNORECASE)), None)
+
+
+def _explain(name: str, said: str, no_library: LiteDetrError | None) -> LiteDetrError:
+    """Return the error for ONNX Runtime's failure to load `name`."""
+    rows, why = find_failure("onnxruntime", said)
+    if why == "damaged":
         return damaged(name, "ONNX Runtime cannot parse it")
-    if "xternal data" in message or "External initializer" in message:
-        return _external_data(name, message)
-    return LiteDetrError(
-        f"ONNX Runtime cannot load {name}: {message}. Export the model again with `litedetr export`, "
-        "or load it with the version of onnxruntime that it was made for."
-    )
-
-
-def _external_data(name, message):
-    """The error for weights in other files; `message` is ONNX Runtime's, without the file that raised it."""
-    message = message.rpartition("Error: ")[2].strip().rstrip(".")
-    if "does not exist" in message or "No such file" in message:
-        what, remedy = "that is not there", "Copy that file to where the model is"
-    elif "out of bounds" in message or "read in full" in message:
-        what, remedy = "that is cut short", "Copy that file again"
-    else:
-        what, remedy = "outside its own folder, which is not read", "Save it as one file, or with its weights beside it"
-    return LiteDetrError(f"{name} keeps its weights in a file {what} ({message}). {remedy}.")
-
-
-def check_opset(name: object, version: int | None) -> None:
-    """Raise LiteDetrError where a model imports another version of the attention ops than this package has.
-
-    version: of the model's opset import of their domain; None where there is none.
-    """
-    if version not in (None, schema.VERSION):
-        raise LiteDetrError(
-            f"{name} imports version {version} of the opset {schema.DOMAIN!r}; this package has version "
-            f"{schema.VERSION} of the attention ops. Export the model again, or install the litedetr-deploy that made "
-            "it."
+    if why == "op" and no_library is not None:
+        return LiteDetrError(
+            f"{name} holds the fused attention ops, and their library is not usable. {no_library} A model exported "
+            "with `--attention gather` runs without it."
         )
+    detail = said.rpartition("Error: ")[2].strip().rstrip(".")  # without the file that raised it
+    return LiteDetrError(rows[why]["message"].format(name=name, said=said, detail=detail, version=schema.VERSION))
 
 
 _OUTPUTS = {"detections": {"labels", "boxes", "scores"}, "raw": {"pred_logits", "pred_boxes"}}
 
 
 def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mapping | Collection, fixed=True) -> None:
-    """Raise LiteDetrError where a model's metadata contradicts its graph.
+    """Raise LiteDetrError where the metadata of the model `name` contradicts its graph.
 
-    Args:
-        name: of the model, for the message.
-        metadata: what `litedetr export` wrote.
-        inputs, outputs: name -> shape; an int where a size is fixed.
-        fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
+    inputs, outputs: name -> shape; an int where a size is fixed.
+    fixed: sizes that the metadata leaves open must be open, as they need not be in an engine.
     """
 
     def refuse(what, said, found):
@@ -233,22 +196,25 @@ def check_metadata(name: object, metadata: dict, inputs: Mapping, outputs: Mappi
             refuse("image_size is", metadata["image_size"] or "dynamic", f"images of {found}")
     names = metadata.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
-        raise LiteDetrError(
-            f"the class names in the metadata of {name} are {str(names)[:80]!r}; they must be a list of texts. Export "
-            "the model again."
-        )
-    logits = outputs.get("pred_logits") if isinstance(outputs, Mapping) else None
-    classes = logits[-1] if logits else None
+        fix = "they must be a list of texts. Export the model again."
+        raise LiteDetrError(f"the class names in the metadata of {name} are {str(names)[:80]!r}; {fix}")
+    classes = (outputs.get("pred_logits") or [None])[-1] if isinstance(outputs, Mapping) else None
     if names and isinstance(classes, int) and classes != len(names):
         refuse("class_names are", len(names), f"{classes} classes")
 
 
-def check_op_version(name, metadata):
-    """Raise LiteDetrError where the attention ops in `name` are of another version than this package's."""
+def check_op_version(name: object, metadata: dict, opset: int | None = None) -> None:
+    """Raise LiteDetrError where the attention ops in `name` are of another version than this package's, by its metadata
+    or by the `opset` that it imports."""
+    if opset not in (None, schema.VERSION):
+        raise LiteDetrError(
+            f"{name} imports version {opset} of the opset {schema.DOMAIN!r}; this package has version {schema.VERSION} "
+            "of the attention ops. Export the model again, or install the litedetr-deploy that made it."
+        )
     version = metadata.get("op_version", schema.VERSION)
     if metadata.get("attention") == "op" and version != schema.VERSION:
         raise LiteDetrError(
-            f"{name} was exported with version {version} of the attention ops; this package has "
-            f"version {schema.VERSION}. Export the model again, or install litedetr-deploy "
+            f"{name} was exported with version {version} of the attention ops; this package has version "
+            f"{schema.VERSION}. Export the model again, or install litedetr-deploy "
             f"{metadata.get('tool_version', 'of that time')}."
         )

@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from ..errors import LiteDetrError, printable
 from ..files import check_writable
-from .detector import Detections, Detector
+from .detector import Detector
 from .draw import draw, save
 from .images import SUFFIXES, load_image
 
@@ -41,7 +39,15 @@ def predict_files(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 save(draw(image, found), target)
                 written += 1
-            yield _record(file, image, found, seconds, target)
+            names = found.names or [None] * len(found)
+            detections = [
+                {"label": int(label), "name": name, "score": float(score), "box": [float(value) for value in box]}
+                for label, name, score, box in zip(found.labels, names, found.scores, found.boxes)
+            ]
+            yield {
+                "path": str(file), "size": list(image.size), "seconds": seconds,
+                "saved": str(target) if target else None, "detections": detections,
+            }  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{written} of {len(files)} images were written") from None
 
@@ -49,12 +55,9 @@ def predict_files(
 def drawing_paths(files: Sequence[Path], output: Path | None) -> list[Path | None]:
     """Return where the drawing of each file goes: `output` itself, or a file in it; None for nowhere.
 
-    Args:
-        files: the images.
-        output: an image file for one image; else a folder, which is made when the first drawing is there.
+    output: an image file for one image; else a folder, which is made when the first drawing is there.
 
-    Raises:
-        LiteDetrError: where `output` is neither, cannot be written, or is one of the images.
+    Raises LiteDetrError where `output` is neither, cannot be written, or is one of the images.
     """
     if output is None:
         return [None] * len(files)
@@ -77,24 +80,9 @@ def drawing_paths(files: Sequence[Path], output: Path | None) -> list[Path | Non
         check_writable(output.parent)
         targets = [output]
     originals = {file.resolve() for file in files}
-    for target in targets:
-        if target.resolve() in originals:
-            raise LiteDetrError(f"The output {target} is one of the images itself. Choose another directory.")
+    if target := next((target for target in targets if target.resolve() in originals), None):
+        raise LiteDetrError(f"The output {target} is one of the images itself. Choose another directory.")
     return targets
-
-
-def _record(file: Path, image: Image.Image, found: Detections, seconds: float, target: Path | None) -> dict:
-    names = found.names or [None] * len(found)
-    return {
-        "path": str(file),
-        "size": list(image.size),
-        "seconds": seconds,
-        "saved": str(target) if target else None,
-        "detections": [
-            {"label": int(label), "name": name, "score": float(score), "box": [float(value) for value in box]}
-            for label, name, score, box in zip(found.labels, names, found.scores, found.boxes)
-        ],
-    }
 
 
 def describe(record: dict) -> str:

@@ -1,7 +1,4 @@
-"""TensorRT and TensorRT-RTX engines behind the session interface.
-
-Needs numpy, the `tensorrt` (or `tensorrt_rtx`) package and NVIDIA's CUDA bindings; no torch.
-"""
+"""TensorRT and TensorRT-RTX engines behind the session interface; needs their package and NVIDIA's CUDA bindings."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import json
 import os
 import re
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,55 +17,40 @@ from ..artifact import check_file, sha256
 from ..errors import LiteDetrError
 from ..ops import native, schema
 from . import cuda
-from .session import check_metadata, check_op_version
+from .session import check_metadata, check_op_version, find_failure
 
 if TYPE_CHECKING:
     import tensorrt  # or tensorrt_rtx, which has the same classes
 
-# Backend -> its Python module, and what installs it.
-MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx")}
+MODULES = ("tensorrt", "tensorrt-rtx")  # backends; each is an extra of this package, and with _ for - a Python module
 CONTEXTS = 4  # input shapes that are kept ready at a time
 MAGIC = re.compile(rb"[a-z]trt")  # what an engine begins with: ftrt, ptrt, vtrt
 
-# What an engine's failure to load means, by what TensorRT 10 and 11 say; the first that is found.
-_FAILURES = (
-    ("memory", r"out of memory|OutOfMemory|insufficient memory"),
-    ("op version", r"serialization_version is"),
-    ("plugin", r"could not find plugin|PluginCreator|plugin creator|plugin not found"),
-    ("not an engine", r"magic ?tag"),
-    ("version", r"version tag|expecting library version|not compatible with this version|stdVersionRead"),
-    ("device", r"incompatible device|expecting compute|compute capability|unsupported SM"),
-)
-
 
 def import_tensorrt(backend: str):
-    """Return the Python module of `backend`, a key of MODULES; raise LiteDetrError where it cannot be imported."""
-    module, extra = MODULES[backend]
+    """Return the Python module of `backend`, one of MODULES; raise LiteDetrError where it cannot be imported."""
+    module = backend.replace("-", "_")
     try:
         found = importlib.import_module(module)
         if not hasattr(found, "__version__"):  # Python imports any folder of that name
             raise ImportError(f"{next(iter(found.__path__))} is a folder of that name, and no package")
         return found
     except (ImportError, OSError) as error:
-        raise LiteDetrError(
-            f"{module} cannot be imported ({error}). Install it with "
-            f"`pip install litedetr-deploy[{extra}]`; on a Jetson it comes with JetPack."
-        ) from error
+        fix = f"Install it with `pip install litedetr-deploy[{backend}]`; on a Jetson it comes with JetPack."
+        raise LiteDetrError(f"{module} cannot be imported ({error}). {fix}") from error
 
 
 def message_logger(trt):
-    """Return a logger for `trt` that prints nothing; its `errors` and `warnings` are lists of what it was told."""
+    """Return a logger for `trt` that prints nothing; its `errors` are a list of what it was told."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):
             trt.ILogger.__init__(self)
-            self.errors, self.warnings = [], []
+            self.errors = []
 
         def log(self, severity, message):
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                self.warnings.append(message)
 
     return Logger()
 
@@ -75,7 +58,7 @@ def message_logger(trt):
 def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
     """Load this package's plugins into a TensorRT plugin registry and return their library.
 
-    Raises LiteDetrError where the library was not built or does not load.
+    Raises LiteDetrError where it was not built or does not load.
     """
     try:
         library = native.library("tensorrt")
@@ -83,10 +66,8 @@ def load_plugins(registry: tensorrt.IPluginRegistry) -> Path:
         raise LiteDetrError(str(error)) from error
     is_loaded = registry.get_creator(schema.KEY_AWARE, str(schema.VERSION), "") is not None
     if not is_loaded and registry.load_library(str(library)) is None:
-        raise LiteDetrError(
-            f"TensorRT cannot load the plugin library {library}. Build it on this machine: "
-            "`pip install --force-reinstall .` in the source folder."
-        )
+        fix = "Build it on this machine: `pip install --force-reinstall .` in the source folder."
+        raise LiteDetrError(f"TensorRT cannot load the plugin library {library}. {fix}")
     return library
 
 
@@ -118,15 +99,15 @@ def read_record(engine: str | os.PathLike) -> dict:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LiteDetrError(
-            f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy "
-            "it again, build the engine again, or remove it if trtexec built the engine."
+            f"{path}, which describes {engine}, cannot be read ({type(error).__name__}: {error}). Copy it again, build "
+            "the engine again, or remove it if trtexec built the engine."
         ) from error
     found = sha256(engine)
     if found != recorded:
         raise LiteDetrError(
-            f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., "
-            f"and {recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, "
-            "or build the engine again."
+            f"{engine} is not the engine that {path.name} describes: its SHA-256 is {found[:12]}..., and "
+            f"{recorded[:12]}... is recorded. It was damaged or replaced: copy both files again, or build the engine "
+            "again."
         )
     return record
 
@@ -134,69 +115,35 @@ def read_record(engine: str | os.PathLike) -> dict:
 def deserialize(
     trt, runtime: tensorrt.Runtime, logger, path: str | os.PathLike, record: dict, gpu: cuda.Gpu
 ) -> tensorrt.ICudaEngine:
-    """Return the engine in the file `path`; raise LiteDetrError that says why it cannot be loaded.
-
-    record: what `read_record` gave; gpu: the GPU that is here.
-    """
+    """Return the engine in the file `path`; raise LiteDetrError that says why it cannot be loaded on `gpu`."""
     # Code for the host is in a version-compatible engine: TensorRT's lean runtime and the plugins.
     runtime.engine_host_code_allowed = bool(record.get("options", {}).get("version_compatible"))
     engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
-    if engine is None:
-        raise _explain(trt, path, record, gpu, logger.errors)
-    return engine
-
-
-def _explain(trt, path, record, gpu, errors):
-    text = " ".join(errors)
-    said = f"TensorRT says: {errors[0].strip()[:300]}" if errors else "TensorRT does not say why"
-    kind = next((kind for kind, pattern in _FAILURES if re.search(pattern, text, re.IGNORECASE)), None)
+    if engine is not None:
+        return engine
+    rows, why = find_failure("tensorrt", " ".join(logger.errors))
     built_with, built_on = record.get("version"), record.get("compute_capabilities")
-    if kind == "memory":
-        return LiteDetrError(
-            f"{path} does not fit into the memory of {gpu.name} that is free. {said}. End what else "
-            "runs on it, or build the engine for a smaller batch or image size."
-        )
-    if kind == "op version":
-        return LiteDetrError(
-            f"{path} holds attention plugins of another version than this package's. {said}. Build "
-            "the engine again, or install the litedetr-deploy that built it."
-        )
-    if kind == "plugin":
-        return LiteDetrError(
-            f"{path} needs a plugin that TensorRT does not have: {schema.KEY_AWARE} and "
-            f"{schema.PLAIN} are in this package's library {native.LIBRARIES['tensorrt']}, which is "
-            f"not there or is of another version. {said}. Run `pip install .` in the source folder."
-        )
-    if kind == "version" or (built_with not in (None, trt.__version__) and kind != "device"):
-        return LiteDetrError(
-            f"{path} was built by {trt.__name__} {built_with or 'of another version'}, and "
-            f"{trt.__version__} is installed: an engine runs in the version that built it. {said}. "
-            "Build it again here, or once for all newer versions with --version-compatible."
-        )
-    if kind == "device" or (built_on and gpu.compute_capability not in built_on and kind is None):
-        built_on = " and ".join(built_on) if built_on else "another one"
-        return LiteDetrError(
-            f"{path} was built for compute capability {built_on}, and {gpu.name} has "
-            f"{gpu.compute_capability}. {said}. Build it again on this GPU."
-        )
-    return LiteDetrError(
-        f"{path} is not an engine of {trt.__name__}, or a damaged one. {said}. Copy it again, or "
-        "build it again with `litedetr build`."
-    )
+    if why in (None, "not an engine") and built_with not in (None, trt.__version__):
+        why = "version"
+    elif why is None:
+        why = "device" if built_on and gpu.compute_capability not in built_on else "not an engine"
+    said = f"TensorRT says: {logger.errors[0].strip()[:300]}" if logger.errors else "TensorRT does not say why"
+    message = rows[why]["message"].format(
+        name=path, trt=trt, gpu=gpu, schema=schema, library=native.LIBRARIES["tensorrt"],
+        built_with=built_with or "of another version", built_on=" and ".join(built_on or ["another one"]), said=said,
+    )  # fmt: skip
+    raise LiteDetrError(message)
 
 
 class TensorRTSession:
-    """An engine, ready to run: what `OnnxSession` is to an ONNX model.
+    """An engine, ready to run: what `OnnxSession` is to an ONNX model.  Not for several threads at a time.
 
-    artifact: path of an engine of `litedetr build`; of one that trtexec built, which has no metadata.
-
+    artifact: path of an engine of `litedetr build`, or of one that trtexec built, which has no metadata
     inputs: name -> shape, a tuple with an int where the engine takes one size only and None where it takes several
     outputs: names, in the engine's order
     metadata: what `litedetr export` wrote into the ONNX model, with the verdict on the engine as its `verification`
 
-    From the second run with the same input shapes on, TensorRT's work is one CUDA graph.  Not for several threads at
-    a time.  Raises LiteDetrError where TensorRT, the CUDA bindings or a GPU is missing, and for an engine that cannot
-    be loaded here.
+    Raises LiteDetrError where TensorRT, the CUDA bindings or a GPU is missing, and for what cannot be loaded here.
     """
 
     def __init__(self, artifact):
@@ -218,10 +165,14 @@ class TensorRTSession:
         gpu = cuda.find_gpu()
         self._logger = message_logger(trt)
         runtime: tensorrt.Runtime = trt.Runtime(self._logger)
-        # Without a record nobody knows whether the engine needs them.
-        needs_plugins = self.metadata.get("attention") == "op" or (not record and _is_built("tensorrt"))
-        if backend == "tensorrt" and needs_plugins and not record.get("plugin_inside"):
-            load_plugins(runtime.get_plugin_registry())
+        needs_plugins = not record or (self.metadata.get("attention") == "op" and not record.get("plugin_inside"))
+        if backend == "tensorrt" and needs_plugins:
+            try:
+                load_plugins(runtime.get_plugin_registry())
+            except LiteDetrError as error:
+                # Without a record nobody knows whether the engine needs the library that was not built.
+                if record or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
         self._engine = deserialize(trt, runtime, self._logger, artifact, record, gpu)
         self._prepare(trt, cuda.Device(), backend == "tensorrt-rtx")
 
@@ -231,12 +182,8 @@ class TensorRTSession:
         is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.outputs = tuple(name for name in names if not is_input[name])
         self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-        # name -> (smallest, largest) shape
-        self._limits = {}
-        for name in names:
-            if is_input[name]:
-                smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
-                self._limits[name] = _plain(smallest), _plain(largest)
+        profiles = {name: engine.get_tensor_profile_shape(name, 0) for name in names if is_input[name]}
+        self._limits = {name: (_plain(low), _plain(high)) for name, (low, _, high) in profiles.items()}
         self.inputs = {
             name: tuple(low if low == high else None for low, high in zip(*limits))
             for name, limits in self._limits.items()
@@ -249,10 +196,8 @@ class TensorRTSession:
             context = self._make_context()
             for name, (_, shape) in self._limits.items():
                 context.set_input_shape(name, shape)
-            sizes = {
-                name: int(np.prod(_plain(context.get_tensor_shape(name)))) * self._types[name].itemsize
-                for name in names
-            }
+            shapes = {name: _plain(context.get_tensor_shape(name)) for name in names}
+            sizes = {name: int(np.prod(shape)) * self._types[name].itemsize for name, shape in shapes.items()}
             self._addresses = {name: device.allocate(size) for name, size in sizes.items()}
             self._host = {name: device.allocate_host(size) for name, size in sizes.items()}
         except cuda.OutOfMemory as error:
@@ -262,9 +207,8 @@ class TensorRTSession:
         """An execution context; those of TensorRT share one memory for activations, of which one is used at a time."""
         if self._rtx:  # captures graphs itself, for any shape
             config = self._engine.create_runtime_config()
-            config.cuda_graph_strategy = (  # type: ignore[attr-defined]
-                self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            )
+            whole = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = whole  # type: ignore[attr-defined]
             context = self._engine.create_execution_context(config)
         else:
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -278,17 +222,26 @@ class TensorRTSession:
     def run(self, feed: dict) -> dict:
         """Run on a dict of name -> array; return a dict of name -> array.  A batch of 0 gives empty arrays."""
         if 0 in map(len, feed.values()):
-            shapes = {name: _plain(self._engine.get_tensor_shape(name)) for name in self.outputs}
-            return {
-                name: np.empty((0, *(max(size, 0) for size in shapes[name][1:])), self._types[name])
-                for name in self.outputs
-            }
-        context = self._enqueue(feed)
+            shapes = {name: _plain(self._engine.get_tensor_shape(name))[1:] for name in self.outputs}
+            return {name: np.empty((0, *np.maximum(shape, 0)), self._types[name]) for name, shape in shapes.items()}
+        arrays = self._check(feed)
+        context = self._context(tuple(arrays[name].shape for name in self.inputs))
+        for name, array in arrays.items():
+            # Through pinned memory, which the GPU reads by itself; what was read last is done with by now.
+            pinned = self._host[name][: array.nbytes].view(array.dtype).reshape(array.shape)
+            pinned[...] = array
+            self._device.to_device(self._addresses[name], pinned)
+        context.runs += 1  # the first also does what follows from new shapes, which must not become part of a graph
+        if context.runs == 2 and not self._rtx:
+            context.graph = self._device.capture(lambda: context.execution.execute_async_v3(self._device.stream))
+        if context.graph is not None:
+            self._device.launch(context.graph)
+        elif not context.execution.execute_async_v3(self._device.stream):
+            raise self._failed("fails to run")
         views = {}
-        for name in self.outputs:
-            shape, dtype = context.shapes[name], self._types[name]
-            size = int(np.prod(shape)) * dtype.itemsize
-            views[name] = self._host[name][:size].view(dtype).reshape(shape)
+        for name, shape in context.shapes.items():
+            size = int(np.prod(shape)) * self._types[name].itemsize
+            views[name] = self._host[name][:size].view(self._types[name]).reshape(shape)
             self._device.to_host(views[name], self._addresses[name])
         self._device.synchronize()
         return {name: view.copy() for name, view in views.items()}
@@ -298,107 +251,63 @@ class TensorRTSession:
         self._contexts.clear()
         self._device.close()
 
-    def _enqueue(self, feed):
-        arrays = self._check(feed)
-        context = self._context(tuple(arrays[name].shape for name in self.inputs))
-        for name, array in arrays.items():
-            # Through pinned memory, which the GPU reads by itself; what was read last is done with by now.
-            pinned = self._host[name][: array.nbytes].view(array.dtype).reshape(array.shape)
-            pinned[...] = array
-            self._device.to_device(self._addresses[name], pinned)
-        if not context.execute(self._device):
-            raise self._failed("fails to run")
-        return context
-
     def _context(self, shapes):
         """The context that is prepared for these input shapes; the one that was used longest ago makes room."""
         context = self._contexts.pop(shapes, None)
         if context is None:
             if len(self._contexts) == CONTEXTS:
                 _, oldest = self._contexts.popitem(last=False)
-                oldest.release(self._device)
+                if oldest.graph is not None:
+                    self._device.destroy(oldest.graph)
             reused = next(iter(self._contexts.values())).execution if self._rtx and self._contexts else None
-            context = _Context(reused or self._make_context(), not self._rtx)
+            context = _Context(reused or self._make_context())
         self._contexts[shapes] = context
-        if not context.set_shapes(dict(zip(self.inputs, shapes)), self._addresses, self.outputs):
-            raise self._failed(f"cannot take inputs of the shapes {list(shapes)}")
+        if context.shapes is None or self._rtx:
+            execution = context.execution
+            if not all(execution.set_input_shape(name, shape) for name, shape in zip(self.inputs, shapes)):
+                raise self._failed(f"cannot take inputs of the shapes {list(shapes)}")
+            for name, address in self._addresses.items():
+                execution.set_tensor_address(name, address)
+            context.shapes = {name: _plain(execution.get_tensor_shape(name)) for name in self.outputs}
         return context
 
     def _check(self, feed):
         arrays = {}
         for name, (smallest, largest) in self._limits.items():
             if name not in feed:
-                raise LiteDetrError(
-                    f"the input {name!r} of {self.path} is missing; given: "
-                    f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}."
-                )
-            array = np.asarray(feed[name])
+                given = f"{', '.join(feed) or 'none'}. Give all of {', '.join(self._limits)}."
+                raise LiteDetrError(f"the input {name!r} of {self.path} is missing; given: {given}")
+            arrays[name] = array = np.asarray(feed[name])
             if array.dtype != self._types[name]:
+                wanted = f"{self.path} takes {self._types[name]}. Convert it before the run."
+                raise LiteDetrError(f"the input {name!r} is {array.dtype}; {wanted}")
+            bounds = zip(smallest, array.shape, largest)
+            if array.ndim != len(smallest) or not all(low <= size <= high for low, size, high in bounds):
                 raise LiteDetrError(
-                    f"the input {name!r} is {array.dtype}; {self.path} takes {self._types[name]}. "
-                    "Convert it before the run."
+                    f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for {list(smallest)} "
+                    f"to {list(largest)}. Run smaller batches or other sizes, or build the engine with other --batch "
+                    "and --image-size."
                 )
-            fits = array.ndim == len(smallest) and all(
-                low <= size <= high for low, size, high in zip(smallest, array.shape, largest)
-            )
-            if not fits:
-                raise LiteDetrError(
-                    f"the input {name!r} has the shape {list(array.shape)}; {self.path} was built for "
-                    f"{list(smallest)} to {list(largest)}. Run smaller batches or other sizes, or "
-                    "build the engine with other --batch and --image-size."
-                )
-            arrays[name] = array
         return arrays
 
     def _failed(self, what):
         errors, self._logger.errors = self._logger.errors, []
         said = f": {errors[0].strip()[:300]}" if errors else ""
         return LiteDetrError(
-            f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else "
-            "build the engine again with the TensorRT that is installed here."
+            f"{self.path} {what}{said}. If the GPU's memory is full, end what else runs on it; else build the engine "
+            "again with the TensorRT that is installed here."
         )
 
 
+@dataclass
 class _Context:
-    """An execution context for one set of input shapes, and the CUDA graph of its work from the second run on."""
+    """What is ready for one set of input shapes; TensorRT-RTX has one execution for all."""
 
-    def __init__(self, execution: tensorrt.IExecutionContext, captures: bool):
-        self.execution = execution
-        self.shapes: dict[str, tuple[int, ...]] | None = None  # of the outputs
-        self._captures, self._graph, self._runs = captures, None, 0
-
-    def set_shapes(self, inputs, addresses, outputs) -> bool:
-        """Tell TensorRT the shapes of the inputs and where everything lies; False where it refuses."""
-        if self.shapes is None or not self._captures:
-            if not all(self.execution.set_input_shape(name, shape) for name, shape in inputs.items()):
-                return False
-            for name, address in addresses.items():
-                self.execution.set_tensor_address(name, address)
-            self.shapes = {name: _plain(self.execution.get_tensor_shape(name)) for name in outputs}
-        return True
-
-    def execute(self, device) -> bool:
-        """Put the work on the device's stream."""
-        self._runs += 1
-        # The first run also does what follows from new shapes, which must not become part of a graph.
-        if self._captures and self._runs == 2:
-            self._graph = device.capture(lambda: self.execution.execute_async_v3(device.stream))
-        if self._graph is None:
-            return self.execution.execute_async_v3(device.stream)
-        device.launch(self._graph)
-        return True
-
-    def release(self, device):
-        if self._graph is not None:
-            device.destroy(self._graph)
+    execution: tensorrt.IExecutionContext
+    shapes: dict[str, tuple[int, ...]] | None = None  # of the outputs
+    runs: int = 0
+    graph: object = None  # the CUDA graph of its work, from the second run on
 
 
 def _plain(dims: tensorrt.Dims) -> tuple[int, ...]:
     return tuple(dims[i] for i in range(len(dims)))
-
-
-def _is_built(name):
-    try:
-        return bool(native.library(name))
-    except FileNotFoundError:
-        return False

@@ -5,6 +5,7 @@ import pytest
 import litedetr_deploy as ld
 from litedetr_deploy.engine import api, known_bad
 from litedetr_deploy.engine.known_bad import Target, gate
+from litedetr_deploy.engine.recipe import tomllib
 
 GOOD = Target("tensorrt", (10, 15, 1), "fp16", frozenset({"Conv", "KeyAwareDeformAttn"}), ("8.6",))
 
@@ -71,6 +72,15 @@ def test_jetpack(monkeypatch, tmp_path, text, jetpack):
     if text is not None:
         known_bad.TEGRA_RELEASE.write_text(text)
     assert known_bad.find_jetpack() == jetpack
+
+
+def test_the_table_holds_what_its_head_describes():
+    text = known_bad.TABLE.read_text()
+    head = text.partition("[[row]]")[0]
+    for row in tomllib.loads(text)["row"]:
+        assert {"why", "fix", "source"} < set(row)
+        assert all(key in head for key in row), row
+        assert all(isinstance(row.get(key, ""), str) for key in ("since", "before", "compute_capability", "operator"))
 
 
 def test_version_numbers():

@@ -89,7 +89,7 @@ def stub_names(stubs):
 
 
 def test_names_of_the_module_in_tensorrt(stubs):
-    assert chains() >= {"BuilderFlag.TF32", "IProgressMonitor.__init__", "OnnxParser", "Runtime"}
+    assert chains() >= {"BuilderFlag.TF32", "IProgressMonitor", "OnnxParser", "Runtime"}
     known = stub_names(stubs)
     assert {chain for chain in chains() if chain not in known} == RTX_ONLY
 

@@ -500,3 +500,61 @@ def test_plugins_load_into_tensorrts_own_registry():
     registry = trt.get_plugin_registry()
     assert tensorrt.load_plugins(registry) == tensorrt.load_plugins(registry) == library
     assert registry.get_creator("KeyAwareDeformAttn", "1", "") is not None
+
+
+class Runtime:
+    """A stand-in for `cuda.bindings.runtime` that notes what is made and what is released."""
+
+    cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
+    cudaError_t = types.SimpleNamespace(
+        cudaSuccess=0, cudaErrorMemoryAllocation=2, cudaErrorNoDevice=100, cudaErrorInsufficientDriver=35
+    )
+    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def __init__(self):
+        self.calls, self.fails = [], {}
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            return self.fails.get(name, 0), len(self.calls)
+
+        call.__name__ = name
+        setattr(self, name, call)
+        return call
+
+    def cudaGetErrorString(self, error):
+        return 0, b"out of memory"
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    stand_in = Runtime()
+    monkeypatch.setattr(cuda, "_bindings", lambda: stand_in)
+    return stand_in
+
+
+def test_a_device_gives_everything_back_in_reverse(runtime):
+    device = cuda.Device()
+    device.allocate(8)
+    array = np.zeros(2, np.float32)
+    device.to_device(device.allocate(8), array)
+    first, second = device.capture(lambda: True), device.capture(lambda: True)
+    device.launch(second)
+    device.destroy(first)
+    runtime.calls.clear()
+    device.close()
+    assert runtime.calls == [
+        "cudaStreamSynchronize", "cudaGraphExecDestroy", "cudaFree", "cudaFree", "cudaStreamDestroy",
+    ]  # fmt: skip
+    device.close()
+    assert len(runtime.calls) == 5
+
+
+def test_capture_that_fails_and_memory_that_is_short(runtime):
+    device = cuda.Device()
+    assert device.capture(lambda: False) is None and runtime.calls[-1] == "cudaGetLastError"
+    runtime.fails["cudaMalloc"] = 2
+    with pytest.raises(cuda.OutOfMemory, match="too little memory left: cudaMalloc.*out of memory"):
+        device.allocate(8)
