@@ -16,6 +16,11 @@ from pathlib import Path
 
 from .errors import LiteDetrError
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib  # noqa: F401
+
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())  # a folder can be another machine's as well
 _UNFINISHED = re.compile(rf"\..*\.litedetr-{re.escape(_HOST)}-(\d+)-[^.]*")
 

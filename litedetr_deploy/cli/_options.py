@@ -8,12 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import LiteDetrError
+from ..files import tomllib
 from ._console import report_error
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 
 _MEANINGS = tomllib.loads(Path(__file__).with_name("options.toml").read_text("utf-8"))
 

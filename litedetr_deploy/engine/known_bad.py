@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LiteDetrError
+from ..files import tomllib
 from .api import version_numbers
-from .recipe import tomllib
 
 TABLE = Path(__file__).with_suffix(".toml")
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")

@@ -11,11 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import LiteDetrError, nearest
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
+from ..files import tomllib
 
 COMMANDS = ("export", "build")
 

@@ -8,6 +8,7 @@ from ..verify.verdict import largest, mean
 
 SCORE_FLOOR = 0.05  # of the detections that are compared
 IOU_FLOOR = 0.5  # of two detections that match
+NOTHING = {"largest": None, "mean": None}
 
 
 def compare_detections(first: dict, second: dict) -> dict:
@@ -23,11 +24,11 @@ def compare_detections(first: dict, second: dict) -> dict:
             box_differences.append(float(np.abs(a[1][i] - b[1][j]).max()))
             score_differences.append(float(abs(a[2][i] - b[2][j])))
     matched = len(box_differences)
-    values = {"box_difference_px": box_differences, "score_difference": score_differences}
+    values = {"box_difference_px": np.array(box_differences), "score_difference": np.array(score_differences)}
     return {
         "score_floor": SCORE_FLOOR, "iou_floor": IOU_FLOOR, "matched": matched,
         "unmatched": [count - matched for count in counts],
-        **{name: {"largest": largest(x) if x else None, "mean": mean(x) if x else None} for name, x in values.items()},
+        **{name: {"largest": largest(x), "mean": mean(x)} if matched else NOTHING for name, x in values.items()},
     }  # fmt: skip
 
 

@@ -9,13 +9,9 @@ import numpy as np
 
 from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, damaged, opset_version, parse_metadata
 from ..errors import LiteDetrError, not_installed
+from ..files import tomllib
 from ..machine import bounded_threads
 from ..ops import native, schema
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 
 # ONNX Runtime's CPU kernel of what this makes is several times slower than the LayerNormalization and sums that go in.
 _CPU_SLOWED_BY = ("SkipLayerNormFusion",)

@@ -5,7 +5,7 @@ import pytest
 import litedetr_deploy as ld
 from litedetr_deploy.engine import api, known_bad
 from litedetr_deploy.engine.known_bad import Target, gate
-from litedetr_deploy.engine.recipe import tomllib
+from litedetr_deploy.files import tomllib
 
 GOOD = Target("tensorrt", (10, 15, 1), "fp16", frozenset({"Conv", "KeyAwareDeformAttn"}), ("8.6",))
 
