@@ -101,7 +101,7 @@ def _run_one_op() -> None:
     from onnx import helper
 
     value = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
-    feed = {
+    feed: dict[str, np.ndarray] = {
         "query": np.ones_like(value), "value": value, "reference_points": np.full((1, 1, 1, 2), 0.5, np.float32),
         "sampling_offsets": np.zeros((1, 1, 2), np.float32), "spatial_shapes": np.ones((1, 2), np.int64),
     }  # fmt: skip
