@@ -246,10 +246,10 @@ class DeformAttn : public ov::op::Op {
  private:
   static constexpr size_t kNumAttributes = sizeof kAttributes / sizeof *kAttributes;
 
-  /* "KeyAwareDeformAttn '/encoder/layers.0/...': <message>" */
+  /* "KeyAwareDeformAttn: <message>"; the plugin names the node. */
   template <typename... Parts>
-  void expect(bool condition, const Parts&... message) const {
-    if (!condition) OPENVINO_THROW(op_name(key_aware), " '", get_friendly_name(), "': ", message...);
+  static void expect(bool condition, const Parts&... message) {
+    if (!condition) OPENVINO_THROW(op_name(key_aware), ": ", message...);
   }
 
   void check_type(size_t input, ov::element::Type value_type) const {
