@@ -1,5 +1,5 @@
-/* liblitedetr_openvino, what an OpenVINO program loads: checks that its OpenVINO is the one that liblitedetr_openvino_ops
- * was compiled for, and loads that from its own folder.
+/* liblitedetr_openvino, what an OpenVINO program loads: checks that its OpenVINO is the one that the ops were compiled
+ * for, and loads them, liblitedetr_openvino_ops, from its own folder.
  *
  * OpenVINO's extension interface is C++, whose classes change from release to release, so the ops are linked to one
  * release by its library's name.  Any other would end in the loader's "libopenvino.so.2641: cannot open shared object

@@ -339,8 +339,8 @@ template <bool key_aware>
 void add(std::vector<ov::Extension::Ptr>& extensions) {
   /* For OpenVINO's own files, a cache's too, and for ONNX. */
   extensions.push_back(std::make_shared<ov::OpExtension<DeformAttn<key_aware>>>());
-  extensions.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(op_name(key_aware), kDomain,
-                                                                                  convert<key_aware>));
+  extensions.push_back(
+      std::make_shared<ov::frontend::onnx::ConversionExtension>(op_name(key_aware), kDomain, convert<key_aware>));
 }
 
 }  // namespace
