@@ -54,6 +54,8 @@ $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	@# Again, with OpenVINO there to compile its extension against: a build does not see what is installed.
+	OpenVINO_DIR=$$($(BIN)/python -c "import openvino; print(openvino.__path__[0])")/cmake $(PIP) --no-deps --editable .
 	@# What it depends on is TensorRT itself, gigabytes that a type check does not need.
 	$(PIP) --no-deps 'tensorrt-stubs>=10.13,<11'
 	touch $@

@@ -10,6 +10,7 @@ from pathlib import Path
 LIBRARIES = {
     "core": "liblitedetr_kda.so",
     "onnxruntime": "liblitedetr_onnxruntime.so",
+    "openvino": "liblitedetr_openvino.so",
     "tensorrt": "liblitedetr_tensorrt.so",
 }
 # A folder that is searched first: for libraries built apart from the package (another compiler, another board).
@@ -56,7 +57,9 @@ _FUNCTIONS = {
 
 
 def library(name: str) -> Path:
-    """Return the path of a library: 'core' (the arithmetic), 'onnxruntime' (custom ops) or 'tensorrt' (plugins).
+    """Return the path of a library.
+
+    name: 'core' (the arithmetic), 'onnxruntime' (custom ops), 'openvino' (an extension) or 'tensorrt' (plugins).
 
     Raise ValueError for another name, and FileNotFoundError, which says how to build it, where it is not there.
     """

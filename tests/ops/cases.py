@@ -119,7 +119,11 @@ def make_session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.Infere
 
 def make_op_model(shape: Shape, version: int = schema.VERSION, **attributes: int | str) -> onnx.ModelProto:
     """A model of one node, every size dynamic; `version`: of the domain that it imports."""
-    element = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
+    element = {
+        torch.float32: onnx.TensorProto.FLOAT,
+        torch.float16: onnx.TensorProto.FLOAT16,
+        torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    }
     types = {"T": element[shape.dtype], "F": onnx.TensorProto.FLOAT, "I": onnx.TensorProto.INT64}
     types["U"] = onnx.TensorProto.FLOAT if shape.float_offsets else element[shape.dtype]
     inputs = [

@@ -39,7 +39,9 @@ def test_missing_library(monkeypatch, tmp_path):
 
 
 def test_unknown_library():
-    with pytest.raises(ValueError, match="no library 'ort'; the libraries are 'core', 'onnxruntime', 'tensorrt'"):
+    with pytest.raises(
+        ValueError, match="no library 'ort'; the libraries are 'core', 'onnxruntime', 'openvino', 'tensorrt'"
+    ):
         native.library("ort")
 
 

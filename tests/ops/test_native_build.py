@@ -1,4 +1,4 @@
-"""What the build says where ONNX Runtime's headers are not to be found."""
+"""What the build says where ONNX Runtime's headers, or OpenVINO, are not to be found."""
 
 import os
 import shutil
@@ -75,6 +75,19 @@ class TestConfigure:
         result = configure(tmp_path, ORT_INCLUDE_DIR="/nowhere")
         assert result.returncode != 0
         assert "ORT_INCLUDE_DIR is /nowhere, where there is no onnxruntime_c_api.h" in " ".join(result.stderr.split())
+
+    def test_goes_on_without_openvino(self, tmp_path):
+        result = configure(tmp_path, "-DLITEDETR_ONNXRUNTIME=OFF", OpenVINO_DIR="/nowhere")
+        assert result.returncode == 0, result.stderr
+        assert "The OpenVINO extension is left out: OpenVINO was not found" in result.stdout
+
+    def test_fails_without_openvino_where_told_to(self, tmp_path):
+        options = ("-DLITEDETR_ONNXRUNTIME=OFF", "-DLITEDETR_OPENVINO=ON")
+        result = configure(tmp_path, *options, OpenVINO_DIR="/nowhere")
+        assert result.returncode != 0
+        message = " ".join(result.stderr.split())
+        assert "The OpenVINO extension cannot be built: OpenVINO was not found" in message
+        assert "set the environment variable OpenVINO_DIR" in message and "--no-build-isolation" in message
 
 
 def test_script_uses_what_it_has_downloaded(tmp_path):
