@@ -15,7 +15,7 @@ import torch
 import litedetr_deploy as ld
 from litedetr_deploy.assets import shapes
 from litedetr_deploy.ops import native
-from litedetr_deploy.verify.onnx import FLOORS
+from litedetr_deploy.verify.reference import FLOORS
 from litedetr_deploy.verify.verdict import compare
 
 from . import cases
