@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import litedetr_deploy as ld
+from litedetr_deploy.assets.shapes import CLASS_NAMES
 from litedetr_deploy.evaluate.average_precision import average_precision, matched
 from litedetr_deploy.evaluate.data import drawn_shapes
 from litedetr_deploy.evaluate.evaluate import evaluate
@@ -74,3 +76,10 @@ def test_comparison_is_written(script, tmp_path, capsys):
     assert first["AP"]["value"] == pytest.approx(first["metrics"]["AP"], abs=1e-12)
     assert first["latency_ms"] == pytest.approx(53.0, abs=0.1)
     assert (tmp_path / "out.md").read_text() in capsys.readouterr().out
+
+
+def test_the_twin_that_is_kept_is_a_trained_full_scale_detector(found):
+    dataset, _ = found
+    twin = ld.load_model(FOLDER / "dino-shapes.safetensors")
+    assert twin.config.name == "dino-r26n" and not twin.config.is_lite and twin.class_names == CLASS_NAMES
+    assert evaluate(FOLDER / "dino-shapes.safetensors", dataset, threads=1).metrics["AP"] > 0.65  # of 12 scenes
