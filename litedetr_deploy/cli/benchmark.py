@@ -14,7 +14,7 @@ from ..errors import LiteDetrError
 from ..export import limits
 from ..machine import usable_cores
 from . import _checks, _options
-from ._console import Stages, guarded, print_json
+from ._console import Stages, finish, guarded
 
 CACHE = cache_folder() / "benchmark"
 DEFAULT = "lite-dino-r50-h3l1-2+1x3"
@@ -97,7 +97,7 @@ def latency(
     store = plans.Cache(cache, checkpoint, variant, _build_engine)
     if dry_run:
         rows, lines = plans.describe_plan(plan, store, unchecked)
-        print_result(as_json, {"plan": rows, "cache": str(cache)}, lines)
+        finish({"plan": rows, "cache": str(cache)}, as_json, True, _print, lines)
         return
     if prepare:
         with Stages() as stage:
@@ -106,7 +106,7 @@ def latency(
         size = sum(map(os.path.getsize, files))
         found = {"cache": str(cache), "files": list(map(str, files)), "bytes": size}
         line = f"{cache}: {len(files)} files, {size / 1e6:.0f} MB, are ready for {len(plan)} contenders"
-        print_result(as_json, found, [line])
+        finish(found, as_json, True, _print, [line])
         return
     run = measuring.Run(plan, store, measuring.Settings(seconds, at_once), output, unchecked)
     try:
@@ -115,10 +115,9 @@ def latency(
     finally:
         if not as_json:
             print(*measuring.tables(run.results), sep="\n")
-    print_result(as_json, run.to_dict(), wrote(run.write()))
     statuses = {result.status for result in run.results}
-    if statuses & {harness.WRONG, harness.FAILED}:
-        raise typer.Exit(1)
+    passed = not statuses & {harness.WRONG, harness.FAILED}
+    finish(run.to_dict(), as_json, passed, _print, wrote(run.write()))
     if statuses <= {harness.MISSING}:
         raise LiteDetrError(
             "Nothing could be measured: all contenders are missing on this machine, the lines above say why. "
@@ -166,7 +165,7 @@ def gflops(
             stage("count")
             found = counting.count(model, image_size, variant, force_variant)
             lines = counting.count_table(model, found)
-    print_result(as_json, found, lines)
+    finish(found, as_json, True, _print, lines)
 
 
 @benchmark.command()
@@ -225,9 +224,8 @@ def precision(
     title = f"{checkpoint} at {size[0]}x{size[1]}, {where}"
     found = measuring.as_dict(base, rows, title)
     paths = measuring.write_reports(found, output) if output else []
-    print_result(as_json, found, [*measuring.table(found), "", f"{title}.  {measuring.HOW}", *wrote(paths)])
-    if not all(row["verified"] for row in rows):
-        raise typer.Exit(1)
+    lines = [*measuring.table(found), "", f"{title}.  {measuring.HOW}", *wrote(paths)]
+    finish(found, as_json, all(row["verified"] for row in rows), _print, lines)
 
 
 def names(text):
@@ -235,11 +233,8 @@ def names(text):
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def print_result(as_json, found, lines):
-    """Print what was found: with --json as JSON, else as lines."""
-    if as_json:
-        print_json(found)
-    elif lines:
+def _print(_, lines):
+    if lines:
         print(*lines, sep="\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from ..errors import LiteDetrError
 from ..files import replaced_when_done
 from ..model.deployed import OUTPUTS, PROBES, Deployed
 from ..model.detector import Detector
-from ..model.resnet import fold_frozen_batch_norm
+from ..model.resnet import folded
 from ..ops import schema, torch_op
 from ..runtime.session import OnnxSession
 from ..verify.onnx import check_weights, verify_onnx
@@ -175,8 +174,7 @@ def _ap(onnx_model: ir.Model, model: Detector, ap_of: Callable[[OnnxSession], fl
 
 def _trace(model: Detector, image_size, outputs: str, pixel_mask: bool):
     """Return the model as an exported program, and the names of its inputs."""
-    model = copy.deepcopy(model)
-    fold_frozen_batch_norm(model)
+    model = folded(model)
     batch = 2  # torch.export takes a size of 1 for a constant
     # Any size will do where sizes are dynamic; unlike sides keep height and width apart.
     height, width = image_size or (256, 320)

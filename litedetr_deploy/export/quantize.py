@@ -8,7 +8,6 @@ numbers, so that a graph whose floats are half quantizes exactly as it was calib
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +29,7 @@ from ..errors import LiteDetrError
 from ..files import replaced_when_done
 from ..model.deployed import Deployed
 from ..model.detector import Detector
-from ..model.resnet import fold_frozen_batch_norm
+from ..model.resnet import folded
 from ..runtime.images import load_image, prepare
 from ..runtime.session import create_session
 from ..verify.typed import fake_quantized, fake_quantized_weight, step_of, steps_of
@@ -170,8 +169,7 @@ def sensitivity(
     (mean difference, of the image's side).  The queries are those of the FP32 model throughout.
     """
     calibration = dataclasses.replace(calibration, images=calibration.images[:SENSITIVITY_IMAGES])
-    model = copy.deepcopy(model)
-    fold_frozen_batch_norm(model)
+    model = folded(model)
     modules = dict(model.named_modules())
     normalise = Deployed(model, "raw").normalise
     feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in calibration.feeds()]

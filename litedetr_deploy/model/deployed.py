@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..machine import bounded_threads
 from .detector import Detector, take_tokens
-from .resnet import fold_frozen_batch_norm
+from .resnet import folded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,9 +70,7 @@ class TorchSession:
     def __init__(self, model: Detector, threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(bounded_threads(threads))
-        model = copy.deepcopy(model)
-        fold_frozen_batch_norm(model)
-        self._deployed = Deployed(model, "detections").eval()
+        self._deployed = Deployed(folded(model), "detections").eval()
         mask = ("batch", "height", "width")
         self.inputs = {"images": ("batch", 3, *mask[1:]), "orig_target_sizes": ("batch", 2), "pixel_mask": mask}
         self.outputs = OUTPUTS["detections"]

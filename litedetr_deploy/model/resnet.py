@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model")
 
 # Channels of the stem, and bottlenecks of every stage.  r26n is ResNet-26 at 3/8 of the width.
 SHAPES = {"r50": (64, (3, 4, 6, 3)), "r101": (64, (3, 4, 23, 3)), "r26n": (24, (2, 2, 2, 2))}
@@ -78,6 +82,13 @@ class ResNet(nn.Module):
         for layer in (self.layer2, self.layer3, self.layer4):
             maps.append(layer(maps[-1]))
         return maps[1:]
+
+
+def folded(model: Model) -> Model:
+    """Return a copy of `model` with every frozen batch norm folded."""
+    model = copy.deepcopy(model)
+    fold_frozen_batch_norm(model)
+    return model
 
 
 def fold_frozen_batch_norm(module: nn.Module) -> None:

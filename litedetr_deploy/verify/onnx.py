@@ -28,7 +28,7 @@ from ..model.attention import SelfAttention
 from ..model.checkpoints.official import official_key
 from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
-from ..model.resnet import fold_frozen_batch_norm
+from ..model.resnet import folded
 from ..ops import reference, schema, torch_op
 from ..runtime.session import create_session
 from . import typed
@@ -204,8 +204,7 @@ def _typed_yardstick(rounding: Detector, precision: str, probe: Probe, wanted) -
 
 def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype) -> Detector:
     """Return a copy of `model` whose modules round weights, inputs and outputs as the graph does."""
-    model = copy.deepcopy(model)
-    fold_frozen_batch_norm(model)
+    model = folded(model)
     steps = typed.modules(proto)
 
     def rounded(x, step=None):

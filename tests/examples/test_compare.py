@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,11 @@ FOLDER = Path(__file__).parents[2] / "examples" / "shapes"
 SCENES = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def script():
-    sys.path.insert(0, str(FOLDER))
-    yield __import__("compare")
-    sys.path.remove(str(FOLDER))
+    import compare
+
+    return compare
 
 
 @pytest.fixture(scope="module")

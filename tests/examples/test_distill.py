@@ -22,14 +22,6 @@ SMALL = {
 FAMILIES = ("dino", "deformable-detr", "h-detr")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The script's module, as it is imported where it lies."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
 def teacher_of(family: str):
     torch.manual_seed(1)
     return ld.load_model(variant=f"{family}-r26n", **SMALL)

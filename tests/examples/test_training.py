@@ -1,8 +1,6 @@
 """The training of the shipped detector, examples/shapes/: its losses, its steps, and how it resumes."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +10,7 @@ import litedetr_deploy as ld
 from litedetr_deploy.assets.shapes import CLASS_NAMES, scene
 from litedetr_deploy.model.config import parse_variant
 
-FOLDER = Path(__file__).parents[2] / "examples" / "shapes"
 SMALL = {"hidden_dim": 64, "num_heads": 2, "dim_feedforward": 64, "decoder_dim_feedforward": 64, "num_queries": 20}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The folder's modules, as the script itself sees them."""
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
 
 
 def test_generalized_iou_of_boxes_by_hand():

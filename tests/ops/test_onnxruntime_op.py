@@ -90,24 +90,7 @@ def test_shape_inference(dtype):
     assert [size.dim_param for size in inferred.shape.dim] == ["query_0", "query_1", "value_2"]
 
 
-@pytest.mark.parametrize(
-    "name, wrong, message",
-    [
-        ("query", torch.zeros(2, 5, 15), r"query has shape \[2, 5, 15\]; it should be \[2, 5, 16\]"),
-        ("value", torch.zeros(2, 48, 15), "value has 15 channels; they should divide by the 2 heads"),
-        ("key", torch.zeros(2, 47, 16), r"key has shape \[2, 47, 16\]; it should be \[2, 48, 16\]"),
-        (
-            "reference_points",
-            torch.zeros(2, 5, 3, 3),
-            r"reference_points has a last dimension of 3; .* 2 \(x, y\) or 4",
-        ),
-        ("reference_points", torch.zeros(2, 4, 3, 2), r"reference_points has shape \[2, 4, 3, 2\]; .* \[2, 5, 3, 2\]"),
-        ("sampling_offsets", torch.zeros(2, 5, 46), r"sampling_offsets has shape \[2, 5, 46\]; .* \[2, 5, 48\]"),
-        ("spatial_shapes", torch.tensor([[5, 7], [3, 4], [2, 1]]), "48 tokens"),
-        ("spatial_shapes", torch.ones(3, 3).long(), r"spatial_shapes has shape \[3, 3\]; it should be \[3, 2\]"),
-        ("spatial_shapes", torch.ones(9, 2).long(), r"reference_points has shape \[2, 5, 3, 2\]; .* \[2, 5, 9, 2\]"),
-    ],
-)
+@pytest.mark.parametrize("name, wrong, message", cases.WRONG_TENSORS)
 def test_errors_name_the_op_and_the_tensor(name, wrong, message):
     shape = cases.Shape(key="own")
     session = cases.make_session(cases.make_op_model(shape))
