@@ -18,6 +18,7 @@ from ..errors import LiteDetrError
 from ..model.paper import PUBLISHED
 from ..ops import native
 from ..runtime.tensorrt import read_record
+from ..verify.probes import feed
 from ..verify.reference import BOXES, INDICES, LOGITS, SCORES, Weights
 from . import timing
 from .harness import Contender, Result
@@ -140,10 +141,7 @@ class Engine(Contender):
 
     def feed(self, inputs: set[str]) -> dict[str, np.ndarray]:
         """Return what an artifact with these inputs is given: the images, their sizes, and a mask without padding."""
-        n, _, height, width = self.pixels.shape
-        sizes, mask = np.array([[width, height]] * n, np.int64), np.zeros((n, height, width), bool)
-        known = {"images": self.pixels, "orig_target_sizes": sizes, "pixel_mask": mask}
-        return {name: known[name] for name in inputs}
+        return feed(inputs, self.pixels, np.zeros((len(self.pixels), *self.pixels.shape[2:]), bool))
 
 
 class _OnnxRuntime(Engine):
