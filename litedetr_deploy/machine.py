@@ -25,6 +25,11 @@ def describe_cpu() -> tuple[str, list[str]]:
     return name, fields.get("flags", fields.get("Features", "")).split()  # x86-64, aarch64
 
 
+def computes_bfloat16() -> bool:
+    """Return whether the processor has instructions for products in bfloat16: AVX512_BF16, AMX or ARM's."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(describe_cpu()[1])
+
+
 def installed_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

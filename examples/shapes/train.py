@@ -16,7 +16,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -84,6 +84,9 @@ def main(
     variant: Annotated[str, typer.Option(help="Name of the model, with the light backbone r26n.")] = "lite-dino-r26n",
     images: Annotated[int, typer.Option(help="How many generated scenes to train on, each seen once.")] = 48_000,
     batch_size: Annotated[int, typer.Option(help="Scenes a step.")] = 8,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="Of backbone and encoder; bf16 pays where the processor has it.")
+    ] = "bf16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
@@ -100,6 +103,7 @@ def main(
     config = parse_variant(variant, num_classes=len(CLASS_NAMES))
     wanted = {
         "variant": variant, "images": images, "batch_size": batch_size, "seed": seed, "side": side, "stages": STAGES,
+        "precision": precision,
         "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "average_over": AVERAGE_OVER,
     }  # fmt: skip
     trainee = Trainee(config)
@@ -144,7 +148,7 @@ def main(
                     group["lr"] = LEARNING_RATE * rate_at((step + 1) / total)
                 pixels = (pixels.to(device).float() / 255 - mean) / std
                 labels, boxes = ([x.to(device) for x in xs] for xs in (labels, boxes))
-                with torch.autocast(device, torch.bfloat16):
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                     loss = trainee.loss(pixels.contiguous(memory_format=torch.channels_last), labels, boxes)
                 optimizer.zero_grad()
                 loss.backward()

@@ -81,7 +81,7 @@ class Detector(Contender):
         result.figures |= {"variant": variant, "gflops": reference.gflops, "ap": ap, "check": None, "trtexec_ms": None}
         if not reference.checks:
             return ""
-        verdict = reference.check(self.ask("outputs"), spec.precision)
+        verdict = reference.check(self.ask("outputs"), spec.rounding)
         share = verdict.worst.share if verdict.passed else None
         result.figures |= {"check": [row.to_dict() for row in verdict.rows], "worst": share}
         return "" if verdict.passed else f"it does not agree with {verdict.against}: {verdict.why}"
@@ -143,6 +143,21 @@ class Engine(Contender):
         """Return what an artifact with these inputs is given: the images, their sizes, and a mask without padding."""
         return feed(inputs, self.pixels, np.zeros((len(self.pixels), *self.pixels.shape[2:]), bool))
 
+    def probed(self) -> bytes | None:
+        """Return the graph with PROBES, logits and boxes as outputs too; None where it has no PROBES, or the package
+        onnx is not here to make outputs of them."""
+        if not is_installed("onnx"):
+            return None
+        import onnx
+
+        proto = load_onnx(self.file)
+        known = {name for node in proto.graph.node for name in node.output}
+        if not known.issuperset(PROBES):
+            return None
+        wanted = known.intersection((*PROBES, LOGITS, BOXES)) - {output.name for output in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        return proto.SerializeToString()
+
 
 class _OnnxRuntime(Engine):
     def open(self) -> None:
@@ -170,17 +185,8 @@ class _OnnxRuntime(Engine):
         return self._run()
 
     def outputs(self) -> dict[str, np.ndarray]:
-        """Return PROBES too where the graph has them, and the package onnx is here to make outputs of them."""
-        session = self._session
-        if is_installed("onnx"):
-            import onnx
-
-            proto = load_onnx(self.file)
-            known = {name for node in proto.graph.node for name in node.output}
-            if known.issuperset(PROBES):
-                wanted = known.intersection((*PROBES, LOGITS, BOXES)) - {output.name for output in proto.graph.output}
-                proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-                session = self._create(proto.SerializeToString())
+        probed = self.probed()
+        session = self._create(probed) if probed else self._session
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, self._feed)))
 
@@ -192,32 +198,19 @@ class _OnnxRuntime(Engine):
 
 class _OpenVino(Engine):
     def open(self) -> None:
-        self._compiled = self._compile()
-        self._feed = self.feed({name for value in self._compiled.inputs for name in value.get_names()})
+        from ..runtime.openvino import OpenVinoSession
 
-    def _compile(self, probes: tuple[str, ...] = ()):
-        import openvino
-
-        model = openvino.Core().read_model(self.file)
-        there = {name for value in model.outputs for name in value.get_names()}
-        model.add_outputs([name for name in probes if name not in there])
-        return compile_openvino(model, self.spec.threads)
+        spec = self.spec
+        self._create = functools.partial(OpenVinoSession, threads=spec.threads, precision=spec.way.mode or None)
+        self._session = self._create(self.file)
+        self._feed = self.feed(set(self._session.inputs))
 
     def call(self):
-        return self._compiled(self._feed, share_inputs=True, share_outputs=True)  # no copies
+        return self._session.run(self._feed, copy=False)
 
     def outputs(self) -> dict[str, np.ndarray]:
-        compiled = self._compile(PROBES)
-        values = compiled(self._feed)
-        return {name: np.array(values[value]) for value in compiled.outputs for name in value.get_names()}
-
-
-def compile_openvino(model, threads: int):
-    """Return a model that OpenVINO has read, compiled for the CPU as a fair rival in FP32."""
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    return openvino.Core().compile_model(model, "CPU", settings)
+        probed = self.probed()
+        return (self._create(probed) if probed else self._session).run(self._feed)
 
 
 class _TensorRt(Engine):

@@ -257,14 +257,11 @@ def onnxruntime_call(attention: str, problem: Problem, threads: int):
 
 
 def openvino_call(attention: str, problem: Problem, threads: int):
-    import openvino
+    from ..runtime.openvino import OpenVinoSession  # which needs numpy
 
-    from .contender import compile_openvino  # which needs numpy
-
-    model = openvino.Core().read_model(onnx_model(problem.size, attention), b"")
-    compiled = compile_openvino(model, threads)
+    session = OpenVinoSession(onnx_model(problem.size, attention), threads)
     feed = {name: tensor.numpy() for name, tensor in problem.inputs.items()}
-    return lambda: compiled(feed, share_inputs=True, share_outputs=True)[0]  # no copies
+    return lambda: next(iter(session.run(feed, copy=False).values()))
 
 
 def torch_call(attend: Callable[..., Tensor], problem: Problem, threads: int, plain: bool = False, **options):
@@ -361,6 +358,7 @@ RIVALS = {
         Rival("torch op", _OP),
         Rival("ORT GridSample", partial(onnxruntime_call, "gridsample"), ("onnxruntime", *_ONNX)),
         Rival("ORT gather", partial(onnxruntime_call, "gather"), ("onnxruntime", *_ONNX)),
+        Rival("OpenVINO op", partial(openvino_call, "op"), ("openvino", *_ONNX)),
         Rival(OPENVINO[0], partial(openvino_call, "gridsample"), ("openvino", *_ONNX)),
         Rival(OPENVINO[1], partial(openvino_call, "gather"), ("openvino", *_ONNX)),
         *_PYTORCH,

@@ -19,6 +19,7 @@ from .. import __version__, assets
 from ..artifact import ENGINE_SUFFIXES, SUFFIXES, check_file, sha256, warn_unless_verified
 from ..errors import LiteDetrError
 from ..export import limits
+from ..machine import computes_bfloat16
 from ..model.config import parse_variant
 from ..ops import native
 from ..runtime.tensorrt import read_record
@@ -34,7 +35,7 @@ DEVICES = ("cpu", "cuda")
 BYTES_PER_PIXEL = 128  # that any backbone's first layers hold at once, at the least
 ENGINES = {  # the package, the library of our ops that it loads, and the precisions that it runs
     "onnxruntime": ("onnxruntime", "onnxruntime", PRECISIONS),
-    "openvino": ("openvino", None, ("fp32",)),
+    "openvino": ("openvino", "openvino", ("fp32", "int8")),
     "pytorch": ("torch", "core", ("fp32", "fp16", "bf16")),
     "tensorrt": ("tensorrt", "tensorrt", PRECISIONS),
 }
@@ -48,15 +49,20 @@ class Backend:
     attention: str  # of the exported graph; of PyTorch 'op' or 'official'
     about: str
     devices: tuple[str, ...] = DEVICES
-    mode: str = ""  # of PyTorch: 'compile' or 'graph'
+    mode: str = ""  # of PyTorch: 'compile' or 'graph'; of OpenVINO: 'bf16', which it computes FP32 in
 
 
 BACKENDS = {
     "onnxruntime-op": Backend("onnxruntime", "op", "ONNX Runtime, our fused attention op"),
     "onnxruntime-gather": Backend("onnxruntime", "gather", "ONNX Runtime, attention in standard ops (Gather)"),
     "onnxruntime-gridsample": Backend("onnxruntime", "gridsample", "ONNX Runtime, attention by GridSample"),
+    "openvino-op": Backend("openvino", "op", "OpenVINO, our fused attention op", ("cpu",)),
+    "openvino-op-bf16": Backend("openvino", "op", "OpenVINO, our op, FP32 computed in BF16", ("cpu",), "bf16"),
     "openvino-gather": Backend("openvino", "gather", "OpenVINO, attention in standard ops", ("cpu",)),
     "openvino-gridsample": Backend("openvino", "gridsample", "OpenVINO, attention by GridSample", ("cpu",)),
+    "openvino-gridsample-bf16": Backend(
+        "openvino", "gridsample", "OpenVINO, attention by GridSample, FP32 computed in BF16", ("cpu",), "bf16"
+    ),
     "pytorch": Backend("pytorch", "op", "PyTorch, our op"),
     "pytorch-official": Backend("pytorch", "official", "PyTorch, the arithmetic of the official code"),
     "pytorch-compile": Backend("pytorch", "op", "torch.compile, our op", mode="compile"),
@@ -82,6 +88,11 @@ class Spec:
     @property
     def way(self) -> Backend:
         return BACKENDS[self.backend]
+
+    @property
+    def rounding(self) -> str:
+        """What it computes in, of PRECISIONS: its tolerances."""
+        return "bf16" if self.way.mode == "bf16" and self.precision == "fp32" else self.precision
 
     @property
     def is_artifact(self) -> bool:
@@ -155,7 +166,8 @@ def _of_artifact(spec: Spec, backends: Sequence[str]) -> list[Spec]:
     metadata, device = artifact_metadata(Path(spec.model)), spec.device
     attention, precision = metadata.get("attention", "op"), metadata.get("precision", "fp32")
     size = tuple(metadata.get("image_size") or spec.image_size)
-    names = [f"onnxruntime-{attention}", *({f"openvino-{attention}"} & set(backends))]
+    also = [name for name in backends if BACKENDS[name].engine == "openvino" and BACKENDS[name].attention == attention]
+    names = [f"onnxruntime-{attention}", *also]
     if Path(spec.model).suffix.lower() in ENGINE_SUFFIXES:
         names, device = ["tensorrt-gather" if attention == "gather" else "tensorrt-op"], "cuda"
     return [replace(spec, backend=name, precision=precision, image_size=size, device=device) for name in names]
@@ -239,12 +251,12 @@ class Cache:
         if reference is None and path.is_file():
             reference = Reference(path, weights if is_installed("torch") else None)
         there = reference.precisions if reference else ()
-        if spec.precision not in there:
+        if spec.rounding not in there:
             path.parent.mkdir(parents=True, exist_ok=True)
             if weights is None:
                 return make_image(path, spec.image_size)
             self.progress(f"{spec.model}: PyTorch's outputs at {spec.image_size[0]}x{spec.image_size[1]}")
-            reference = make_reference(path, weights, spec.image_size, dict.fromkeys((*there, "fp32", spec.precision)))
+            reference = make_reference(path, weights, spec.image_size, dict.fromkeys((*there, "fp32", spec.rounding)))
         self._references[path] = reference
         return reference
 
@@ -305,6 +317,8 @@ def why_missing(spec: Spec, cache: Cache, unchecked: bool = False) -> str:
     elif not cache.reference_path(spec).is_file():
         packages.append("torch")  # to check it
     reasons.append(missing_packages(packages))
+    if way.engine == "openvino" and way.mode == "bf16" and not computes_bfloat16():
+        reasons.append("this processor does not compute in bfloat16")
     try:
         if way.attention == "op" and library:
             native.library(library)

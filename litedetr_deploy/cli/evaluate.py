@@ -22,6 +22,8 @@ def evaluate(
     resize: str | None = None,
     variant: str | None = None,
     force_variant: bool = False,
+    runtime: str | None = None,
+    precision: str | None = None,
     provider: list[str] | None = None,
     threads: int | None = None,
     against: str | None = None,
@@ -51,7 +53,9 @@ def evaluate(
     with Stages() as stage:
         stage("draw the shapes" if shapes else "read the annotations")
         dataset = drawn_shapes(count) if shapes else read_coco(data, images, count)
-        options = evaluating.Options(variant, force_variant, size, resize, batch_size, provider or None, threads)
+        options = evaluating.Options(
+            variant, force_variant, size, resize, batch_size, provider or None, threads, runtime, precision
+        )
         if against is None:
             report = evaluating.evaluate(artifact, dataset, options, stage).to_dict()
         else:

@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import typer
@@ -17,6 +18,8 @@ def predict(
     output: Path | None = None,
     threshold: float = 0.3,
     resize: str | None = None,
+    runtime: str | None = None,
+    precision: str | None = None,
     threads: int | None = None,
     as_json: bool = False,
 ):
@@ -31,8 +34,10 @@ def predict(
     check_file(model, "the model")
     files = find_images(images)
     drawing_paths(files, output)  # before the model is loaded
-    done, errors = [], []
-    for record in predict_files(Detector(model, threads=threads), files, output, threshold, resize):
+    several = runtime == "openvino" and len(files) > 1
+    detector = Detector(model, threads=threads, runtime=runtime, precision=precision, throughput=several)
+    done, errors, began = [], [], time.monotonic()
+    for record in predict_files(detector, files, output, threshold, resize):
         if "error" in record:
             errors.append(record["error"])
             print(f"error: {printable(record['error'])}", file=sys.stderr)
@@ -45,6 +50,7 @@ def predict(
     elif done:
         median = statistics.median(record["seconds"] for record in done)
         saved = f", images in {printable(output)}" if output else ""
-        print(f"{len(done)} image{'s' * (len(done) != 1)}, median {median * 1000:.0f} ms each{saved}")
+        rate = f", {len(done) / (time.monotonic() - began):.1f} images/s, several at a time" if several else ""
+        print(f"{len(done)} image{'s' * (len(done) != 1)}, median {median * 1000:.0f} ms each{rate}{saved}")
     if errors:
         raise typer.Exit(LiteDetrError.exit_status)

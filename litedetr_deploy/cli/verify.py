@@ -13,6 +13,7 @@ def verify(
     variant: str | None = None,
     force_variant: bool = False,
     images: list[Path] | None = None,
+    runtime: str | None = None,
     verbose: bool = False,
     as_json: bool = False,
 ):
@@ -23,5 +24,5 @@ def verify(
     with Stages() as stage:
         import litedetr_deploy as ld
 
-        verdict = ld.verify(artifact, against, files, variant, force_variant, stage).to_dict()
+        verdict = ld.verify(artifact, against, files, variant, force_variant, stage, runtime).to_dict()
     finish(verdict, as_json, verdict["passed"], print_verdict, verbose)

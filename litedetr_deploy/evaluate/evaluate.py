@@ -74,6 +74,8 @@ class Options:
     batch_size: int = 1  # images a run at most
     providers: Sequence[str] | None = None  # of ONNX Runtime, for an ONNX model
     threads: int | None = None  # of the CPU
+    runtime: str | None = None  # of an ONNX model, as `open_session` takes it
+    precision: str | None = None  # of OpenVINO, as `open_session` takes it
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
@@ -188,7 +190,7 @@ def _open(artifact, options: Options):
     if hasattr(artifact, "run"):
         return artifact
     if Path(artifact).suffix.lower() in SUFFIXES:
-        session = open_session(artifact, options.providers, options.threads)
+        session = open_session(artifact, options.providers, options.threads, options.runtime, options.precision)
         warn_unless_verified(artifact, session.metadata)
         return session
     try:

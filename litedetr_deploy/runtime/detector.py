@@ -1,6 +1,8 @@
 """The detector: an artifact that takes images and returns what is on them."""
 
+import functools
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,14 +34,18 @@ class Detector:
 
     artifact: path of an ONNX model that `litedetr export` made, or of an engine (.plan, .engine) that `litedetr build`
         made from one; or a session, which has what `OnnxSession` has.
-    providers, threads: as `open_session` takes them.
     class_names: name of each label; those in the artifact when not given.
+    providers, threads, runtime ('onnxruntime' or 'openvino'), precision, throughput: as `open_session` takes them.
 
     Raises LiteDetrError when the artifact cannot be loaded or does not have a detector's inputs and outputs.
     """
 
-    def __init__(self, artifact, providers=None, threads=None, class_names=None):
-        self.session = artifact if hasattr(artifact, "run") else open_session(artifact, providers, threads)
+    def __init__(
+        self, artifact, providers=None, threads=None, class_names=None, runtime=None, precision=None, throughput=False
+    ):
+        given = hasattr(artifact, "run")
+        options = providers, threads, runtime, precision, throughput
+        self.session = artifact if given else open_session(artifact, *options)
         if isinstance(artifact, (str, os.PathLike)):
             warn_unless_verified(artifact, self.session.metadata)
         self.class_names = class_names or self.session.metadata.get("class_names")
@@ -85,15 +91,16 @@ class Detector:
         is_array = isinstance(images, np.ndarray) and images.ndim < 4 and images.shape != (0,)
         if is_array or isinstance(images, (str, os.PathLike, Image.Image)):
             images = [images]
-        batch = []
-        for image in images:
-            prepared = prepare(load_image(image), mode, self.image_size)
-            if batch and (len(batch) == batch_size or prepared.pixels.shape != batch[0].pixels.shape):
-                yield from self._run(batch, threshold, clip)
-                batch = []
-            batch.append(prepared)
-        if batch:
-            yield from self._run(batch, threshold, clip)
+        taken: deque = deque()  # batches that are running
+
+        def feeds():
+            for batch in _batches((prepare(load_image(image), mode, self.image_size) for image in images), batch_size):
+                taken.append(batch)
+                yield self._feed(batch)
+
+        run = getattr(self.session, "stream", functools.partial(map, self.session.run))
+        for output in run(feeds()):
+            yield from self._found(taken.popleft(), output, threshold, clip)
 
     def resize_mode(self, resize: str | None = None) -> str:
         """Return how `predict` resizes when given `resize`; raise LiteDetrError where the model cannot take that."""
@@ -117,16 +124,17 @@ class Detector:
             raise LiteDetrError(f"resize 'letterbox' pads the image, and the model {why}")
         return resize
 
-    def _run(self, batch, threshold, clip):
-        sizes = np.array([prepared.original_size for prepared in batch], np.int64)
+    def _feed(self, batch) -> dict:
         feed = {"images": np.stack([prepared.pixels for prepared in batch])}
         if self.takes_mask:
             feed["pixel_mask"] = np.stack([prepared.mask for prepared in batch])
+        return feed if self.raw else feed | {"orig_target_sizes": _sizes(batch)}
+
+    def _found(self, batch, output, threshold, clip):
+        sizes = _sizes(batch)
         if self.raw:
-            output = self.session.run(feed)
             found = postprocess(output["pred_logits"], output["pred_boxes"], sizes)
         else:
-            output = self.session.run(feed | {"orig_target_sizes": sizes})
             found = output["labels"], output["boxes"], output["scores"]
         for labels, boxes, scores, size in zip(*found, sizes):
             keep = scores >= threshold
@@ -137,3 +145,23 @@ class Detector:
     def _names(self, labels):
         known = self.class_names
         return None if known is None else [known[i] if i < len(known) else f"class {i}" for i in labels]
+
+
+def _sizes(batch) -> np.ndarray:
+    """The images' own (width, height), [N, 2]."""
+    return np.array([prepared.original_size for prepared in batch], np.int64)
+
+
+def _batches(images, size: int):
+    """Give lists of at most `size` successive images of one shape, each as soon as it is full."""
+    batch: list = []
+    for image in images:
+        if batch and image.pixels.shape != batch[0].pixels.shape:
+            yield batch
+            batch = []
+        batch.append(image)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -11,7 +11,8 @@ from .. import __version__
 from ..errors import LiteDetrError
 from ..machine import describe_cpu, installed_version, usable_cores
 from ..ops import native, schema
-from .session import create_session, import_onnxruntime, read_data, register_ops
+from .openvino import make_core
+from .session import import_onnxruntime, open_session, read_data, register_ops
 from .tensorrt import MODULES, import_tensorrt
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: not here, and nothing on the CPU needs it
@@ -29,9 +30,10 @@ class Finding:
 
 
 def inspect_environment() -> list[Finding]:
-    """Return what was looked for of packages, native libraries, ONNX Runtime with our ops, CPU and GPU."""
+    """Return what was looked for of packages, native libraries, runtimes with our ops, CPU and GPU."""
     topics = {
-        "packages": _packages, "native libraries": _libraries, "ONNX Runtime": _onnxruntime, "CPU": _cpu, "GPU": _gpu,
+        "packages": _packages, "native libraries": _libraries, "ONNX Runtime": _onnxruntime, "OpenVINO": _openvino,
+        "CPU": _cpu, "GPU": _gpu,
     }  # fmt: skip
     return [Finding(topic, *found) for topic, look in topics.items() for found in look()]
 
@@ -59,7 +61,7 @@ def _packages():
 
 
 def _libraries():
-    for name, state in (("core", BROKEN), ("onnxruntime", BROKEN), ("tensorrt", ABSENT)):
+    for name, state in (("core", BROKEN), ("onnxruntime", BROKEN), ("openvino", ABSENT), ("tensorrt", ABSENT)):
         try:
             yield name, OK, str(native.library(name))
             if name == "core":
@@ -86,16 +88,33 @@ def _onnxruntime():
     except LiteDetrError as error:
         yield "op library", BROKEN, "cannot be registered", str(error)
         return
+    yield from _op("onnxruntime", BROKEN)
+
+
+def _openvino():
     try:
-        _run_one_op()
+        capabilities = make_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except LiteDetrError as error:  # of the package and of the library it was said already whether they are here
+        here = installed_version("openvino") and isinstance(error.__cause__, RuntimeError)
+        yield "op library", BROKEN if here else ABSENT, "cannot be used", str(error)
+        return
+    yield "op library", OK, "loads"
+    known = [name for name in ("FP32", "BF16", "FP16", "INT8") if name in capabilities]
+    yield "precisions", OK, " ".join(known)
+    yield from _op("openvino", ABSENT)
+
+
+def _op(runtime, state):
+    try:
+        _run_one_op(runtime)
         yield "op", OK, f"{schema.KEY_AWARE} runs and is right"
     except ImportError:
         yield "op", ABSENT, "not tried", "to try the op here, pip install onnx"
     except Exception as error:  # ONNX Runtime's classes share no base
-        yield "op", BROKEN, "does not run", f"{error}. Build the op library again: pip install --force-reinstall ."
+        yield "op", state, "does not run", f"{error}. Build the op library again: pip install --force-reinstall ."
 
 
-def _run_one_op() -> None:
+def _run_one_op(runtime: str) -> None:
     """Run a key-aware attention op, of one head of 4 channels, one level and one point, on a 1x1 map sampled at its
     centre, which must give back the value there."""
     from onnx import helper
@@ -114,7 +133,7 @@ def _run_one_op() -> None:
     output = helper.make_tensor_value_info(schema.OUTPUT, types["value"], value.shape)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
     model = helper.make_model(helper.make_graph([node], "one_op", inputs, [output]), opset_imports=opsets, ir_version=8)
-    [result] = create_session(model.SerializeToString()).run(None, feed)
+    result = open_session(model.SerializeToString(), runtime=runtime).run(feed)[schema.OUTPUT]
     if not np.allclose(result, value):
         raise ValueError(f"it gives {result.tolist()} where {value.tolist()} is right")
 

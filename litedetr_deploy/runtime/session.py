@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..artifact import ENGINE_SUFFIXES, METADATA_KEY, check_file, damaged, opset_version, parse_metadata
-from ..errors import LiteDetrError, not_installed
+from ..errors import LiteDetrError, nearest, not_installed
 from ..files import tomllib
 from ..machine import bounded_threads
 from ..ops import native, schema
@@ -58,12 +58,37 @@ def create_session(
     return session
 
 
-def open_session(artifact: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None):
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def open_session(
+    artifact: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None,
+    runtime: str | None = None, precision: str | None = None, throughput: bool = False,
+):  # fmt: skip
     """Return the session that runs `artifact`: a TensorRT engine (.plan, .engine), else an ONNX model.
 
-    providers, threads: of ONNX Runtime, as `create_session` takes them; an engine has neither.
+    providers, threads: of ONNX Runtime, as `create_session` takes them; OpenVINO has threads, an engine neither.
+    runtime: what runs an ONNX model, of RUNTIMES; ONNX Runtime when not given.
+    precision, throughput: of OpenVINO, as `OpenVinoSession` takes them.
+
+    Raises LiteDetrError for options that the runtime does not have, and for what the session raises it.
     """
-    if not isinstance(artifact, bytes) and Path(artifact).suffix.lower() in ENGINE_SUFFIXES:
+    is_engine = not isinstance(artifact, bytes) and Path(artifact).suffix.lower() in ENGINE_SUFFIXES
+    if runtime not in (None, *RUNTIMES):
+        known = " or ".join(map(repr, RUNTIMES)) + "." + nearest(runtime, RUNTIMES)
+        raise LiteDetrError(f"runtime is {runtime!r}; an ONNX model runs in {known}")
+    if is_engine and runtime is not None:
+        raise LiteDetrError(f"runtime is {runtime!r}, and TensorRT runs the engine {artifact!r}. Leave it out.")
+    if runtime == "openvino":
+        if providers:
+            raise LiteDetrError("execution providers are ONNX Runtime's: OpenVINO runs on the CPU. Leave them out.")
+        from .openvino import OpenVinoSession
+
+        return OpenVinoSession(artifact, threads, precision, throughput)
+    if precision is not None:
+        fix = "Choose the runtime 'openvino', or export the model in that precision."
+        raise LiteDetrError(f"precision is {precision!r}, which OpenVINO alone can choose when it loads a model. {fix}")
+    if is_engine:
         from .tensorrt import TensorRTSession
 
         return TensorRTSession(artifact)

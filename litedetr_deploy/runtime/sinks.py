@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,19 +21,30 @@ def predict_files(
 ) -> Iterator[dict]:
     """Detect objects on each file, save it with boxes, and yield its record; see `drawing_paths` for `output`.
 
-    A record has path, size (width, height), seconds, saved (a path or None) and detections (label, name, score, box);
-    that of a file that cannot be read has path and error.
+    A record has path, size (width, height), seconds from the opened image to its detections, saved (a path or None) and
+    detections (label, name, score, box); that of a file that cannot be read has path and error.
     """
     written = 0
-    try:
+    waiting: deque = deque()  # of each file that was opened its path, target, image and time, or what is wrong with it
+
+    def images():
         for file, target in zip(files, drawing_paths(files, output)):
             try:
                 image = load_image(file)
             except LiteDetrError as error:
-                yield {"path": str(file), "error": str(error)}
+                waiting.append({"path": str(file), "error": str(error)})
                 continue
-            began = time.perf_counter()
-            [found] = detector.predict(image, threshold, resize=resize)
+            waiting.append((file, target, image, time.perf_counter()))
+            yield image
+
+    def failed():
+        while waiting and isinstance(waiting[0], dict):
+            yield waiting.popleft()
+
+    try:
+        for found in detector.stream(images(), threshold, resize=resize):
+            yield from failed()
+            file, target, image, began = waiting.popleft()
             seconds = time.perf_counter() - began
             if target:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +59,7 @@ def predict_files(
                 "path": str(file), "size": list(image.size), "seconds": seconds,
                 "saved": str(target) if target else None, "detections": detections,
             }  # fmt: skip
+        yield from failed()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{written} of {len(files)} images were written") from None
 

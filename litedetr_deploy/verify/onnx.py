@@ -30,7 +30,7 @@ from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
 from ..model.resnet import folded
 from ..ops import reference, schema, torch_op
-from ..runtime.session import create_session
+from ..runtime.session import open_session
 from . import typed
 from .probes import Probe, feed, make_probes, nudged, stack
 from .reference import BOXES, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
@@ -47,14 +47,17 @@ TYPED_CAPS = {SCORES: 0.3, LOGITS: 0.1, BOXES: 0.05}
 INT8_CAPS = {SCORES: 1.0, LOGITS: 0.3, BOXES: 0.15}
 RAN = {"fp32": "the model", "fp16": "the model and its float twin", "bf16": "the model's float twin"}
 RAN["int8"] = RAN["fp16"]
+RUNTIME_NAMES = {None: "ONNX Runtime", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 LISTED = 4  # weights that a message names
 DYNAMIC_SIZES = ((480, 640), (512, 384))  # tried where the graph takes any size
 
 
-def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=lambda stage: None) -> Verdict:
-    """Run what `export_onnx` wrote in ONNX Runtime and `model` in PyTorch FP32, both on the CPU, and compare.
+def verify_onnx(
+    path: str | os.PathLike, model: Detector, images=None, progress=lambda stage: None, runtime: str | None = None
+) -> Verdict:
+    """Run what `export_onnx` wrote in `runtime`, of `RUNTIMES`, and `model` in PyTorch FP32, both on the CPU; compare.
 
     Inputs are images and noise; batches of one and of three with two identical rows; at two sizes where the graph
     takes any.  The attention op alone is compared with its definition in float64, in float32 and in the graph's half
@@ -68,7 +71,7 @@ def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=
         what = f"has no value {missing[0]!r} to compare" if missing else f"is of an unknown precision, {precision!r}"
         advice = "Verify the file that `litedetr export` wrote, before other tools rewrite it."
         raise LiteDetrError(f"{path} {what}. {advice}")
-    verdict = Verdict(ran=RAN[precision])
+    verdict = Verdict(ran=RAN[precision] + (f" in {runtime}" if runtime else ""))
     for key, trouble in _not_finite(model).items():
         verdict.add("weights", key, np.inf, 0.0, f"{trouble} in the checkpoint itself")
     if verdict.rows:
@@ -77,13 +80,13 @@ def verify_onnx(path: str | os.PathLike, model: Detector, images=None, progress=
     if metadata.get("attention") == "op":
         progress("verify: the attention op against float64")
         for dtype in (torch.float32, half) if half else (torch.float32,):
-            _verify_op(verdict, model, dtype)
+            _verify_op(verdict, model, dtype, runtime)
     rounding = _rounding(model, proto, half) if half else None
     # ONNX Runtime's CPU has few kernels for bfloat16.
-    graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto)
+    graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto, runtime=runtime)
     regions = find_regions(proto, model)
     values = set().union(*(region.values for region in regions))
-    probed = _Graph(typed.float_twin(proto) if half else proto, values)
+    probed = _Graph(typed.float_twin(proto) if half else proto, values, runtime)
     for size in [graph.size] if graph.size else DYNAMIC_SIZES:
         name = "" if graph.size else f"{size[0]}x{size[1]}, "
         probes = make_probes(images, size, graph.masked)
@@ -145,9 +148,9 @@ def _not_finite(model: Detector) -> dict[str, str]:
 
 
 class _Graph:
-    """A graph in ONNX Runtime, with the values of PROBES, and `values` in float32, as further outputs."""
+    """A graph in a runtime, with the values of PROBES, and `values` in float32, as further outputs."""
 
-    def __init__(self, proto: onnx.ModelProto, values: Iterable[str] = ()):
+    def __init__(self, proto: onnx.ModelProto, values: Iterable[str] = (), runtime: str | None = None):
         proto = copy.deepcopy(proto)
         del proto.metadata_props[:]  # it describes the graph without further outputs
         graph = proto.graph
@@ -161,12 +164,13 @@ class _Graph:
         further = [name for name in (*PROBES, *widened) if name not in known]
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
         self._names = {name: widened.get(name, name) for name in (*known, *further)}
-        self._session = create_session(proto.SerializeToString())
+        self._session = open_session(proto.SerializeToString(), runtime=runtime)
 
     def run(self, image: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
         """image [N, 3, H, W] in 0..1, mask [N, H, W] or None -> inputs, outputs, probes and values by name."""
         inputs = feed(self.inputs, image, mask)
-        return inputs | dict(zip(self._names.values(), self._session.run(list(self._names), inputs)))
+        outputs = self._session.run(inputs)
+        return inputs | {value: outputs[name] for name, value in self._names.items()}
 
 
 class _Yardstick(NamedTuple):
@@ -262,8 +266,8 @@ def _compare_batch(verdict: Verdict, case: str, batch, ends) -> None:
                 yardstick.add(verdict, name, quantity, batch[quantity][row], wanted[quantity][0])
 
 
-def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
-    """The op in ONNX Runtime and in PyTorch at the model's shapes, on three rows of which two are identical."""
+def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype, runtime: str | None) -> None:
+    """The op in the runtime and in PyTorch at the model's shapes, on three rows of which two are identical."""
     config = model.config
     shapes = torch.tensor([[100 >> i, 168 >> i] for i in range(config.num_levels)])
     rng = np.random.default_rng(1)
@@ -283,9 +287,9 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
     inputs["spatial_shapes"] = shapes
     op_type = schema.KEY_AWARE if config.key_aware else schema.PLAIN
     attributes: dict[str, Any] = {"num_heads": config.num_heads, "num_points": config.decoder_points}
-    session = create_session(_one_node(op_type, inputs, attributes))
+    session = open_session(_one_node(op_type, inputs, attributes), runtime=runtime)
     arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in inputs.items()}
-    output = session.run(None, arrays)[0]
+    output = session.run(arrays)[schema.OUTPUT]
     doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     function = "key_aware_deform_attn" if config.key_aware else "ms_deform_attn"
     wanted = getattr(reference, function)(**doubles, **attributes)
@@ -297,7 +301,7 @@ def _verify_op(verdict: Verdict, model: Detector, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         tolerance += torch.finfo(dtype).eps * float(wanted.abs().max())
     case = "attention op alone" + ("" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}")
-    verdict.add(case, "ONNX Runtime against float64", largest(output - wanted.numpy()), tolerance)
+    verdict.add(case, f"{RUNTIME_NAMES[runtime]} against float64", largest(output - wanted.numpy()), tolerance)
     verdict.add(case, "PyTorch against float64", largest((in_torch.double() - wanted).numpy()), tolerance)
     verdict.add(case, "identical rows, bit for bit", largest(output[0] - output[2]), 0.0)
 

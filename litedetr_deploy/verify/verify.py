@@ -19,6 +19,7 @@ def verify(
     variant: str | None = None,
     force_variant: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    runtime: str | None = None,
 ) -> Verdict:
     """Compare an artifact with what it was made from, on this machine.
 
@@ -29,8 +30,11 @@ def verify(
         images: to compare on, as `load_image` takes them; None: the package draws one.
         variant, force_variant: of a checkpoint, as `load_model` takes them; by default what the ONNX model says.
         progress: called with the name of each stage as it begins.
+        runtime: what runs an ONNX model, as `open_session` takes it.
     """
     if Path(artifact).suffix.lower() in ENGINE_SUFFIXES:
+        if runtime is not None:
+            raise LiteDetrError(f"runtime is {runtime!r}, and TensorRT runs an engine. Leave it out.")
         return _verify_engine(artifact, against, images, progress)
     metadata = onnx_metadata(load_onnx(artifact, weights=False), artifact)  # before torch: damage is reported at once
     progress("load PyTorch and the checkpoint")
@@ -42,7 +46,7 @@ def verify(
     if isinstance(against, (str, os.PathLike)):
         force_variant = force_variant or (variant is None and bool(metadata.get("forced_variant")))
         against = load_model(os.fspath(against), variant or metadata.get("variant"), force_variant)
-    return verify_onnx(artifact, against, images, progress)
+    return verify_onnx(artifact, against, images, progress, runtime)
 
 
 def _verify_engine(engine, onnx, images, progress) -> Verdict:

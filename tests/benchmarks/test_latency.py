@@ -134,11 +134,11 @@ def test_what_is_missing_is_said(cache, monkeypatch):
     assert "torch is not installed: pip install litedetr-deploy[export]" in plan.why_missing(
         make_spec("onnxruntime-gather"), cache
     )
-    assert "openvino, torch are not installed: pip install litedetr-deploy[benchmark,export]" in plan.why_missing(
+    assert "openvino, torch are not installed: pip install litedetr-deploy[openvino,export]" in plan.why_missing(
         make_spec("openvino-gather"), cache
     )
     assert "cuda only" in plan.why_missing(make_spec("pytorch-graph"), cache)
-    assert "fp32 only" in plan.why_missing(make_spec("openvino-gather", precision="fp16"), cache)
+    assert "fp32 and int8 only" in plan.why_missing(make_spec("openvino-gather", precision="fp16"), cache)
 
 
 def test_planning_and_measuring_artifacts_import_neither_torch_nor_onnx():

@@ -54,13 +54,13 @@ def test_the_op_runs_and_is_right():
 
 def test_an_op_that_computes_something_else_is_broken(monkeypatch):
     class Wrong:
-        def run(self, outputs, feed):
-            return [feed["value"] + 1]
+        def run(self, feed):
+            return {"output": feed["value"] + 1}
 
     monkeypatch.setattr(native, "library", lambda name: Path("/lib/library.so"))
     monkeypatch.setattr(native, "load_core", lambda: types.SimpleNamespace(kda_cpu_isa=lambda: b"avx2"))
     monkeypatch.setattr(environment, "register_ops", lambda options: None)
-    monkeypatch.setattr(environment, "create_session", lambda model: Wrong())
+    monkeypatch.setattr(environment, "open_session", lambda model, runtime: Wrong())
     result = CliRunner().invoke(cli.app, ["doctor", "--json"])
     op = find(json.loads(result.stdout)["findings"], "ONNX Runtime", "op")
     assert result.exit_code == 1 and op["state"] == "broken" and "[[[1.0, 2.0, 3.0, 4.0]]] where" in op["remedy"]

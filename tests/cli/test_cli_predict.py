@@ -31,6 +31,20 @@ def test_directory_to_directory(litedetr, model, pictures, tmp_path):
     assert np.asarray(Image.open(tmp_path / "new" / "out" / "b.png")).std() > 0
 
 
+def test_in_openvino_several_at_a_time(litedetr, model, pictures, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (pictures / "b-bad.png").write_bytes(b"nothing")
+    wanted, done = (litedetr("predict", model, pictures, "--runtime", name) for name in ("onnxruntime", "openvino"))
+    assert done.exit_code == 2 and "b-bad.png" in done.stderr
+
+    def found(lines):
+        return [line.rpartition(" (")[0] for line in lines.splitlines()[:-1]]
+
+    assert found(done.stdout) == found(wanted.stdout) and len(found(done.stdout)) == 2
+    assert "images/s, several at a time" in done.stdout.splitlines()[-1]
+
+
 def test_one_picture_to_a_file_and_json(litedetr, model, pictures, tmp_path):
     done = litedetr("predict", model, pictures / "a.jpg", "-o", tmp_path / "out.png", "--json", "--threshold", "0.5")
     assert done.exit_code == 0

@@ -172,3 +172,13 @@ def test_the_command_says_one_line(exported, tmp_path):
     wrong = changed(exported[0], tmp_path / "wrong.onnx", "detector.class_embed.bias", lambda bias: bias + 1)
     result = CliRunner().invoke(cli.app, ["verify", str(wrong), str(tmp_path / "weights.pth"), "--json"])
     assert result.exit_code == 1 and json.loads(result.stdout)["verdict"] == FAILED
+
+
+def test_in_openvino(exported, tmp_path):
+    pytest.importorskip("openvino")
+    verdict = ld.verify(exported[0], make_model(), runtime="openvino")
+    assert verdict.status == VERIFIED and "OpenVINO against float64" in str(verdict)
+    name = f"detector.{ATTENTION}.sampling_offsets.bias"
+    path = changed(exported[0], tmp_path / "m.onnx", name, lambda bias: bias * 1.01)
+    verdict = ld.verify(path, make_model(), runtime="openvino")
+    assert verdict.status == FAILED and ATTENTION in verdict.why
