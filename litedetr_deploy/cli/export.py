@@ -19,6 +19,7 @@ def export(
     outputs: str = "detections",
     pixel_mask: bool = False,
     precision: str = "fp32",
+    target: str = "gpu",
     keep_fp32: list[str] | None = None,
     calibration: Path | None = None,
     calibration_images: int | None = None,
@@ -45,7 +46,7 @@ def export(
     )  # fmt: skip
     size = _checks.image_size(image_size)
     asked = None if int8 == limits.Int8() else int8
-    limits.check(attention, precision, size, outputs, opset, asked)
+    limits.check(attention, precision, size, outputs, opset, asked, target)
     _checks.checkpoint(checkpoint)
     if output.suffix.lower() != ".onnx":
         raise LiteDetrError(f"The output is {output}; its name must end in .onnx.")
@@ -65,7 +66,7 @@ def export(
         model = ld.load_model(checkpoint, variant, force_variant)
         report = ld.export_onnx(
             model, output, attention, precision, size, outputs, pixel_mask, opset, asked, verify=not no_verify,
-            images=files, keep_fp32=keep_fp32 or (), progress=stage,
+            images=files, keep_fp32=keep_fp32 or (), progress=stage, target=target,
         ).to_dict()  # fmt: skip
 
     finish(report, as_json, report["passed"], _print, verbose)

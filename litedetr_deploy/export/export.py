@@ -58,7 +58,7 @@ def export_onnx(
     model: Detector, path: str | os.PathLike, attention: str = "op", precision: str = "fp32",
     image_size: tuple[int, int] | None = (800, 1333), outputs: str = "detections", pixel_mask: bool = False,
     opset: int = 17, int8: Int8 | None = None, calibration=None, verify: bool = True, images: Sequence | None = None,
-    keep_fp32: Sequence[str] = (), progress: Callable[[str], None] = lambda stage: None,
+    keep_fp32: Sequence[str] = (), progress: Callable[[str], None] = lambda stage: None, target: str = "gpu",
 ) -> ExportReport:  # fmt: skip
     """Write `model` as ONNX, check the file and compare it with PyTorch.
 
@@ -71,7 +71,8 @@ def export_onnx(
         attention: 'op' writes one node of the domain `litedetr` for every deformable attention; 'gather' and
             'gridsample' write standard ONNX ops.
         precision: 'fp32'; 'fp16' and 'bf16' store in half what is safe in it and keep the islands that
-            `precision.ISLANDS` names in FP32; 'int8' quantizes the layers that tolerate it and is 'fp16' elsewhere.
+            `precision.ISLANDS` names in FP32; 'int8' quantizes the layers that tolerate it, and elsewhere is 'fp16'
+            for the target 'gpu' and FP32 for the target 'cpu'.
         image_size: (height, width) in pixels, or None for dynamic sizes.  The batch is always dynamic.
         outputs: 'detections' (labels, boxes in pixels, scores) or 'raw' (pred_logits, pred_boxes).
         pixel_mask: whether the graph takes a mask of the padding.
@@ -81,12 +82,13 @@ def export_onnx(
             None: the package draws one.
         keep_fp32: names of further modules or nodes to keep in FP32, with shell patterns: 'detector.backbone.layer4'.
         progress: called with the name of each stage as it begins.
+        target: 'gpu' (TensorRT) or 'cpu' (ONNX Runtime and OpenVINO), which differ in INT8.
     """
     if calibration is not None:
         if int8 is not None:
             raise LiteDetrError("calibration and int8 are both given: put the images into Int8(images=...).")
         int8 = Int8(calibration)
-    limits.check(attention, precision, image_size, outputs, opset, int8)
+    limits.check(attention, precision, image_size, outputs, opset, int8, target)
     if image_size is not None:
         limits.check_tokens(*image_size, model.config.num_queries, model.config.num_levels)
     check_weights(model)
@@ -103,11 +105,13 @@ def export_onnx(
         progress("translate to ONNX")
         onnx_model = _translate(program, attention, inputs, list(dict.fromkeys(OUTPUTS[outputs] + PROBES)))
         progress("optimise the graph")
-        opset = max(opset, limits.TYPED_OPSET.get(precision, opset))
+        if target == "gpu":
+            opset = max(opset, limits.TYPED_OPSET.get(precision, opset))
         graph.finish(onnx_model, opset, OUTPUTS[outputs])
         ranking, left_out = [], []
         if precision == "int8":
-            onnx_model, ranking, left_out = _quantize(onnx_model, model, int8, calibration, table, keep_fp32, progress)
+            chosen = int8, calibration, table, keep_fp32, target, progress
+            onnx_model, ranking, left_out = _quantize(onnx_model, model, *chosen)
         elif precision in types.HALVES:
             types.apply(onnx_model, precision, keep_fp32)
         nodes = sum(node.domain == schema.DOMAIN for node in onnx_model.graph)
@@ -121,7 +125,7 @@ def export_onnx(
         metadata = {
             "tool_version": __version__, "op_version": schema.VERSION, "variant": model.config.name,
             "forced_variant": getattr(model, "forced_variant", None),  # what said otherwise and was overruled
-            "attention": attention, "precision": precision, "keep_fp32": list(keep_fp32),
+            "attention": attention, "precision": precision, "target": target, "keep_fp32": list(keep_fp32),
             "int8_left_out": left_out,  # for the AP budget
             "nodes": types.count(onnx_model), "opset": opset, "image_size": image_size and list(image_size),
             "outputs": outputs, "pixel_mask": pixel_mask,
@@ -143,20 +147,21 @@ def export_onnx(
     return report
 
 
-def _quantize(onnx_model: ir.Model, model: Detector, int8: Int8, calibration, table: Path, keep_fp32, progress):
+def _quantize(onnx_model: ir.Model, model: Detector, int8: Int8, calibration, table: Path, keep_fp32, target, progress):
     """Return the quantized graph, the ranking of the layers where asked for, and the layers left out for the AP."""
-    layers, ranking = quantize.layers(onnx_model.graph, keep_fp32), []
-    ranges = quantize.load_or_calibrate(onnx_model, layers, calibration, int8.method, table, progress)
+    layers, ranking = quantize.layers(onnx_model.graph, keep_fp32, target), []
+    ranges = quantize.load_or_calibrate(onnx_model, layers, calibration, int8.method, table, progress, target)
 
     def typed(names: Sequence[str]) -> ir.Model:
-        quantized = quantize.apply(onnx_model, names, ranges)
-        types.apply(quantized, "int8", keep_fp32)
+        quantized = quantize.apply(onnx_model, names, ranges, target)
+        if target == "gpu":
+            types.apply(quantized, "int8", keep_fp32)
         return quantized
 
     chosen = layers
     if int8.ranks:
         progress(f"quantize each of {len(layers)} layers alone")
-        ranking = quantize.sensitivity(model, onnx_model.graph, layers, ranges, calibration)
+        ranking = quantize.sensitivity(model, onnx_model.graph, layers, ranges, calibration, target)
     if int8.ap_budget is not None:
         progress("AP in FP32")
         wanted = _ap(onnx_model, model, int8.ap_of) - int8.ap_budget

@@ -13,6 +13,7 @@ from ..errors import LiteDetrError, Notice, nearest
 ATTENTIONS = ("op", "gather", "gridsample")
 OUTPUTS = ("detections", "raw")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+TARGETS = ("gpu", "cpu")
 CALIBRATION_IMAGES = 128  # of a larger folder, where no number is asked for
 # The first where none is asked for: percentiles cost lite-dino-shapes less than 0.01 AP, extremes a little more;
 # entropy cuts what small objects need and cost 0.13.
@@ -96,12 +97,20 @@ class Int8:
 
 
 def check(
-    attention: str, precision: str, size: tuple[int, int] | None, outputs: str, opset: int, int8: Int8 | None = None
-) -> None:
+    attention: str, precision: str, size: tuple[int, int] | None, outputs: str, opset: int, int8: Int8 | None = None,
+    target: str = "gpu",
+) -> None:  # fmt: skip
     """Raise LiteDetrError for options that are not allowed, with the value and what it may be."""
     _check_choice("attention", attention, ATTENTIONS)
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("outputs", outputs, OUTPUTS)
+    _check_choice("target", target, TARGETS)
+    if target == "cpu" and precision in ("fp16", "bf16"):
+        raise LiteDetrError(
+            f"precision is {precision!r} and target 'cpu', which lacks kernels for it. Choose 'fp32' or 'int8'; "
+            "OpenVINO computes an FP32 model in bfloat16 where the processor has it (--runtime openvino --precision "
+            "bf16)."
+        )
     if not FIRST_OPSET <= opset <= LAST_OPSET[attention]:
         reason = "17 is the first with LayerNormalization and runs everywhere"
         if attention == "gridsample":

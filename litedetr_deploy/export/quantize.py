@@ -1,8 +1,12 @@
-"""INT8: explicit symmetric QuantizeLinear and DequantizeLinear around the layers that tolerate it; `precision` then
-gives everything else its type.
+"""INT8: explicit QuantizeLinear and DequantizeLinear around the layers that tolerate it.
 
 Weights have one step a channel, activations one a tensor, found on calibration images.  Steps are whole float16
 numbers, so that a graph whose floats are half quantizes exactly as it was calibrated.
+
+For GPUs everything is symmetric, and `precision` gives all else half types.  For CPUs all else is FP32, and the graph
+is what their runtimes have kernels for: a convolution from INT8 to INT8 (hence what is added to its output is read from
+INT8 as well), what comes out of a ReLU in unsigned INT8 without a zero point, everything else symmetric (OpenVINO
+does not compile zero points here).  Of symmetric activations ONNX Runtime makes unsigned ones by itself on x86.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from ..model.detector import Detector
 from ..model.resnet import folded
 from ..runtime.images import load_image, prepare
 from ..runtime.session import create_session
-from ..verify.typed import fake_quantized, fake_quantized_weight, step_of, steps_of
+from ..verify.typed import Grid, fake_quantized_weight, steps_of
 from . import precision
 from .graph import constant
 
@@ -42,6 +46,8 @@ EXCLUDED = (
     "*.attention_weights",  # logits of a softmax
     "detector.decoder",  # few queries, each of them a detection; holds the MLP of the reference points
 )
+# For a CPU also the stem: its input needs the steps of 8-bit pixels, and few channels gain little.
+EXCLUDED_ON_CPU = ("detector.backbone.conv1",)
 SENSITIVITY_IMAGES = 4
 # What a calibration table is of, by key.
 _ITEMS = {"model": "model", "method": "method", "images": "number of images", "digest": "set of images"}
@@ -75,10 +81,11 @@ class Calibration:
             yield feed
 
 
-def layers(graph: ir.Graph, keep: Sequence[str] = ()) -> list[str]:
+def layers(graph: ir.Graph, keep: Sequence[str] = (), target: str = "gpu") -> list[str]:
     """Return the names of the nodes to quantize: convolutions and matrix products with a weight of their own, outside
     precision.ISLANDS, EXCLUDED and the patterns `keep`."""
-    left_out = precision.matching(graph, (*precision.ISLANDS, *EXCLUDED, *keep))
+    excluded = (*EXCLUDED, *EXCLUDED_ON_CPU) if target == "cpu" else EXCLUDED
+    left_out = precision.matching(graph, (*precision.ISLANDS, *excluded, *keep))
     return [
         node.name for node in graph
         if node.op_type in ("Conv", "MatMul") and node not in left_out and not node.inputs[0].is_initializer()
@@ -87,9 +94,10 @@ def layers(graph: ir.Graph, keep: Sequence[str] = ()) -> list[str]:
 
 
 def load_or_calibrate(
-    model: ir.Model, names: Sequence[str], calibration: Calibration | None, method: str, table: Path, progress: Callable
-) -> dict[str, float]:
-    """Return the largest magnitude of the input of every node of `names`, by tensor.
+    model: ir.Model, names: Sequence[str], calibration: Calibration | None, method: str, table: Path,
+    progress: Callable, target: str = "gpu",
+) -> dict[str, float]:  # fmt: skip
+    """Return the largest magnitude of every tensor that quantizing the nodes `names` takes, by its name.
     They are kept in the file `table` (JSON), and taken from it where it is of the same model, images and method.
     Without `calibration` the model is enough, and a table of another one is a LiteDetrError."""
     wanted: dict[str, Any] = {"model": _digest([ir.to_proto(model).SerializeToString(deterministic=True)])}
@@ -100,8 +108,7 @@ def load_or_calibrate(
         found = json_object(table.read_text(errors="replace")) or {}
     if not isinstance(found.get("ranges"), dict):
         found = {}
-    chosen = set(names)
-    tensors = {node.inputs[0].name for node in model.graph if node.name in chosen}
+    tensors = observed(model.graph, names, target)
     differing = [_ITEMS[key] for key, value in wanted.items() if found.get(key) != value]
     if not tensors <= found.get("ranges", {}).keys():
         differing.append("set of layers")
@@ -126,43 +133,95 @@ def needs_images(table: Path, state: str) -> LiteDetrError:
     )
 
 
-def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float]) -> ir.Model:
+def grid_of(value: ir.Value, ranges: dict[str, float], target: str) -> Grid:
+    """Return the whole steps that `value` is quantized to."""
+    return Grid.of(ranges[value.name], unsigned=target == "cpu" and _is_positive(value))
+
+
+def _is_positive(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and (
+        node.op_type == "Relu" or (node.op_type in ("MaxPool", "Reshape", "Transpose") and _is_positive(node.inputs[0]))
+    )
+
+
+def observed(graph: ir.Graph, names: Sequence[str], target: str) -> set[str]:
+    """Return the tensors whose ranges quantizing the nodes `names` takes."""
+    nodes = [node for node in graph if node.name in set(names)]
+    outputs = {node.outputs[0].name for node in nodes if target == "cpu" and _gives_quantized(node)}
+    return {node.inputs[0].name for node in nodes} | outputs
+
+
+def _gives_quantized(node: ir.Node) -> bool:
+    """Whether the output is to be quantized at once: of a convolution, where no ReLU is in between."""
+    return node.op_type == "Conv" and [user.op_type for user, _ in node.outputs[0].uses()] != ["Relu"]
+
+
+def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], target: str = "gpu") -> ir.Model:
     """Return the FP32 `model` with QuantizeLinear and DequantizeLinear around the inputs and weights of the nodes
-    `names`; `ranges` is the largest magnitude of their inputs, by tensor."""
+    `names`, and for a CPU around what their convolutions give; `ranges` is the largest magnitude, by tensor."""
     precision.refuse_typed(model.graph)
     quantized, chosen = ir.from_proto(ir.to_proto(model)), set(names)
     graph, dequantized = quantized.graph, {}
 
-    def add(op_type: str, source: str, inputs: list[ir.Value], dtype: ir.DataType, **attributes) -> ir.Value:
+    def add(place: ir.Node, op_type: str, source: str, inputs: list[ir.Value], dtype: ir.DataType, **attributes):
         output = ir.val(f"{source}_{op_type}_Output", dtype, inputs[0].shape)
         name = f"{source}_{op_type}"
-        graph.insert_before(node, ir.node(op_type, inputs, attributes, outputs=[output], name=name))
+        graph.insert_before(place, ir.node(op_type, inputs, attributes, outputs=[output], name=name))
         return output
+
+    def stored(source: str, array: np.ndarray, steps: np.ndarray, place: ir.Node, **attributes) -> ir.Value:
+        step = constant(graph, f"{source}_scale", steps)
+        whole = constant(graph, f"{source}_quantized", array)
+        zero = (
+            [] if array.dtype == np.int32 else [constant(graph, f"{source}_zero_point", np.zeros_like(steps, np.int8))]
+        )
+        return add(place, "DequantizeLinear", source, [whole, step, *zero], ir.DataType.FLOAT, **attributes)
+
+    def rounded(value: ir.Value, place: ir.Node) -> ir.Value:
+        if value not in dequantized:
+            grid = grid_of(value, ranges, target)
+            step = constant(graph, f"{value.name}_scale", np.array(grid.step, np.float32))
+            zero = constant(graph, f"{value.name}_zero_point", np.array(0, np.uint8 if grid.low == 0 else np.int8))
+            kind = ir.DataType.UINT8 if grid.low == 0 else ir.DataType.INT8
+            whole = add(place, "QuantizeLinear", value.name, [value, step, zero], kind)
+            dequantized[value] = add(place, "DequantizeLinear", value.name, [whole, step, zero], ir.DataType.FLOAT)
+        return dequantized[value]
 
     for node in list(graph):
         if node.name not in chosen:
             continue
         data, weight = node.inputs[:2]
-        if data not in dequantized:
-            step = constant(graph, f"{data.name}_scale", step_of(ranges[data.name]))
-            zero = constant(graph, f"{data.name}_zero_point", np.array(0, np.int8))
-            stored = add("QuantizeLinear", data.name, [data, step, zero], ir.DataType.INT8)
-            dequantized[data] = add("DequantizeLinear", data.name, [stored, step, zero], ir.DataType.FLOAT)
-        node.replace_input_with(0, dequantized[data])
+        node.replace_input_with(0, rounded(data, node))
         axis, array = 0 if node.op_type == "Conv" else 1, weight.const_value.numpy()  # axis of the output channels
         steps = steps_of(array, axis)
-        step = constant(graph, f"{weight.name}_scale", steps.ravel())
-        zero = constant(graph, f"{weight.name}_zero_point", np.zeros(steps.size, np.int8))
-        stored = constant(graph, f"{weight.name}_quantized", np.rint(array / steps).astype(np.int8))
-        given = add("DequantizeLinear", weight.name, [stored, step, zero], ir.DataType.FLOAT, axis=axis)
-        node.replace_input_with(1, given)
+        whole = np.rint(array / steps).astype(np.int8)
+        node.replace_input_with(1, stored(weight.name, whole, steps.ravel(), node, axis=axis))
         graph.initializers.pop(weight.name)
+        if target == "cpu" and node.op_type == "Conv":
+            if len(node.inputs) > 2:
+                bias, steps = node.inputs[2], steps.ravel() * np.float32(grid_of(data, ranges, target).step)
+                whole = np.rint(bias.const_value.numpy() / steps).astype(np.int32)
+                node.replace_input_with(2, stored(bias.name, whole, steps, node, axis=0))
+                graph.initializers.pop(bias.name)
+            if _gives_quantized(node):
+                users = list(node.outputs[0].uses())
+                result = rounded(node.outputs[0], users[0][0])
+                for user, i in users:
+                    user.replace_input_with(i, result)
+    if target == "cpu":
+        for value, result in dequantized.items():  # what is added to a convolution's output is read from INT8 too
+            if (maker := value.producer()) is not None and maker.op_type == "Relu":
+                for user, i in list(value.uses()):
+                    if user.op_type in ("Add", "Conv"):
+                        user.replace_input_with(i, result)
     return quantized
 
 
 def sensitivity(
-    model: Detector, graph: ir.Graph, names: Sequence[str], ranges: dict[str, float], calibration: Calibration
-) -> list[dict]:
+    model: Detector, graph: ir.Graph, names: Sequence[str], ranges: dict[str, float], calibration: Calibration,
+    target: str = "gpu",
+) -> list[dict]:  # fmt: skip
     """Return what quantizing each layer alone does to the outputs of PyTorch, on SENSITIVITY_IMAGES, the worst first.
 
     Rows with layer (a node of `names`), logits (root mean square of the difference over that of the logits) and boxes
@@ -179,14 +238,14 @@ def sensitivity(
             mask = feed.get("pixel_mask")
             yield model(normalise(feed["images"], mask), mask, reference.get("topk_indices"))
 
-    rows, inputs = [], {node.name: node.inputs[0].name for node in graph}
+    rows, inputs = [], {node.name: node.inputs[0] for node in graph}
     with torch.inference_mode():
         expected = list(run([{}] * len(feeds)))
         for name in names:
             module = modules[name.rpartition("/")[0].removeprefix("detector.")]
-            weight, step = module.weight.data, float(step_of(ranges[inputs[name]]))
+            weight, grid = module.weight.data, grid_of(inputs[name], ranges, target)
             module.weight.data = fake_quantized_weight(weight)
-            hook = module.register_forward_pre_hook(lambda _, x, step=step: (fake_quantized(x[0], step),))
+            hook = module.register_forward_pre_hook(lambda _, x, grid=grid: (grid.rounded(x[0]),))
             logits = boxes = scale = 0.0
             for found, wanted in zip(run(expected), expected):
                 logits += (found["pred_logits"] - wanted["pred_logits"]).square().mean().item()

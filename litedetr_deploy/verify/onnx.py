@@ -28,7 +28,7 @@ from ..model.attention import SelfAttention
 from ..model.checkpoints.official import official_key
 from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
-from ..model.resnet import folded
+from ..model.resnet import Bottleneck, folded
 from ..ops import reference, schema, torch_op
 from ..runtime.session import open_session
 from . import typed
@@ -71,17 +71,18 @@ def verify_onnx(
         what = f"has no value {missing[0]!r} to compare" if missing else f"is of an unknown precision, {precision!r}"
         advice = "Verify the file that `litedetr export` wrote, before other tools rewrite it."
         raise LiteDetrError(f"{path} {what}. {advice}")
-    verdict = Verdict(ran=RAN[precision] + (f" in {runtime}" if runtime else ""))
+    on_cpu = metadata.get("target") == "cpu"  # where INT8 stands in FP32
+    verdict = Verdict(ran=RAN["fp32" if on_cpu else precision] + (f" in {RUNTIME_NAMES[runtime]}" if runtime else ""))
     for key, trouble in _not_finite(model).items():
         verdict.add("weights", key, np.inf, 0.0, f"{trouble} in the checkpoint itself")
     if verdict.rows:
         return verdict
-    half = HALVES.get(precision)
+    half = None if on_cpu else HALVES.get(precision)
     if metadata.get("attention") == "op":
         progress("verify: the attention op against float64")
         for dtype in (torch.float32, half) if half else (torch.float32,):
             _verify_op(verdict, model, dtype, runtime)
-    rounding = _rounding(model, proto, half) if half else None
+    rounding = None if precision == "fp32" else _rounding(model, proto, half)
     # ONNX Runtime's CPU has few kernels for bfloat16.
     graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto, runtime=runtime)
     regions = find_regions(proto, model)
@@ -112,7 +113,7 @@ def verify_onnx(
         progress(f"verify: {name}each attention alone")
         case = name + probes[0].name
         outputs = probed.run(probes[0].image, probes[0].mask)
-        if precision in ("fp16", "int8"):
+        if half == torch.float16:
             wanted = run_pytorch(model, probes[0].image, outputs["topk_indices"], mask=probes[0].mask)
             _compare(verdict, f"{case}, all rounded", outputs, wanted, compared[0][1])
         compare_regions(verdict, case, regions, outputs, seen, model, half, typed.modules(proto))
@@ -206,26 +207,25 @@ def _typed_yardstick(rounding: Detector, precision: str, probe: Probe, wanted) -
     return _Yardstick(tolerances(other, wanted, floors, caps, TYPED_DISTANCES), TYPED_DISTANCES)
 
 
-def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype) -> Detector:
+def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype | None) -> Detector:
     """Return a copy of `model` whose modules round weights, inputs and outputs as the graph does."""
     model = folded(model)
-    steps = typed.modules(proto)
+    roundings = typed.modules(proto)
 
-    def rounded(x, step=None):
-        return x.to(half).float() if step is None else typed.fake_quantized(x, step)
+    def rounded(x, grid):
+        return grid.rounded(x) if grid else x if x is None or half is None else x.to(half).float()
 
     for name, module in model.named_modules():
-        name = f"detector.{name}"
-        if not isinstance(module, (nn.Conv2d, nn.Linear, SelfAttention)) or name not in steps:
+        found = roundings.get(f"detector.{name}")
+        if found is None or not isinstance(module, (nn.Conv2d, nn.Linear, SelfAttention, Bottleneck)):
             continue
-        step = steps[name]
         for parameter in module.parameters(recurse=False):
-            quantized = step is not None and parameter.ndim > 1
-            parameter.data = (typed.fake_quantized_weight if quantized else rounded)(parameter.data)
+            quantized = found.input is not None and parameter.ndim > 1
+            parameter.data = typed.fake_quantized_weight(parameter.data) if quantized else rounded(parameter.data, None)
         module.register_forward_pre_hook(
-            lambda _, inputs, step=step: tuple(x if x is None else rounded(x, step) for x in inputs)
+            lambda _, inputs, grid=found.input: tuple(rounded(x, grid if x is not None else None) for x in inputs)
         )
-        module.register_forward_hook(lambda _, inputs, output: rounded(output))
+        module.register_forward_hook(lambda _, inputs, output, grid=found.output: rounded(output, grid))
     return model
 
 

@@ -116,7 +116,7 @@ def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, 
             x, found = _rows(values[source]), _rows(values[result]).double()
             weight = linear.weight.detach()
             if (name := f"detector.{region.module}.{child}") in types:
-                weight = weight.to(half).float() if types[name] is None else fake_quantized_weight(weight)
+                weight = fake_quantized_weight(weight) if types[name].input else weight.to(half).float()
             right = F.linear(x.double(), weight.double(), linear.bias.double())
             checks.append((found, right, F.linear(x, weight, linear.bias)))
         inputs = _inputs(region, module, values, *seen[region.module])

@@ -3,6 +3,8 @@ for engines without kernels of these types."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx
 import torch
@@ -10,24 +12,63 @@ import torch
 from ..ops import schema
 
 LARGEST = 127  # of symmetric INT8; -128 is not used
+UNSIGNED_LARGEST = 255
 _SMALLEST_STEP = np.float16(2.0**-24)  # of a tensor or channel that is zero throughout
 
 
-def modules(model: onnx.ModelProto) -> dict[str, float | None]:
-    """The modules whose convolution or matrix product is half or INT8, and of the latter the step of their input."""
+class Grid(NamedTuple):
+    """What a quantized tensor can hold: `low` to `high` whole steps."""
+
+    step: float
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, largest: float, unsigned: bool = False) -> Grid:
+        """Return the grid that reaches `largest`."""
+        low, high = (0, UNSIGNED_LARGEST) if unsigned else (-LARGEST, LARGEST)
+        return cls(float(step_of(largest, high)), low, high)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` rounded to the grid, in its own type."""
+        return (x / self.step).round().clamp(self.low, self.high) * self.step
+
+
+class Rounding(NamedTuple):
+    """What a graph's types do in a module; None: what the graph has beside INT8."""
+
+    input: Grid | None = None  # of a module whose product is INT8
+    output: Grid | None = None
+
+
+def modules(model: onnx.ModelProto) -> dict[str, Rounding]:
+    """Return what is rounded in the modules whose convolution or matrix product is half or INT8, or whose output is
+    quantized at once."""
     makers = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    found: dict[str, float | None] = {}
+    outputs = {node.input[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+    def grid(node: onnx.NodeProto) -> Grid:
+        step, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+        low, high = (0, UNSIGNED_LARGEST) if zero.dtype == np.uint8 else (-LARGEST, LARGEST)
+        return Grid(float(step), low, high)
+
+    found: dict[str, Rounding] = {}
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type not in ("Conv", "Gemm", "MatMul", "Relu"):
             continue
         module = node.name.rpartition("/")[0]
-        data, weight = (makers.get(name) for name in node.input[:2])
+        quantizer = outputs.get(node.output[0])
+        output = grid(quantizer) if quantizer else None
+        data, weight = (makers.get(name) for name in (*node.input[:2], "")[:2])
         if data is not None and weight is not None and data.op_type == weight.op_type == "DequantizeLinear":
-            found[module] = float(onnx.numpy_helper.to_array(constants[data.input[1]]))
+            found[module] = Rounding(grid(data), output if node.op_type == "Conv" else None)
+        elif node.op_type == "Relu":  # the last of a block is its output
+            if output and output.low == 0:
+                found[module] = Rounding(None, output)
         elif node.input[1] in constants and constants[node.input[1]].data_type in halves:
-            found[module] = None
+            found[module] = Rounding()
     return found
 
 
@@ -65,14 +106,10 @@ def float_twin(model: onnx.ModelProto) -> onnx.ModelProto:
     return twin
 
 
-def fake_quantized(x: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
-    """`x` rounded to whole steps that INT8 has, in its own type."""
-    return (x / step).round().clamp(-LARGEST, LARGEST) * step
-
-
 def fake_quantized_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight [out, ...] rounded to steps of its channels."""
-    return fake_quantized(weight, torch.from_numpy(steps_of(weight.numpy(), 0)))
+    steps = torch.from_numpy(steps_of(weight.numpy(), 0))
+    return (weight / steps).round().clamp(-LARGEST, LARGEST) * steps
 
 
 def steps_of(weight: np.ndarray, axis: int) -> np.ndarray:
@@ -81,9 +118,9 @@ def steps_of(weight: np.ndarray, axis: int) -> np.ndarray:
     return step_of(np.abs(weight).max(others, keepdims=True))
 
 
-def step_of(largest) -> np.ndarray:
-    """The smallest float16 number of which LARGEST reach `largest`, as float32."""
-    exact = np.asarray(largest, np.float32) / np.float32(LARGEST)
+def step_of(largest, steps: int = LARGEST) -> np.ndarray:
+    """The smallest float16 number of which `steps` reach `largest`, as float32."""
+    exact = np.asarray(largest, np.float32) / np.float32(steps)
     step = exact.astype(np.float16)
     step = np.where(step < exact, np.nextafter(step, np.float16(np.inf)), step)
     return np.asarray(np.maximum(step, _SMALLEST_STEP), np.float32)

@@ -75,6 +75,8 @@ def test_arguments_reach_the_exporter(export, tmp_path):
         str(tmp_path),
         "--keep-fp32",
         "detector.backbone",
+        "--target",
+        "cpu",
     )
     assert result.exit_code == 0, result.stderr
     assert "int8: 30 nodes in INT8, 20 in half, 10 in FP32; 5 casts" in result.stdout
@@ -90,6 +92,7 @@ def test_arguments_reach_the_exporter(export, tmp_path):
         "opset": 18,
         "int8": Int8(tmp_path),
         "keep_fp32": ["detector.backbone"],
+        "target": "cpu",
         "verify": True,
         "images": [tmp_path / "a.png"],
     }

@@ -15,7 +15,7 @@ from litedetr_deploy.export import limits
 
 FOLDER = Path(__file__).parents[2] / "export"
 RECIPES = sorted(FOLDER.glob("**/*.toml"))
-EXPORT_OPTIONS = ("variant", "attention", "precision", "image_size", "outputs", "opset")
+EXPORT_OPTIONS = ("variant", "attention", "precision", "image_size", "outputs", "opset", "target")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def built(monkeypatch, tmp_path):
 
 def test_there_is_one_recipe_a_target():
     assert [path.name for path in RECIPES] == [
-        "cpu-fp32.toml", "datacenter-fp16.toml", "orin-fp16.toml", "orin-int8.toml", "rtx-fp16.toml",
+        "cpu-fp32.toml", "cpu-int8.toml", "datacenter-fp16.toml", "orin-fp16.toml", "orin-int8.toml", "rtx-fp16.toml",
     ]  # fmt: skip
 
 
@@ -57,7 +57,15 @@ def test_recipe_is_legal(path, built):
     options = read_recipe(path, "export", EXPORT_OPTIONS)
     assert "variant" not in options  # the checkpoint says it
     height, width = map(int, options["image_size"].split("x"))
-    limits.check(options["attention"], options["precision"], (height, width), "detections", 17)
+    limits.check(
+        options["attention"],
+        options["precision"],
+        (height, width),
+        "detections",
+        17,
+        None,
+        options.get("target", "gpu"),
+    )
     assert path.stem.endswith(options["precision"])
     if path.stem.startswith("cpu"):
         return

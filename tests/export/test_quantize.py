@@ -1,16 +1,19 @@
 """`litedetr_deploy.export.quantize`: what becomes INT8, from which images, and what is refused."""
 
+import collections
 import json
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 import litedetr_deploy as ld
 from litedetr_deploy import cli
+from litedetr_deploy.artifact import METADATA_KEY
 from litedetr_deploy.assets.shapes import scene
 from litedetr_deploy.export import export, limits, precision, quantize
 from litedetr_deploy.verify import typed
@@ -88,9 +91,56 @@ def test_the_graph_computes_what_pytorch_does_with_these_steps(quantized, tmp_pa
     assert verification.passed, str(verification)
 
 
-def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
+@pytest.fixture(scope="module")
+def on_cpu(images, tmp_path_factory):
+    """Names, ranges and the graph of the target 'cpu', and the folder that has it as model.onnx."""
+    folder = tmp_path_factory.mktemp("cpu")
+    names = quantize.layers(float_model().graph, target="cpu")
+    table = folder / "model.calibration.json"
+    ranges = quantize.load_or_calibrate(float_model(), names, images, "minmax", table, lambda stage: None, "cpu")
+    model = quantize.apply(float_model(), names, ranges, "cpu")
+    proto = ir.to_proto(model)
+    metadata = {"precision": "int8", "target": "cpu", "attention": "op"}
+    onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(metadata)})
+    onnx.save(proto, folder / "model.onnx")
+    return names, ranges, model, folder
+
+
+def test_what_is_quantized_for_a_cpu(on_cpu, names):
+    chosen, ranges, model, _ = on_cpu
+    assert set(chosen) == set(names) - {"detector.backbone.conv1/Conv"}
+    sums = [node.name for node in model.graph if node.op_type == "Add" and "backbone.layer" in node.name]
+    assert precision.count(model) == precision.count(model) | {"half": 0, "int8": len(chosen) + len(sums), "casts": 0}
+    constants = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    nodes = {node.name: node for node in model.graph}
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            data, step, zero = node.inputs
+            assert not constants[zero.name].any()
+            positive = data.producer().op_type in ("Relu", "MaxPool")
+            assert (zero.dtype == ir.DataType.UINT8) == positive
+            steps = 255 if positive else 127
+            assert ranges[data.name] <= steps * constants[step.name] <= 1.001 * ranges[data.name]
+    block = nodes["detector.backbone.layer1.0/Add"]  # both of what is summed up, and the sum's reader, are INT8
+    assert [value.producer().op_type for value in block.inputs] == ["DequantizeLinear"] * 2
+    bias = nodes["detector.backbone.layer1.0.conv1/Conv"].inputs[2].producer()
+    assert bias.inputs[0].dtype == ir.DataType.INT32
+    found = constants[bias.inputs[0].name] * constants[bias.inputs[1].name].astype(np.float64)
+    original = float_model().graph.initializers[bias.inputs[0].name.removesuffix("_quantized")].const_value.numpy()
+    assert (np.abs(found - original) <= 0.5001 * constants[bias.inputs[1].name]).all()
+    inferred(ir.to_proto(model))
+
+
+def test_a_graph_for_a_cpu_computes_what_pytorch_does_with_these_steps(on_cpu, tmp_path):
+    folder = on_cpu[3]
+    verdict = verify_onnx(folder / "model.onnx", traced()[0], [scene(0, 3)[0]])
+    assert verdict.passed and verdict.ran == "the model", str(verdict)
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_verification_sees_a_wrong_step(target, quantized, on_cpu, tmp_path):
     path = save(quantized, "int8", tmp_path / "model.onnx")
-    proto = onnx.load(path)
+    proto = onnx.load(path if target == "gpu" else on_cpu[3] / "model.onnx")
     (node,) = [node for node in proto.graph.node if node.name == "detector.input_proj.0.0/Conv"]
     (dequantize,) = [other for other in proto.graph.node if node.input[1] in other.output]
     (step,) = [tensor for tensor in proto.graph.initializer if tensor.name == dequantize.input[1]]
@@ -99,6 +149,28 @@ def test_verification_sees_a_wrong_step(quantized, names, tmp_path):
     step.CopyFrom(onnx.numpy_helper.from_array(array, step.name))
     onnx.save(proto, path)
     assert not verify_onnx(path, traced()[0], [scene(0, 3)[0]]).passed
+
+
+def test_both_runtimes_of_a_cpu_run_their_int8_kernels(on_cpu, tmp_path):
+    names, _, _, folder = on_cpu
+    convolutions = sum(name.endswith("/Conv") for name in names)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ld.create_session(folder / "model.onnx", threads=1, options=options)
+    counts = collections.Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert counts["QLinearConv"] == convolutions
+    assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == len(names) - convolutions
+
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    core.add_extension(str(ld.native.library("openvino")))
+    compiled = core.compile_model(core.read_model(folder / "model.onnx"), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    kinds = collections.Counter()
+    for operation in compiled.get_runtime_model().get_ops():
+        found = operation.get_rt_info()
+        kinds[found["layerType"].astype(str), found["runtimePrecision"].astype(str) in ("i8", "u8")] += 1
+    assert kinds["Convolution", True] == convolutions
+    assert kinds["FullyConnected", True] == len(names) - convolutions
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
@@ -218,6 +290,8 @@ def test_images_are_spread_over_the_folder(tmp_path):
         (["--precision", "fp16"], "are for precision 'int8'"),
         (["--precision", "int8", "--calibration-method", "mean"], "calibration method is 'mean'"),
         (["--precision", "fp8"], "precision is 'fp8'"),
+        (["--precision", "fp16", "--target", "cpu"], "precision is 'fp16' and target 'cpu'"),
+        (["--precision", "int8", "--target", "npu"], "target is 'npu'"),
         (["--precision", "int8", "--ap-budget", "2", "--shapes"], "AP budget is 2"),
         (["--precision", "int8", "--ap-budget", "0.01"], "needs annotated images"),
         (["--precision", "int8", "--shapes", "--data", "coco"], "leave one out"),
