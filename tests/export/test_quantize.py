@@ -120,7 +120,7 @@ def test_what_is_quantized_for_a_cpu(on_cpu, names):
             positive = data.producer().op_type in ("Relu", "MaxPool")
             assert (zero.dtype == ir.DataType.UINT8) == positive
             steps = 255 if positive else 127
-            assert ranges[data.name] <= steps * constants[step.name] <= 1.001 * ranges[data.name]
+            assert ranges[data.name] <= steps * constants[step.name] <= 1.01 * ranges[data.name]  # a float16
     block = nodes["detector.backbone.layer1.0/Add"]  # both of what is summed up, and the sum's reader, are INT8
     assert [value.producer().op_type for value in block.inputs] == ["DequantizeLinear"] * 2
     bias = nodes["detector.backbone.layer1.0.conv1/Conv"].inputs[2].producer()
