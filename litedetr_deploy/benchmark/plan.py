@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .. import __version__, assets
 from ..artifact import ENGINE_SUFFIXES, SUFFIXES, check_file, sha256, warn_unless_verified
+from ..assets.shapes import scene
 from ..errors import LiteDetrError
 from ..export import limits
 from ..machine import computes_bfloat16
@@ -32,6 +33,7 @@ from .timing import check_threads, memory_bytes
 _sha256 = functools.cache(sha256)
 PRECISIONS = limits.PRECISIONS
 DEVICES = ("cpu", "cuda")
+CALIBRATION_SEED, CALIBRATION_SCENES = 5, 4
 BYTES_PER_PIXEL = 128  # that any backbone's first layers hold at once, at the least
 ENGINES = {  # the package, the library of our ops that it loads, and the precisions that it runs
     "onnxruntime": ("onnxruntime", "onnxruntime", PRECISIONS),
@@ -93,6 +95,11 @@ class Spec:
     def rounding(self) -> str:
         """What it computes in, of PRECISIONS: its tolerances."""
         return "bf16" if self.way.mode == "bf16" and self.precision == "fp32" else self.precision
+
+    @property
+    def target(self) -> str:
+        """What it is exported for, as `export_onnx` takes it."""
+        return "cpu" if self.device == "cpu" and self.precision == "int8" else "gpu"
 
     @property
     def is_artifact(self) -> bool:
@@ -201,7 +208,7 @@ class Cache:
 
     def graph(self, spec: Spec) -> Path:
         """Return the path of the ONNX model; an artifact is its own."""
-        made = f"{spec.way.attention}-{spec.precision}.onnx"
+        made = f"{spec.way.attention}-{spec.precision}{'-cpu' if spec.target == 'cpu' else ''}.onnx"
         return Path(spec.model) if spec.is_artifact else self.folder / f"{_stem(spec.model, spec.image_size)}-{made}"
 
     def model_path(self, spec: Spec) -> Path:
@@ -274,12 +281,16 @@ class Cache:
         path = self.graph(spec)
         if not path.is_file():
             from ..export.export import export_onnx
+            from ..export.limits import Int8
 
             path.parent.mkdir(parents=True, exist_ok=True)
             self.progress(f"{spec.model}: export, attention {spec.way.attention}, {spec.precision}")
+            int8 = None
+            if spec.precision == "int8":  # of photographs or not, the time is the same
+                int8 = Int8([scene(i, CALIBRATION_SEED, spec.image_size)[0] for i in range(CALIBRATION_SCENES)])
             # Not verified here: what is timed is checked before, in the engine that is timed.
             export_onnx(self.weights(spec).model, path, spec.way.attention, spec.precision, spec.image_size,
-                        outputs="raw", verify=False)  # fmt: skip
+                        outputs="raw", int8=int8, verify=False, target=spec.target)  # fmt: skip
         return path
 
 
