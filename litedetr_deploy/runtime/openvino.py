@@ -100,36 +100,37 @@ class OpenVinoSession:
         """
         if 0 in map(len, feed.values()):
             return {name: _empty(port) for port, names in self._ports for name in names}
-        self._start(self._requests[0], feed)
-        return self._finish(self._requests[0], copy)
+        return self._finish(*self._start(self._requests[0], feed), copy)
 
     def stream(self, feeds: Iterable[dict]) -> Iterator[dict]:
         """Run on each of `feeds` as `run` does, several at a time; yield what they give in their order."""
         running: deque = deque()
         try:
             for feed, request in zip(feeds, itertools.cycle(self._requests)):
-                self._start(request, feed)
-                running.append(request)
+                running.append(self._start(request, feed))
                 if len(running) == len(self._requests):
-                    yield self._finish(running.popleft())
+                    yield self._finish(*running.popleft())
             while running:
-                yield self._finish(running.popleft())
+                yield self._finish(*running.popleft())
         finally:
-            for request in running:  # which read our arrays
+            for request, _ in running:
                 with contextlib.suppress(RuntimeError):
                     request.wait()
 
     def _start(self, request, feed):
+        """Start the request; return it with the arrays that it reads, which must live until it ends."""
         if missing := self.inputs.keys() - feed.keys():
             given = f"{', '.join(feed) or 'none'}. Give all of {', '.join(self.inputs)}."
             raise LiteDetrError(f"the input {min(missing)!r} of {self._name} is missing; given: {given}")
         try:
             # Not `infer`: with one thread OpenVINO 2026.4 loses its errors, those of our ops among them.
-            request.start_async({name: np.ascontiguousarray(feed[name]) for name in self.inputs}, share_inputs=True)
+            arrays = {name: np.ascontiguousarray(feed[name]) for name in self.inputs}
+            request.start_async(arrays, share_inputs=True)
         except (RuntimeError, TypeError) as error:
             raise self._failed(error) from error
+        return request, arrays
 
-    def _finish(self, request, copy=True):
+    def _finish(self, request, arrays, copy=True):
         try:
             request.wait()
         except RuntimeError as error:
