@@ -23,7 +23,7 @@ from ..verify.reference import BOXES, INDICES, LOGITS, SCORES, Weights
 from . import timing
 from .harness import Contender, Result
 from .packages import is_installed
-from .parts import Watched, onnxruntime_parts, torch_parts
+from .parts import Watched, onnxruntime_parts, openvino_parts, torch_parts
 from .plan import Cache, Spec, why_missing
 
 PROBES = (SCORES, INDICES)
@@ -211,6 +211,9 @@ class _OpenVino(Engine):
     def outputs(self) -> dict[str, np.ndarray]:
         probed = self.probed()
         return (self._create(probed) if probed else self._session).run(self._feed)
+
+    def parts(self, calls: int) -> Watched | None:
+        return openvino_parts(self.file, self._feed, calls, self.spec.threads, self.spec.way.mode or None)
 
 
 class _TensorRt(Engine):

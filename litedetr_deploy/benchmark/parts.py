@@ -1,6 +1,6 @@
 """Where the time of a detector goes: the medians of each part and of 'other', which add up to the whole call's time.
 
-PyTorch is asked by hooks on its modules, ONNX Runtime for its profile, whose nodes are those of the graph that it has
+PyTorch is asked by hooks on its modules, the others for their profiles, whose nodes are those of the graph that they
 made of ours: a node belongs to the module whose name, weights or outputs it still has, else where its outputs are used.
 """
 
@@ -120,6 +120,44 @@ def onnxruntime_parts(path: Path, feed: dict, runs: int, threads: int | None = N
         exported, run = (load_onnx(file, weights=False).graph for file in (path, Path(optimised)))
     runs_apart = parts_of_runs(events, parts_of_nodes(run, parts_of_values(exported)))
     return Watched.median(runs_apart[1:])  # the first warms up
+
+
+def openvino_parts(
+    path: Path, feed: dict, runs: int, threads: int | None = None, precision: str | None = None
+) -> Watched:
+    """Return the medians of some calls, from the times that OpenVINO's CPU plugin keeps of its nodes.
+
+    They have the names of the graph's nodes, or list those that were fused into them; one that says nothing, such as a
+    change of layout, belongs to the part before it.
+    """
+    from ..runtime.openvino import make_core, settings_of
+
+    core = make_core()
+    settings = settings_of(core, threads, precision) | {"PERF_COUNT": True}
+    compiled = core.compile_model(core.read_model(path), "CPU", settings)
+    request = compiled.create_infer_request()
+    parts, part = {}, OTHER
+    nodes = {node.get_friendly_name(): node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()}
+    for name, about in nodes.items():
+        names = name, *about["originalLayersNames"].astype(str).split(",")
+        parts[name] = part = next(filter(None, (_part_of_module(one.partition("/")[0]) for one in names)), part)
+    calls = []
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        request.start_async(feed, share_inputs=True)
+        request.wait()
+        whole = time.perf_counter() - began
+        seconds, operators = Counter(), Counter()
+        for info in request.profiling_info:
+            spent, part = info.real_time.total_seconds(), parts.get(info.node_name, OTHER)
+            seconds[part] += spent
+            if part == ENCODER:
+                # What an extension computes is of one type, and its node's name says which op it is.
+                kind = info.node_type if info.node_type != "Reference" else info.node_name.rpartition("/")[2]
+                operators[kind] += spent
+        seconds[OTHER] += max(0.0, whole - sum(seconds.values()))
+        calls.append(Watched(dict(seconds), dict(operators)))
+    return Watched.median(calls[1:])  # the first warms up
 
 
 def parts_of_runs(events: list[dict], parts: dict[str, str]) -> list[Watched]:

@@ -72,7 +72,7 @@ class OpenVinoSession:
             core = make_core()
         except LiteDetrError as error:
             core, no_library = openvino.Core(), error  # which matters only to a model that holds our ops
-        settings = _settings(core, bounded_threads(threads), precision or "fp32", throughput)
+        settings = settings_of(core, threads, precision, throughput)
         if not isinstance(artifact, bytes):
             settings |= _cache()
         try:
@@ -143,7 +143,11 @@ class OpenVinoSession:
         return LiteDetrError(f"OpenVINO fails to run {self._name}: {said}. Give the inputs that the model takes.")
 
 
-def _settings(core, threads: int | None, precision: str, throughput: bool) -> dict[str, str | int]:
+def settings_of(
+    core, threads: int | None, precision: str | None = None, throughput: bool = False
+) -> dict[str, str | int]:
+    """Return what OpenVINO compiles a model for the CPU with; the arguments are those of `OpenVinoSession`."""
+    precision = precision or "fp32"
     if precision not in PRECISIONS:
         raise LiteDetrError(f"precision is {precision!r}; OpenVINO computes in {' or '.join(PRECISIONS)}.")
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -154,7 +158,7 @@ def _settings(core, threads: int | None, precision: str, throughput: bool) -> di
     settings: dict[str, str | int] = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY"
     }  # fmt: skip
-    if threads is not None:
+    if (threads := bounded_threads(threads)) is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     return settings
 

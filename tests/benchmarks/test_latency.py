@@ -274,8 +274,10 @@ def test_parts_of_a_profile_add_up():
     assert middle.parts == pytest.approx(second.parts) and middle.encoder_operators == second.encoder_operators
 
 
-def test_parts_of_a_call_of_onnxruntime(cache):
-    watched = open_engine(*cache.engine(make_spec())).parts(3)
+@pytest.mark.parametrize("backend", ["onnxruntime-op", "openvino-op"])
+def test_parts_of_a_call(cache, backend):
+    pytest.importorskip(plan.BACKENDS[backend].engine)
+    watched = open_engine(*cache.engine(make_spec(backend))).parts(3)
     found = watched.parts
     assert {parts.BACKBONE, parts.PROJECTIONS, parts.ENCODER, parts.SELECTION, parts.DECODER, parts.HEADS} <= set(found)
     assert all(seconds > 0 for seconds in found.values())
