@@ -147,7 +147,8 @@ def openvino_parts(
         request.start_async(feed, share_inputs=True)
         request.wait()
         whole = time.perf_counter() - began
-        seconds, operators = Counter(), Counter()
+        seconds: dict[str, float] = defaultdict(float)
+        operators: dict[str, float] = defaultdict(float)
         for info in request.profiling_info:
             spent, part = info.real_time.total_seconds(), parts.get(info.node_name, OTHER)
             seconds[part] += spent

@@ -100,7 +100,8 @@ class OpenVinoSession:
         """
         if 0 in map(len, feed.values()):
             return {name: _empty(port) for port, names in self._ports for name in names}
-        return self._finish(*self._start(self._requests[0], feed), copy)
+        request, arrays = self._start(self._requests[0], feed)
+        return self._finish(request, arrays, copy)
 
     def stream(self, feeds: Iterable[dict]) -> Iterator[dict]:
         """Run on each of `feeds` as `run` does, several at a time; yield what they give in their order."""
