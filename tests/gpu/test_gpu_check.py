@@ -127,11 +127,13 @@ def test_the_archive_is_renewed_after_every_step_and_while_one_runs(make_run, tm
     code = f"""
 import tarfile, time
 print("two", flush=True)
-while True:
+for _ in range(1000):
     with tarfile.open({str(run.archive)!r}) as archive:
         if "a-gpu/second.log" in archive.getnames() and b"two\\n" in archive.extractfile("a-gpu/second.log").read():
             break
     time.sleep(0.05)
+else:
+    raise SystemExit("the archive was not renewed")
 """
     run.add(gpu_check.Step("second", [python(code)]))
     assert run.steps[1].status == "passed"
