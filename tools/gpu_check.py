@@ -185,7 +185,8 @@ class Run:
             (folder / "summary.md").write_text(text)
         unfinished = self.archive.with_name(f".{self.archive.name}.unfinished")
         with tarfile.open(unfinished, "w:gz") as archive:
-            archive.add(self.results, self.results.name)
+            for path in sorted(self.results.glob("[!.]*")):  # hidden ones are reports being written, and may vanish
+                archive.add(path, f"{self.results.name}/{path.name}")
         unfinished.replace(self.archive)
 
     def figures(self) -> list[str]:
