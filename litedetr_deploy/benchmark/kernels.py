@@ -497,7 +497,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Time one key-aware deformable attention: our op, and what else can compute it. Every output is "
         "checked before it is timed; a wrong one is not timed, and the exit status is 1.",
         epilog="Run it on a quiet machine. Everything takes about a quarter of an hour; Ctrl-C leaves what was "
-        "measured so far on the screen.",
+        "measured so far on the screen, and finished cases in the files of --output.",
     )
     add = parser.add_argument
     add("--device", choices=RIVALS, default="cpu", help="where to measure; default cpu")
@@ -526,7 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: these are the calls made so far; no file was written", file=sys.stderr)
+        print("interrupted: these are the calls made so far; files have the cases before this one", file=sys.stderr)
         return 130
 
 
@@ -579,7 +579,13 @@ def _run(options: argparse.Namespace) -> int:
     seconds = (5.0 if on_cpu else 0.5) if options.seconds is None else options.seconds
     # Graphs keep their memory: on a GPU, contenders must not meet.
     settings = harness.Settings(seconds, len(rivals) if on_cpu else 1, options.cold)
+    described = {"device": options.device, "seconds": seconds, "threads": thread_counts, "cold": options.cold}
     cases: list[list[Result]] = []
+
+    def write(draw_chart: Callable[[Path], None] | None = None) -> list[Path]:
+        contents, lines = as_dict(cases, machine, described), as_markdown(cases, machine)
+        return report.write(options.output, contents, lines, draw_chart)
+
     for size in sizes:
         problem = Problem(size, options.device)
         for threads in thread_counts:
@@ -590,11 +596,11 @@ def _run(options: argparse.Namespace) -> int:
             finally:
                 _show("", "")
                 print("\n".join(case_table(cases[-1], machine)), flush=True)
+            if options.output is not None:  # a device that hangs in the next case must not take this one along
+                write()
     print(f"\n{HOW}")
     if options.output is not None:
-        described = {"device": options.device, "seconds": seconds, "threads": thread_counts, "cold": options.cold}
-        contents, lines = as_dict(cases, machine, described), as_markdown(cases, machine)
-        paths = report.write(options.output, contents, lines, partial(draw, cases, machine))
+        paths = write(partial(draw, cases, machine))
         print("wrote", ", ".join(map(str, paths)))
         if len(paths) == 2:
             print("no chart: matplotlib is missing: pip install 'litedetr-deploy[benchmark]'", file=sys.stderr)

@@ -350,15 +350,19 @@ def test_without_our_op_the_command_fails(command):
     assert status == 1
 
 
-def test_an_interrupted_command_prints_and_writes_nothing(command, tmp_path):
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interrupted_command_prints_and_leaves_the_finished_cases(command, tmp_path, finished):
     def interrupt(right):
-        raise KeyboardInterrupt
+        if len(list(tmp_path.iterdir())) == 2 * finished:  # JSON and Markdown, as soon as a case is finished
+            raise KeyboardInterrupt
+        return right
 
     rivals = [BY_NAME["torch op"], rival(interrupt, "last")]
     status, printed, errors = command(rivals, "--threads", "1", "--output", tmp_path / "kernels")
     assert status == 130
     assert "torch op" in printed and "interrupted" in errors
-    assert not list(tmp_path.iterdir())
+    written = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert [{row["size"] for row in contents["results"]} for contents in written] == [{"tiny"}] * finished
 
 
 @pytest.mark.parametrize(
