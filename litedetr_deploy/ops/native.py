@@ -12,6 +12,7 @@ LIBRARIES = {
     "onnxruntime": "liblitedetr_onnxruntime.so",
     "openvino": "liblitedetr_openvino.so",
     "tensorrt": "liblitedetr_tensorrt.so",
+    "tensorrt-register": "liblitedetr_tensorrt_register.so",
 }
 # A folder that is searched first: for libraries built apart from the package (another compiler, another board).
 PATH_VARIABLE = "LITEDETR_LIBRARY_PATH"
@@ -59,7 +60,8 @@ _FUNCTIONS = {
 def library(name: str) -> Path:
     """Return the path of a library.
 
-    name: 'core' (the arithmetic), 'onnxruntime' (custom ops), 'openvino' (an extension) or 'tensorrt' (plugins).
+    name: 'core' (the arithmetic), 'onnxruntime' (custom ops), 'openvino' (an extension), 'tensorrt' (plugins) or
+        'tensorrt-register' (what registers them when it is opened).
 
     Raise ValueError for another name, and FileNotFoundError, which says how to build it, where it is not there.
     """

@@ -1,10 +1,10 @@
 /* KeyAwareDeformAttn and MSDeformAttn as TensorRT plugins, from one source for TensorRT 10.3 to 11.x.
  *
  * This file translates between TensorRT and plugins/kda; plugins/op.h describes the ops and says who checks what.
- * TensorRT loads it by its two entry points, at the
- * end (trtexec --dynamicPlugins, IPluginRegistry::loadLibrary); nothing registers itself, and nothing of libnvinfer is
- * linked: TensorRT is reached through the objects that it hands over.  Nothing here throws; what fails says why through
- * TensorRT's logger and returns a failing status.
+ * TensorRT loads it by its two entry points, at the end (trtexec --dynamicPlugins, IPluginRegistry::loadLibrary);
+ * nothing registers itself (register.cpp does, in a library of its own), and nothing of libnvinfer is linked: TensorRT
+ * is reached through the objects that it hands over.  Nothing here throws; what fails says why through TensorRT's
+ * logger and returns a failing status.
  */
 #include <NvInferRuntime.h>
 
@@ -374,8 +374,11 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static Creator key_aware(true), plain(false);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&key_aware, &plain};
+  /* Never destroyed: a registry may ask a creator for its name while the program ends, after the destructors of this
+   * library have run. */
+  alignas(Creator) static char memory[2][sizeof(Creator)];
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {new (memory[0]) Creator(true),
+                                                                new (memory[1]) Creator(false)};
   count = 2;
   return creators;
 }
