@@ -18,7 +18,7 @@ LIBRARIES = {
 PATH_VARIABLE = "LITEDETR_LIBRARY_PATH"
 
 # KDA_ABI_VERSION, kda_dtype and kda_status in plugins/kda/kda.h
-ABI_VERSION = 1
+ABI_VERSION = 2
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 OK, INVALID_ARGUMENT = 0, 1
 
@@ -28,7 +28,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "num_queries", "num_tokens")),
         *((name, ctypes.c_int32) for name in ("num_heads", "head_dim", "num_levels", "num_points")),
-        *((name, ctypes.c_int32) for name in ("reference_width", "key_aware", "dtype", "offset_dtype")),
+        *((name, ctypes.c_int32) for name in ("reference_width", "key_aware", "dtype", "offset_dtype", "int32_shapes")),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "reference_points", "sampling_offsets")),
         *((name, ctypes.c_void_p) for name in ("spatial_shapes", "output")),
     ]
