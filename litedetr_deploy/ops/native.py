@@ -28,7 +28,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "num_queries", "num_tokens")),
         *((name, ctypes.c_int32) for name in ("num_heads", "head_dim", "num_levels", "num_points")),
-        *((name, ctypes.c_int32) for name in ("reference_width", "key_aware", "dtype", "offset_dtype", "int32_shapes")),
+        *((name, ctypes.c_int32) for name in ("reference_width", "key_aware", "dtype", "offset_dtype")),
+        *((name, ctypes.c_int32) for name in ("int32_shapes", "reserved")),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "reference_points", "sampling_offsets")),
         *((name, ctypes.c_void_p) for name in ("spatial_shapes", "output")),
     ]

@@ -61,6 +61,7 @@ typedef struct kda_arguments {
   int32_t dtype;           /* kda_dtype of query, key, value and output */
   int32_t offset_dtype;    /* kda_dtype of sampling_offsets: `dtype` or KDA_FLOAT32 */
   int32_t int32_shapes;    /* 1: spatial_shapes holds int32; 0: int64 */
+  int32_t reserved;        /* 0; it fills the space before the pointers */
 
   const void* query;             /* [N, Q, M*D], or attention logits [N, Q, M*L*P] */
   const void* key;               /* [N, S, M*D]; NULL: the key is the value, and each sample is gathered once */
