@@ -12,12 +12,13 @@ LIBRARIES = {
     "onnxruntime": "liblitedetr_onnxruntime.so",
     "openvino": "liblitedetr_openvino.so",
     "tensorrt": "liblitedetr_tensorrt.so",
+    "tensorrt-register": "liblitedetr_tensorrt_register.so",
 }
 # A folder that is searched first: for libraries built apart from the package (another compiler, another board).
 PATH_VARIABLE = "LITEDETR_LIBRARY_PATH"
 
 # KDA_ABI_VERSION, kda_dtype and kda_status in plugins/kda/kda.h
-ABI_VERSION = 1
+ABI_VERSION = 2
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 OK, INVALID_ARGUMENT = 0, 1
 
@@ -28,6 +29,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "num_queries", "num_tokens")),
         *((name, ctypes.c_int32) for name in ("num_heads", "head_dim", "num_levels", "num_points")),
         *((name, ctypes.c_int32) for name in ("reference_width", "key_aware", "dtype", "offset_dtype")),
+        *((name, ctypes.c_int32) for name in ("int32_shapes", "reserved")),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "reference_points", "sampling_offsets")),
         *((name, ctypes.c_void_p) for name in ("spatial_shapes", "output")),
     ]
@@ -59,7 +61,8 @@ _FUNCTIONS = {
 def library(name: str) -> Path:
     """Return the path of a library.
 
-    name: 'core' (the arithmetic), 'onnxruntime' (custom ops), 'openvino' (an extension) or 'tensorrt' (plugins).
+    name: 'core' (the arithmetic), 'onnxruntime' (custom ops), 'openvino' (an extension), 'tensorrt' (plugins) or
+        'tensorrt-register' (what registers them when it is opened).
 
     Raise ValueError for another name, and FileNotFoundError, which says how to build it, where it is not there.
     """

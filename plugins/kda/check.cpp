@@ -58,7 +58,8 @@ kda_status check_sizes(const kda_arguments* a, const char* kernels, int32_t dim_
               "sampling_offsets is %s where value is %s; it must be float32 or the type of value: cast the offsets to "
               "float32, or export the model again",
               dtype_name(a->offset_dtype), dtype_name(a->dtype));
-  KDA_REQUIRE(a->spatial_shapes, "spatial_shapes is NULL; it must point to [%d, 2] int64", a->num_levels);
+  KDA_REQUIRE(a->spatial_shapes, "spatial_shapes is NULL; it must point to [%d, 2] %s", a->num_levels,
+              a->int32_shapes ? "int32" : "int64");
   if (a->batch > 0 && a->num_queries > 0) {
     KDA_REQUIRE(a->query, "%s is NULL; it must point to the tensor's data",
                 a->key_aware ? "query" : "attention_logits");

@@ -10,6 +10,12 @@ namespace kda {
 constexpr int64_t kMaxSide = int64_t{1} << 22;
 constexpr int64_t kMaxTokens = int64_t{1} << 30;
 
+/* spatial_shapes, flat, where the host can read it. */
+inline int64_t read_side(const kda_arguments* a, int index) {
+  return a->int32_shapes ? static_cast<const int32_t*>(a->spatial_shapes)[index]
+                         : static_cast<const int64_t*>(a->spatial_shapes)[index];
+}
+
 /* printf into `message`, of `size` bytes with the final zero; nothing where it is NULL. */
 void print(char* message, size_t size, const char* format, ...) __attribute__((format(printf, 3, 4)));
 

@@ -55,8 +55,8 @@ Plan make_plan(const kda_arguments* a) {
   int64_t token = 0;
   for (int l = 0; l < a->num_levels; ++l) {
     Level& level = plan.levels[l];
-    level.height = static_cast<int32_t>(a->spatial_shapes[2 * l]);
-    level.width = static_cast<int32_t>(a->spatial_shapes[2 * l + 1]);
+    level.height = static_cast<int32_t>(read_side(a, 2 * l));
+    level.width = static_cast<int32_t>(read_side(a, 2 * l + 1));
     level.pitch = level.width + 1;
     level.first_token = token;
     level.first_row = plan.rows;
@@ -163,7 +163,7 @@ kda_status kda_cpu_check(const kda_arguments* a, char* message, size_t message_s
   if (status != KDA_OK) return status;
   int64_t tokens = 0, padded = 1;
   for (int l = 0; l < a->num_levels; ++l) {
-    const int64_t height = a->spatial_shapes[2 * l], width = a->spatial_shapes[2 * l + 1];
+    const int64_t height = read_side(a, 2 * l), width = read_side(a, 2 * l + 1);
     if (height < 1 || width < 1) {
       print(message, message_size, "spatial_shapes has (%lld, %lld) at level %d; both must be at least 1",
             (long long)height, (long long)width, l);

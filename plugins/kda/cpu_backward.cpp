@@ -37,8 +37,8 @@ void make_plan(const kda_arguments* a, const kda_gradients* gradients, const Ker
   int64_t token = 0;
   for (int l = 0; l < a->num_levels; ++l) {
     Level& level = plan->levels[l];
-    level.height = static_cast<int32_t>(a->spatial_shapes[2 * l]);
-    level.width = static_cast<int32_t>(a->spatial_shapes[2 * l + 1]);
+    level.height = static_cast<int32_t>(read_side(a, 2 * l));
+    level.width = static_cast<int32_t>(read_side(a, 2 * l + 1));
     level.pitch = level.width + 1;
     level.origin = static_cast<int32_t>(plan->tokens + 2 * level.pitch + 1);
     level.first_token = token;

@@ -49,7 +49,7 @@ kda_status check_alignment(const kda_arguments* a, char* message, size_t message
       {"value", a->value, kPieceBytes},
       {"reference_points", a->reference_points, sizeof(float)},
       {"sampling_offsets", a->sampling_offsets, 2 * static_cast<uintptr_t>(element_bytes(a->offset_dtype))},
-      {"spatial_shapes", a->spatial_shapes, sizeof(int64_t)},
+      {"spatial_shapes", a->spatial_shapes, a->int32_shapes ? sizeof(int32_t) : sizeof(int64_t)},
       {"output", a->output, kPieceBytes},
   };
   for (const auto& tensor : tensors) {
@@ -116,6 +116,7 @@ kda_status kda_cuda_forward(const kda_arguments* a, void* stream, char* message,
     attention.num_levels = a->num_levels;
     attention.num_points = a->num_points;
     attention.key_aware = a->key_aware != 0;
+    attention.int32_shapes = a->int32_shapes != 0;
     attention.box_references = a->reference_width == 4;
     attention.float_offsets = a->offset_dtype == KDA_FLOAT32;
     attention.scale = 1.0f / sqrtf(static_cast<float>(a->head_dim));

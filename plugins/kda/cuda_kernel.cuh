@@ -27,12 +27,17 @@ constexpr unsigned kWholeWarp = 0xffffffff;
  * and below that corner.  All zeros: outside. */
 typedef uint4 Record;
 
+__device__ inline int64_t read_side(const Attention& a, int index) {
+  return a.int32_shapes ? static_cast<const int32_t*>(a.spatial_shapes)[index]
+                        : static_cast<const int64_t*>(a.spatial_shapes)[index];
+}
+
 /* Height, width and first token of level `level`.  A level that does not fit into the tokens counts as empty, so that
  * wrong shapes, which the host cannot see, read nothing that is not there. */
 __device__ inline int4 read_level(const Attention& a, int level) {
   int64_t first = 0;
   for (int l = 0;; ++l) {
-    const int64_t height = a.spatial_shapes[2 * l], width = a.spatial_shapes[2 * l + 1];
+    const int64_t height = read_side(a, 2 * l), width = read_side(a, 2 * l + 1);
     const bool sane = height >= 1 && height <= kMaxSide && width >= 1 && width <= kMaxSide;
     const int64_t area = sane ? height * width : 0;
     if (l == level) {

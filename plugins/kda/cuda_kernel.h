@@ -19,13 +19,13 @@ struct Attention {
   const void* value;
   const float* reference_points;
   const void* sampling_offsets;
-  const int64_t* spatial_shapes;
+  const void* spatial_shapes;
   void* output;
   int64_t num_queries, num_tokens;
   int num_heads, head_dim, num_levels, num_points;
   int lanes;  /* threads that own a (query, head): a power of two, with a 16-byte piece of its channels each */
   int chunks; /* blocks that the queries of a head take */
-  bool key_aware, box_references, float_offsets;
+  bool key_aware, box_references, float_offsets, int32_shapes;
   float scale; /* of the logits: 1 / sqrt(D) */
 };
 

@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 /* Grows when a field or a function below changes meaning. */
-#define KDA_ABI_VERSION 1
+#define KDA_ABI_VERSION 2
 
 /* The most levels and points per level that the kernels take. */
 #define KDA_MAX_LEVELS 8
@@ -60,13 +60,15 @@ typedef struct kda_arguments {
   int32_t key_aware;       /* 1: `query` holds queries; 0: it holds attention logits */
   int32_t dtype;           /* kda_dtype of query, key, value and output */
   int32_t offset_dtype;    /* kda_dtype of sampling_offsets: `dtype` or KDA_FLOAT32 */
+  int32_t int32_shapes;    /* 1: spatial_shapes holds int32; 0: int64 */
+  int32_t reserved;        /* 0; it fills the space before the pointers */
 
   const void* query;             /* [N, Q, M*D], or attention logits [N, Q, M*L*P] */
   const void* key;               /* [N, S, M*D]; NULL: the key is the value, and each sample is gathered once */
   const void* value;             /* [N, S, M*D] */
   const float* reference_points; /* [N, Q, L, reference_width] */
   const void* sampling_offsets;  /* [N, Q, M*L*P*2], in pixels (x, y) or in fractions of the reference box */
-  const int64_t* spatial_shapes; /* [L, 2], (height, width), fine to coarse */
+  const void* spatial_shapes;    /* [L, 2], (height, width), fine to coarse; int64, or int32 with int32_shapes */
   void* output;                  /* [N, Q, M*D] */
 } kda_arguments;
 

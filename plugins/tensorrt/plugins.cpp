@@ -1,10 +1,10 @@
 /* KeyAwareDeformAttn and MSDeformAttn as TensorRT plugins, from one source for TensorRT 10.3 to 11.x.
  *
  * This file translates between TensorRT and plugins/kda; plugins/op.h describes the ops and says who checks what.
- * TensorRT loads it by its two entry points, at the
- * end (trtexec --dynamicPlugins, IPluginRegistry::loadLibrary); nothing registers itself, and nothing of libnvinfer is
- * linked: TensorRT is reached through the objects that it hands over.  Nothing here throws; what fails says why through
- * TensorRT's logger and returns a failing status.
+ * TensorRT loads it by its two entry points, at the end (trtexec --dynamicPlugins, IPluginRegistry::loadLibrary);
+ * nothing registers itself (register.cpp does, in a library of its own), and nothing of libnvinfer is linked: TensorRT
+ * is reached through the objects that it hands over.  Nothing here throws; what fails says why through TensorRT's
+ * logger and returns a failing status.
  */
 #include <NvInferRuntime.h>
 
@@ -80,6 +80,34 @@ kda_dtype dtype_of(nvinfer1::DataType type) {
   }
 }
 
+/* Whether a tensor of kInputs[].type `input` can be of `type` where T is `storage`.  spatial_shapes is int64 in ONNX;
+ * parsers and other tools make int32 of that. */
+bool takes(char input, nvinfer1::DataType type, nvinfer1::DataType storage) {
+  switch (input) {
+    case 'F': return type == nvinfer1::DataType::kFLOAT;
+    case 'I': return type == nvinfer1::DataType::kINT64 || type == nvinfer1::DataType::kINT32;
+    case 'U': return type == storage || type == nvinfer1::DataType::kFLOAT;
+    default: return type == storage && is_storage(storage);
+  }
+}
+
+/* The same in words. */
+const char* wanted_types(char input) {
+  switch (input) {
+    case 'F': return "float32";
+    case 'I': return "int64 or int32";
+    case 'U': return "float32 or the type of value";
+    default: return "the type of value";
+  }
+}
+
+const char* type_name(nvinfer1::DataType type) {
+  constexpr const char* kNames[] = {"float32", "float16",  "int8",  "int32", "bool",   "uint8",
+                                    "float8",  "bfloat16", "int64", "int4",  "float4", "e8m0"};
+  const size_t index = static_cast<size_t>(type);
+  return index < std::size(kNames) ? kNames[index] : "of a type that is newer than this library";
+}
+
 static_assert(nvinfer1::Dims::MAX_DIMS <= static_cast<int32_t>(Shape::kMaxRank), "a Shape holds any Dims");
 
 /* TensorRT writes -1 for a size that depends on the profile, which is Shape::kUnknown. */
@@ -138,14 +166,15 @@ class Plugin final : public nvinfer1::IPluginV3,
      * In a weakly typed one TensorRT asks with float for every floating-point type. */
     const nvinfer1::DataType type = input_types[kValue];
     if (!is_storage(type)) {
-      log_error(name(), "value has the TensorRT type %d; it should be kFLOAT (0), kHALF (1) or kBF16 (7)",
-                static_cast<int>(type));
+      log_error(name(), "value is %s; it must be float32, float16 or bfloat16", type_name(type));
       return kFailure;
     }
-    kda_arguments arguments = arguments_;
-    arguments.dtype = dtype_of(type);
-    arguments.offset_dtype = dtype_of(input_types[kSamplingOffsets]);
-    if (!check(arguments)) return kFailure;
+    for (int32_t i = 0; i < num_inputs; ++i) {
+      if (takes(kInputs[i].type, input_types[i], type)) continue;
+      log_error(name(), "%s is %s where value is %s; it must be %s: cast it, or export the model again",
+                input_name(key_aware_, i), type_name(input_types[i]), type_name(type), wanted_types(kInputs[i].type));
+      return kFailure;
+    }
     output_types[0] = type;
     return kSuccess;
   }
@@ -173,13 +202,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     /* Of `tensors` only those up to `position` are valid. */
     const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-    const nvinfer1::DataType storage = tensors[kQuery].desc.type;
-    switch (position < num_inputs ? kInputs[position].type : 'T') {
-      case 'F': return tensor.type == nvinfer1::DataType::kFLOAT;
-      case 'I': return tensor.type == nvinfer1::DataType::kINT64;
-      case 'U': return tensor.type == storage || tensor.type == nvinfer1::DataType::kFLOAT;
-      default: return tensor.type == storage && is_storage(storage);
-    }
+    return takes(position < num_inputs ? kInputs[position].type : 'T', tensor.type, tensors[kQuery].desc.type);
   }
 
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t num_inputs,
@@ -219,7 +242,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     arguments.value = inputs[kValue];
     arguments.reference_points = static_cast<const float*>(inputs[kReferencePoints]);
     arguments.sampling_offsets = inputs[kSamplingOffsets];
-    arguments.spatial_shapes = static_cast<const int64_t*>(inputs[kSpatialShapes]);
+    arguments.spatial_shapes = inputs[kSpatialShapes];
     arguments.output = outputs[0];
     Message message;
     return report(kda_cuda_forward(&arguments, stream, message.characters, sizeof message.characters), message);
@@ -282,6 +305,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     if (!read_shapes([&](int32_t i) -> auto& { return inputs[i].dims; }, arguments)) return false;
     arguments->dtype = dtype_of(inputs[kValue].type);
     arguments->offset_dtype = dtype_of(inputs[kSamplingOffsets].type);
+    arguments->int32_shapes = inputs[kSpatialShapes].type == nvinfer1::DataType::kINT32;
     return true;
   }
 
@@ -374,8 +398,11 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static Creator key_aware(true), plain(false);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&key_aware, &plain};
+  /* Never destroyed: a registry may ask a creator for its name while the program ends, after the destructors of this
+   * library have run. */
+  alignas(Creator) static char memory[2][sizeof(Creator)];
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {new (memory[0]) Creator(true),
+                                                                new (memory[1]) Creator(false)};
   count = 2;
   return creators;
 }

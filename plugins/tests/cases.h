@@ -49,6 +49,7 @@ inline void test_sweep(const Device& device, int rounds) {
     s.own_key = s.key_aware && pick(0, 2) == 0;
     s.dtype = dtypes[pick(0, 2)];
     s.offset_dtype = pick(0, 1) ? s.dtype : KDA_FLOAT32;
+    s.int32_shapes = round % 4 == 1;
     Problem problem(s);
     problem.randomise(round);
     check_against_definition(device, &problem);

@@ -34,15 +34,16 @@ kda_status run_on_cuda(Problem* problem) {
   const DeviceMemory value(problem->value.data(), bytes_of(problem->value));
   const DeviceMemory references(problem->references.data(), problem->references.size() * sizeof(float));
   const DeviceMemory offsets(problem->offsets.data(), bytes_of(problem->offsets));
-  const DeviceMemory shapes(problem->shape.levels.data(), problem->shape.levels.size() * sizeof(int64_t));
   const DeviceMemory output(nullptr, bytes_of(problem->output));
   kda_arguments a = problem->arguments();
+  const size_t side_bytes = a.int32_shapes ? sizeof(int32_t) : sizeof(int64_t);
+  const DeviceMemory shapes(a.spatial_shapes, problem->shape.levels.size() * side_bytes);
   a.query = query.data;
   a.key = key.data;
   a.value = value.data;
   a.reference_points = static_cast<float*>(references.data);
   a.sampling_offsets = offsets.data;
-  a.spatial_shapes = static_cast<int64_t*>(shapes.data);
+  a.spatial_shapes = shapes.data;
   a.output = output.data;
   char message[256] = "";
   const kda_status status = kda_cuda_forward(&a, nullptr, message, sizeof message);
@@ -63,11 +64,14 @@ void test_wrong_spatial_shapes(const Device& device) {
       s.queries = 20;
       s.dim = 16;
       s.levels = {8, 8, 4, 4};
-      Problem problem(s);
-      problem.randomise(5);
-      problem.shape.levels[where] = wrong;
-      run(device, &problem);
-      for (size_t i = 0; i < problem.output.size(); ++i) CHECK(isfinite(problem.output.get(i)), "output %zu", i);
+      for (const bool int32_shapes : {false, true}) {
+        s.int32_shapes = int32_shapes;
+        Problem problem(s);
+        problem.randomise(5);
+        problem.shape.levels[where] = wrong;
+        run(device, &problem);
+        for (size_t i = 0; i < problem.output.size(); ++i) CHECK(isfinite(problem.output.get(i)), "output %zu", i);
+      }
     }
   }
 }

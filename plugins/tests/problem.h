@@ -84,6 +84,7 @@ struct Shape {
   std::vector<int64_t> levels = {1, 1}; /* height, width, height, width, ... */
   bool key_aware = true, own_key = false;
   int32_t dtype = KDA_FLOAT32, offset_dtype = KDA_FLOAT32;
+  bool int32_shapes = false; /* how the operator is given the levels */
 };
 
 struct Problem {
@@ -92,6 +93,7 @@ struct Problem {
   int32_t levels = 0;
   Tensor query, key, value, offsets, output;
   std::vector<float> references;
+  std::vector<int32_t> int32_levels;
 
   explicit Problem(const Shape& s) : shape(s), levels(static_cast<int32_t>(s.levels.size() / 2)) {
     for (int l = 0; l < levels; ++l) tokens += s.levels[2 * l] * s.levels[2 * l + 1];
@@ -140,7 +142,12 @@ struct Problem {
     a.value = value.data();
     a.reference_points = references.data();
     a.sampling_offsets = offsets.data();
+    a.int32_shapes = shape.int32_shapes;
     a.spatial_shapes = shape.levels.data();
+    if (shape.int32_shapes) {
+      int32_levels.assign(shape.levels.begin(), shape.levels.end());
+      a.spatial_shapes = int32_levels.data();
+    }
     a.output = output.data();
     return a;
   }

@@ -164,17 +164,22 @@ std::vector<Dims> good_shapes(const Node& node) {
 }
 
 /* The type of each tensor, when T is `storage`. */
-std::vector<DataType> row(const Node& node, DataType storage, DataType offsets) {
-  std::vector<DataType> types = {storage, storage, DataType::kFLOAT, offsets, DataType::kINT64, storage};
+std::vector<DataType> row(const Node& node, DataType storage, DataType offsets, DataType shapes = DataType::kINT64) {
+  std::vector<DataType> types = {storage, storage, DataType::kFLOAT, offsets, shapes, storage};
   if (node.num_inputs == 6) types.push_back(storage);
   return types;
 }
 
 /* Every combination of types that the ops have. */
 std::vector<std::vector<DataType>> legal_rows(const Node& node) {
-  return {row(node, DataType::kFLOAT, DataType::kFLOAT), row(node, DataType::kHALF, DataType::kHALF),
-          row(node, DataType::kHALF, DataType::kFLOAT), row(node, DataType::kBF16, DataType::kBF16),
-          row(node, DataType::kBF16, DataType::kFLOAT)};
+  std::vector<std::vector<DataType>> rows;
+  for (const DataType shapes : {DataType::kINT64, DataType::kINT32}) {
+    rows.push_back(row(node, DataType::kFLOAT, DataType::kFLOAT, shapes));
+    for (const DataType storage : {DataType::kHALF, DataType::kBF16}) {
+      for (const DataType offsets : {storage, DataType::kFLOAT}) rows.push_back(row(node, storage, offsets, shapes));
+    }
+  }
+  return rows;
 }
 
 nvinfer1::PluginTensorDesc describe(const Dims& shape, DataType type) {
@@ -330,18 +335,28 @@ void test_output(nvinfer1::IPluginCreatorV3One* creator, const Node& node) {
     CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) == 0, "%s", node.op);
     CHECK(output == types[1], "type %d", static_cast<int>(output));
   }
-  std::vector<DataType> types = row(node, DataType::kINT8, DataType::kFLOAT);
-  DataType output;
-  CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) != 0, "%s", node.op);
-  CHECK(logger.take() ==
-            std::string(node.op) + ": value has the TensorRT type 2; it should be kFLOAT (0), kHALF (1) or kBF16 (7)",
-        "%s", node.op);
-  types = row(node, DataType::kFLOAT, DataType::kHALF);
-  CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) != 0, "%s", node.op);
-  CHECK(logger.take() == std::string(node.op) +
-                             ": sampling_offsets is float16 where value is float32; it must be float32 or the type of "
-                             "value: cast the offsets to float32, or export the model again",
-        "%s", node.op);
+  const std::vector<DataType> good = row(node, DataType::kHALF, DataType::kHALF);
+  const auto refuses = [&](int32_t input, DataType type, const std::string& message) {
+    std::vector<DataType> types = good;
+    types[input] = type;
+    DataType output;
+    CHECK(build->getOutputDataTypes(&output, 1, types.data(), node.num_inputs) != 0, "%s", message.c_str());
+    const std::string logged = logger.take();
+    CHECK(logged == std::string(node.op) + ": " + message, "logged '%s', expected '%s'", logged.c_str(),
+          message.c_str());
+  };
+  const std::string fix = ": cast it, or export the model again",
+                    query = node.key_aware() ? "query" : "attention_logits";
+  refuses(0, DataType::kFLOAT, query + " is float32 where value is float16; it must be the type of value" + fix);
+  refuses(1, DataType::kBF16, query + " is float16 where value is bfloat16; it must be the type of value" + fix);
+  refuses(1, DataType::kINT8, "value is int8; it must be float32, float16 or bfloat16");
+  refuses(2, DataType::kHALF, "reference_points is float16 where value is float16; it must be float32" + fix);
+  refuses(3, DataType::kBF16,
+          "sampling_offsets is bfloat16 where value is float16; it must be float32 or the type of value" + fix);
+  refuses(4, DataType::kFLOAT, "spatial_shapes is float32 where value is float16; it must be int64 or int32" + fix);
+  if (node.num_inputs == 6) {
+    refuses(5, DataType::kFLOAT, "key is float32 where value is float16; it must be the type of value" + fix);
+  }
 
   Size sizes[6][4];
   std::vector<nvinfer1::DimsExprs> inputs(node.num_inputs);
@@ -505,7 +520,7 @@ class DeviceMemory {
 };
 
 /* On a stream, and captured in a CUDA graph, which is how trtexec runs by default since TensorRT 11. */
-void test_enqueue(nvinfer1::IPluginCreatorV3One* creator, const Node& node, DataType storage, DataType offset_type) {
+void test_enqueue(nvinfer1::IPluginCreatorV3One* creator, const Node& node, const std::vector<DataType>& types) {
   const auto kda_type = [](DataType type) {
     return type == DataType::kHALF ? KDA_FLOAT16 : type == DataType::kBF16 ? KDA_BFLOAT16 : KDA_FLOAT32;
   };
@@ -513,20 +528,21 @@ void test_enqueue(nvinfer1::IPluginCreatorV3One* creator, const Node& node, Data
   shape.batch = 2, shape.queries = 5, shape.heads = kHeads, shape.dim = 8, shape.points = kPoints;
   shape.levels = {5, 6, 4, 4, 2, 2}; /* 50 tokens */
   shape.key_aware = node.key_aware(), shape.own_key = node.num_inputs == 6;
-  shape.dtype = kda_type(storage), shape.offset_dtype = kda_type(offset_type);
+  shape.dtype = kda_type(types[0]), shape.offset_dtype = kda_type(types[3]);
+  shape.int32_shapes = types[4] == DataType::kINT32;
   Problem problem(shape);
   problem.randomise(1);
   const std::vector<double> expected = problem.expected();
 
   const DeviceMemory query(problem.query), key(problem.key), value(problem.value), offsets(problem.offsets);
   const DeviceMemory references(problem.references.data(), problem.references.size() * sizeof(float));
-  const DeviceMemory spatial_shapes(shape.levels.data(), shape.levels.size() * sizeof(int64_t));
+  const DeviceMemory spatial_shapes(problem.arguments().spatial_shapes,
+                                    shape.levels.size() * (shape.int32_shapes ? sizeof(int32_t) : sizeof(int64_t)));
   const DeviceMemory output(problem.output);
   const void* inputs[] = {query.data, value.data, references.data, offsets.data, spatial_shapes.data, key.data};
   void* outputs[] = {output.data};
 
   const std::vector<Dims> shapes = good_shapes(node);
-  const std::vector<DataType> types = row(node, storage, offset_type);
   const PluginPointer built = make(creator);
   const PluginPointer plugin(runtime_part(built)->attachToContext(nullptr));
   CHECK(change_shape(plugin, shapes, types) == 0, "%s", logger.take().c_str());
@@ -642,7 +658,7 @@ int main(int argc, char** argv) {
     test_serialization(creator, node);
     test_enqueue_order(creator, node);
     if (enqueue_runs) {
-      for (const std::vector<DataType>& types : legal_rows(node)) test_enqueue(creator, node, types[0], types[3]);
+      for (const std::vector<DataType>& types : legal_rows(node)) test_enqueue(creator, node, types);
     } else {
       test_enqueue_fails(creator, node);
     }

@@ -4,7 +4,12 @@ The lean runtime has the registry without the builder and needs no GPU for it.  
 that is driven by plugins/tests/tensorrt_harness.cpp.
 """
 
+import importlib.util
+import os
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +24,16 @@ BUILD_FIELDS = {"num_heads": 8, "num_points": 4}
 ENGINE_FIELDS = {"serialization_version": 1, **BUILD_FIELDS, "num_inputs": 5}
 
 
-@pytest.fixture(scope="module")
-def library():
+def find(name):
     try:
-        return native.library("tensorrt")
+        return str(native.library(name))
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def library():
+    return find("tensorrt")
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +108,57 @@ def test_bad_fields_are_refused(registry, capfd, op, phase, fields, message):
     assert f"{op}: {message}\n" in capfd.readouterr().err
 
 
-def test_library_exports_its_entry_points_alone(library):
+# What Triton, DeepStream and a loader's environment do with a library, in a process of its own.
+OPEN = "ctypes.CDLL({register!r}); "
+IMPORT = "import tensorrt_lean; registry = tensorrt_lean.get_plugin_registry(); "
+PRINT = "print(sorted(c.name for c in registry.all_creators if c.name in {ops!r}))"
+
+
+@pytest.mark.parametrize(
+    "program, preload, registered",
+    [
+        (IMPORT + OPEN + OPEN, "", True),
+        (OPEN + IMPORT, "", False),  # TensorRT was not there yet
+        (IMPORT, "{register}", False),
+        (IMPORT, "{register}:{runtime}", True),
+        (IMPORT, "{runtime}:{register}", True),
+        (IMPORT + "registry.load_library({plugins!r}); " + OPEN, "", True),
+        (IMPORT + OPEN + "assert registry.load_library({plugins!r}) is None; ", "", True),
+    ],
+)
+def test_opened_library_registers_once(library, program, preload, registered):
+    register = find("tensorrt-register")
+    folder = Path(importlib.util.find_spec("tensorrt_lean_libs").submodule_search_locations[0])
+    names = {"register": register, "plugins": library, "ops": OPS, "runtime": folder / "libnvinfer_lean.so.11"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import ctypes; " + (program + PRINT).format(**names)],
+        env=os.environ | {"LD_PRELOAD": preload.format(**names)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.strip() == str(sorted(OPS) if registered else [])
+    assert "liblitedetr" not in result.stderr
+
+
+def test_opened_library_says_what_is_missing(tmp_path):
+    register = shutil.copy(find("tensorrt-register"), tmp_path)
+    program = f"import ctypes; {IMPORT}ctypes.CDLL({register!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr.startswith("liblitedetr_tensorrt_register.so: the plugins are not registered: ")
+    assert f"{tmp_path}/liblitedetr_tensorrt.so" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name, exported", [("tensorrt", ["getCreators", "setLoggerFinder"]), ("tensorrt-register", [])]
+)
+def test_library_exports_its_entry_points_alone(name, exported):
+    library = find(name)
     listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
-    assert [line.split()[-1] for line in listed.stdout.splitlines()] == ["getCreators", "setLoggerFinder"]
+    assert [line.split()[-1] for line in listed.stdout.splitlines()] == exported
 
 
-def test_library_needs_nothing_of_tensorrt_or_cuda(library):
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-register"])
+def test_library_needs_nothing_of_tensorrt_or_cuda(name):
+    library = find(name)
     listed = subprocess.run(["readelf", "--dynamic", library], capture_output=True, text=True, check=True)
     needed = [line for line in listed.stdout.splitlines() if "(NEEDED)" in line]
     assert needed and not any(name in line for line in needed for name in ("nvinfer", "cuda", "cudart"))
