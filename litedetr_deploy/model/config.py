@@ -43,9 +43,9 @@ def _whole(default: int, least: int, most: int) -> Any:
 class DetectorConfig:
     """A detector with a full-scale or an interleaved (Lite) encoder.
 
-    family: 'dino'; 'deformable-detr', two-stage with iterative box refinement; 'one-stage-deformable-detr', with learned
-        queries; or 'h-detr', the two-stage one with learned query content (its mixed selection; of its two branches the
-        one-to-one branch).
+    family: 'dino'; 'deformable-detr', two-stage with iterative box refinement; 'one-stage-deformable-detr', with
+        learned queries; or 'h-detr', the two-stage one with learned query content (its mixed selection; of its two
+        branches the one-to-one branch).
     implementation: whose details hold where they differ, of which keys and shapes tell nothing.  MMDetection's and
         detrex's DINO have box heads of their own for every layer; detrex's encodes positions as Deformable DETR does;
         all clamp the inverse sigmoid elsewhere.

@@ -75,8 +75,8 @@ class Detector(nn.Module):
         the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
 
         Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
-        [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].  In a
-        one-stage model the learned queries stand for the tokens: all score 0, and all are taken.
+        [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].  In
+        a one-stage model the learned queries stand for the tokens: all score 0, and all are taken.
         """
         return self.decode(self.encode(images, pixel_mask), topk_indices)
 

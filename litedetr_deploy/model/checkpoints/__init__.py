@@ -7,7 +7,6 @@ import dataclasses
 import os
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ def load_model(
             "is nothing to deploy it as. Train with value_proj_after = False."
         )
     state_dict = _state_dict(checkpoint, source)
-    weights, told = read_weights(state_dict, checkpoint)
+    weights, told = read_weights(state_dict, checkpoint, arguments)
     arguments = told | dict(arguments)
     config, contradiction = recognise(weights, variant, arguments, file_name, force_variant, overrides)
     with torch.device("meta"):
@@ -92,8 +91,9 @@ def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
 def _class_names(arguments: Mapping, config: DetectorConfig) -> tuple[str, ...] | None:
     names = arguments.get("class_names")
     if names is None:
-        # The labels of a model with COCO's 91 slots are COCO's category ids.
-        return CLASS_NAMES if config.num_classes == len(CLASS_NAMES) else None
+        # The labels of a model with COCO's 91 slots are its category ids; MMDetection and detrex number its 80 classes.
+        used = CLASS_NAMES if config.implementation == "official" else tuple(n for n in CLASS_NAMES if n != "N/A")
+        return used if config.num_classes == len(used) else None
     if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
         found = reprlib.repr(names)
     elif len(names) != config.num_classes:

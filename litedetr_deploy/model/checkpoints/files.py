@@ -27,8 +27,8 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def find_checkpoint(name: str | os.PathLike) -> Path:
-    """Return the path of a checkpoint: `name` itself or, of a name such as 'SenseTime/deformable-detr' that is no path,
-    its folder in the cache of huggingface_hub, where that is installed.  Nothing is downloaded."""
+    """Return the path of a checkpoint: `name` itself or, of a name such as 'SenseTime/deformable-detr' that is no
+    path, its folder in the cache of huggingface_hub, where that is installed.  Nothing is downloaded."""
     path = Path(name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return path
@@ -40,8 +40,8 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
     if isinstance(cached[_CONFIG], str) and any(isinstance(cached[file], str) for file in _FILES):
         return Path(cached[_CONFIG]).parent
     raise LiteDetrError(
-        f"{name} does not exist, and the cache of huggingface_hub does not have {_CONFIG} and weights of that name. Give "
-        f"the path of a checkpoint, or fetch the model with `hf download {name}` first."
+        f"{name} does not exist, and the cache of huggingface_hub does not have {_CONFIG} and weights of that name. "
+        f"Give the path of a checkpoint, or fetch the model with `hf download {name}` first."
     )
 
 
@@ -55,8 +55,8 @@ def _read_folder(path: Path) -> Mapping:
     file = next((path / name for name in _FILES if (path / name).is_file()), None)
     if file is None:
         raise LiteDetrError(
-            f"{path} has a {_CONFIG} and no weights: it lacks {' and '.join(_FILES)}. Copy or download it again; weights "
-            "in several files are read once model.save_pretrained() has written them as one."
+            f"{path} has a {_CONFIG} and no weights: it lacks {' and '.join(_FILES)}. Copy or download it again; "
+            "weights in several files are read once model.save_pretrained() has written them as one."
         )
     contents = read_checkpoint(file)
     return {"model": contents["model"] if file.suffix == ".safetensors" else contents, "args": arguments}

@@ -12,11 +12,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...errors import LiteDetrError
 from ..config import DetectorConfig
 from ..swin import SHAPES as SWINS
 
-# (their key, our key): the first that fits counts, both ways.  Each `*` is the same text on both sides; where our key is
-# None, inference does not read theirs.  Keys of ours that end in [0], [1] and so on are parts of one tensor, by rows.
+# (their key, our key): the first that fits counts, both ways.  Each `*` is the same text on both sides; where our key
+# is None, inference does not read theirs.  Keys of ours that end in [0], [1] and so on are parts of one tensor, by
+# rows.
 Rules = list[tuple[str, str | None]]
 
 _DINO = DetectorConfig()
@@ -27,8 +29,7 @@ def translate(key: str, rules: Iterable[tuple[str, str | None]]) -> str | None:
     """Return our key for theirs, None where inference does not read it; a key that no rule fits stays as it is."""
     for source, target in rules:
         if match := _pattern(source).fullmatch(key):
-            texts = iter(match.groups())
-            return target and re.sub(r"\*", lambda _: next(texts), target)
+            return target and target.replace("*", "{}").format(*match.groups())
     return key
 
 
@@ -94,36 +95,60 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 UNREAD: Rules = [(key, None) for key in ("*.num_batches_tracked", "*.relative_position_index")]
 
+# Model and decoder share their heads.
+OWNED = {
+    head: [f"{owner}{head}.{{}}.*" for owner in ("", "transformer.decoder.")] for head in ("class_embed", "bbox_embed")
+}
 
-def heads(classes: Sequence[str], boxes: Mapping[str, str], layers: int, shared: bool, last: int = -1) -> Rules:
+
+def heads(
+    classes: Sequence[str], boxes: Mapping[str, str], layers: int, shared: bool, proposals: bool = True, last: int = -1
+) -> Rules:
     """Return the rules of heads, which stand under a number for every layer of the decoder: shared by all of them, or
-    each with its own, of which all refine boxes and the last one's classes are wanted.  In DINO by others than its
-    authors, Deformable DETR and H-DETR one more is that of the proposals.
+    each with its own, of which all refine boxes and the last one's classes are wanted.
 
     Args:
         classes: their keys, with {} for the number.
         boxes: their keys and, for each, what follows the head's name in ours.
         layers: of the decoder.
+        proposals: whether one more number is the head of the proposals.
         last: the layer whose classes are wanted, where it is not the last one.
     """
-    layer_class = [f"class_embed.*" if shared or i == last % layers else None for i in range(layers)]
+    layer_class = ["class_embed.*" if shared or i == last % layers else None for i in range(layers)]
     layer_box = ["bbox_embed." if shared else f"bbox_embed.{i}." for i in range(layers)]
+    if proposals:
+        layer_class, layer_box = [*layer_class, "enc_out_class_embed.*"], [*layer_box, "enc_out_bbox_embed."]
     return [
-        *((key.format(i), our) for key in classes for i, our in enumerate([*layer_class, "enc_out_class_embed.*"])),
-        *((key.format(i), our + rest) for key, rest in boxes.items()
-          for i, our in enumerate([*layer_box, "enc_out_bbox_embed."])),
-    ]  # fmt: skip
+        *((key.format(i), our) for key in classes for i, our in enumerate(layer_class)),
+        *((key.format(i), our + rest) for key, rest in boxes.items() for i, our in enumerate(layer_box)),
+    ]
+
+
+def neck(keys: Collection[str], norm: str) -> Rules:
+    """Return the rules of MMDetection's and detrex's ChannelMapper, whose normalisation is called `norm`."""
+    maps = numbers(keys, "neck.convs.")
+    if maps == 4:
+        raise LiteDetrError(
+            "the checkpoint is a five-scale model, which takes four maps of its backbone (it has neck.convs.3); the "
+            "detectors of this package take three. Use the four-scale model."
+        )
+    projections = {**{f"convs.{i}": i for i in range(maps)}, **{f"extra_convs.{i}": maps + i for i in range(5)}}
+    return [
+        (f"neck.{their}.{part}.*", f"input_proj.{our}.{index}.*")
+        for their, our in projections.items()
+        for index, part in enumerate(("conv", norm))
+    ]
 
 
 def rules(is_dino: bool, decoder_layers: int, has_body: bool, shared: bool | None = None, one_stage=False) -> Rules:
     """has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's.
     shared: whether all layers have one head, as in DINO by default."""
-    owners = ("", "transformer.decoder.")  # which share their heads
-    classes, boxes = ([f"{owner}{head}.{{}}.*" for owner in owners] for head in ("class_embed", "bbox_embed"))
+    classes, boxes = OWNED["class_embed"], dict.fromkeys(OWNED["bbox_embed"], "*")
+    shared = is_dino or one_stage if shared is None else shared
     return [
         ("label_enc.weight", None),
         *UNREAD,
-        *heads(classes, dict.fromkeys(boxes, "*"), decoder_layers, is_dino or one_stage if shared is None else shared),
+        *heads(classes, boxes, decoder_layers, shared, not is_dino),
         ("backbone.0.body.*" if has_body else "backbone.0.*", "backbone.*"),
         ("input_proj.*", "input_proj.*"),
         *([] if is_dino else [("query_embed.weight", "query_embed.weight" if one_stage else "tgt_embed.weight")]),

@@ -1,5 +1,5 @@
-"""State dicts and folders of `transformers`: DeformableDetrForObjectDetection, under the names of version 5 and those of
-its files and of older versions."""
+"""State dicts and folders of `transformers`: DeformableDetrForObjectDetection, under the names of version 5 and
+those of its files and of older versions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _ARGUMENTS = {
 }  # fmt: skip
 # What the detector does not have, and config.json's values that it has.
 _WANTED = {
-    "model_type": ("deformable_detr",), "activation_function": ("relu", None), "position_embedding_type": ("sine", None),
-    "dilation": (False, None),
+    "model_type": ("deformable_detr",), "activation_function": ("relu", None),
+    "position_embedding_type": ("sine", None), "dilation": (False, None),
 }  # fmt: skip
 
 
@@ -32,7 +32,8 @@ def rules_of(keys: Collection[str], shared: bool | None = None) -> Rules:
     backbones = ("model.backbone.conv_encoder.model.", "model.backbone.model.")
     return [
         *UNREAD,
-        *heads(classes, dict.fromkeys(boxes, "*"), layers, one_stage and shared is not False, 0 if tied else -1),
+        *heads(classes, dict.fromkeys(boxes, "*"), layers, one_stage and shared is not False,
+               last=0 if tied else -1),
         *((backbone + their, "backbone." + our) for backbone in backbones for their, our in _backbone()),
         ("model.query_position_embeddings.weight", "query_embed.weight"),
         ("model.encoder.layers.*.self_attn_layer_norm.*", "encoder.layers.*.norm1.*"),
@@ -82,7 +83,7 @@ def arguments(config: Mapping) -> dict:
         if config.get(field) not in wanted:
             raise LiteDetrError(
                 f"config.json says {field} = {config.get(field)!r}; of transformers' models DeformableDetr with "
-                f"{field} = {wanted[0]!r} is supported. Use a checkpoint of that, or export the model with its own tools."
+                f"{field} = {wanted[0]!r} is supported. Use a checkpoint of that, or export it with its own tools."
             )
     said = {ours: config[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in config}
     if config.get("decoder_attention_heads", said.get("nheads")) != said.get("nheads"):
