@@ -27,7 +27,8 @@ _CHILDREN = {  # of the detector, by their part
     BACKBONE: "backbone",
     PROJECTIONS: "input_proj",
     ENCODER: "encoder",
-    SELECTION: "enc_output enc_output_norm enc_out_class_embed enc_out_bbox_embed tgt_embed pos_trans pos_trans_norm",
+    SELECTION: "enc_output enc_output_norm enc_out_class_embed enc_out_bbox_embed tgt_embed pos_trans pos_trans_norm "
+    "query_embed reference_points",
     DECODER: "decoder",
     HEADS: "class_embed bbox_embed",
 }

@@ -1,6 +1,7 @@
 """Checks of arguments that cost nothing, so that they come before torch is imported and before minutes of work."""
 
 import re
+from pathlib import Path
 
 from .. import assets, files
 from ..artifact import check_file
@@ -11,8 +12,11 @@ writable_directory = files.check_writable
 
 
 def checkpoint(name):
-    """Raise LiteDetrError unless `name` is weights that come with the package or a file that can be read."""
-    if name not in assets.NAMES:
+    """Raise LiteDetrError for a name that is neither that of weights that come with the package, nor a file that can be
+    read, nor a folder of transformers, nor one that a hub has."""
+    path = Path(name)
+    of_a_hub = not path.exists() and str(name).count("/") == 1
+    if name not in assets.NAMES and not (path / "config.json").is_file() and not of_a_hub:
         check_file(name, "the checkpoint")
 
 

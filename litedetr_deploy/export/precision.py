@@ -40,6 +40,7 @@ ISLANDS = (
     "detector.enc_out_class_embed",
     "detector.enc_out_bbox_embed",
     "detector.pos_trans",  # position and content of Deformable DETR's queries
+    "detector.reference_points",  # of its one-stage model
     "detector.decoder/*",  # reference boxes, their encoding, inverse sigmoid, refinement
     "detector.class_embed",  # heads
     "detector.bbox_embed",

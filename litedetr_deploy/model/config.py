@@ -10,13 +10,15 @@ from typing import Any
 
 from ..errors import LiteDetrError, nearest
 
-FAMILIES = ("dino", "deformable-detr", "h-detr")
+FAMILIES = ("dino", "deformable-detr", "one-stage-deformable-detr", "h-detr")
+IMPLEMENTATIONS = ("official", "mmdetection", "detrex")
 BACKBONES = ("r50", "r101", "r26n", "swin-t", "swin-l")
 ENCODER_LAYERS = 6
 # Where the published models of a family or with a backbone differ from DINO R50; r26n is of detectors that are small
 # throughout.
+_DEFORMABLE_DETR = {"num_queries": 300, "dim_feedforward": 1024, "decoder_dim_feedforward": 1024}
 _FIELDS = {
-    "deformable-detr": {"num_queries": 300, "dim_feedforward": 1024, "decoder_dim_feedforward": 1024},
+    "deformable-detr": _DEFORMABLE_DETR, "one-stage-deformable-detr": _DEFORMABLE_DETR,
     "h-detr": {"num_queries": 300},
     "r26n": {
         "num_classes": 10, "num_queries": 64, "hidden_dim": 128, "num_heads": 4, "dim_feedforward": 512,
@@ -41,8 +43,12 @@ def _whole(default: int, least: int, most: int) -> Any:
 class DetectorConfig:
     """A detector with a full-scale or an interleaved (Lite) encoder.
 
-    family: 'dino'; 'deformable-detr', two-stage with iterative box refinement; or 'h-detr', which is that with learned
-        query content (its mixed selection; of its two branches the one-to-one branch).
+    family: 'dino'; 'deformable-detr', two-stage with iterative box refinement; 'one-stage-deformable-detr', with
+        learned queries; or 'h-detr', the two-stage one with learned query content (its mixed selection; of its two
+        branches the one-to-one branch).
+    implementation: whose details hold where they differ, of which keys and shapes tell nothing.  MMDetection's and
+        detrex's DINO have box heads of their own for every layer; detrex's encodes positions as Deformable DETR does;
+        all clamp the inverse sigmoid elsewhere.
     The names of the other fields follow the official configuration where it has one (config/DINO/DINO_4scale.py); the
     ops take 8 levels and 8 points at most (kda.h).
     """
@@ -67,6 +73,8 @@ class DetectorConfig:
     key_aware: bool = False  # key-aware deformable attention (paper section 3.3)
     proj_key: bool = False  # encoder attention has its own key projection
     same_loc: bool = False  # encoder attention shares its offsets between levels
+    box_refine: bool = True  # layers refine the boxes; only one-stage models can be without
+    implementation: str = "official"
 
     def __post_init__(self):
         def refuse(name, wanted):
@@ -80,6 +88,10 @@ class DetectorConfig:
                 refuse(entry.name, "True or False")
         if self.family not in FAMILIES:
             refuse("family", f"one of {', '.join(FAMILIES)}")
+        if self.implementation not in IMPLEMENTATIONS:
+            refuse("implementation", f"one of {', '.join(IMPLEMENTATIONS)}")
+        if not self.box_refine and not self.is_one_stage:
+            refuse("box_refine", f"True in {self.family}")
         if self.backbone not in BACKBONES:
             refuse("backbone", f"one of {', '.join(BACKBONES)}")
         if self.enc_scale >= self.num_levels:
@@ -103,6 +115,15 @@ class DetectorConfig:
     @property
     def is_dino(self) -> bool:
         return self.family == "dino"  # else heads and positions are Deformable DETR's
+
+    @property
+    def is_one_stage(self) -> bool:
+        return self.family == "one-stage-deformable-detr"
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether all decoder layers have one box head."""
+        return self.implementation == "official" if self.is_dino else not self.box_refine
 
     @property
     def is_lite(self) -> bool:

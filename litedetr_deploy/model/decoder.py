@@ -66,24 +66,31 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim) if config.is_dino else nn.Identity()
         self.ref_point_head = MLP(2 * dim, dim, dim, 2) if config.is_dino else None
-        self.eps = 1e-3 if config.is_dino else 1e-5  # of the inverse sigmoid
+        self.box_refine = config.box_refine
+        # Of the inverse sigmoid, in the refinement and at the end.
+        source = config.implementation
+        self.eps = 1e-3 if config.is_dino or source == "detrex" else 1e-5
+        self.last_eps = 1e-5 if source == "mmdetection" else self.eps
 
     def forward(self, x: Tensor, boxes: Tensor, position: Tensor | None, box_heads, encoded: Encoded):
-        """x [N or 1, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image) start the refinement; position
-        [N, Q, dim] of the queries, None in DINO; box_heads: one for every layer.  Returns the last layer's features,
+        """x [N or 1, Q, dim] and boxes [N, Q, 4] (cxcywh in 0..1 of the unpadded image), or points [N, Q, 2] in their
+        place, start the refinement; position [N, Q, dim] of the queries, None in DINO; box_heads: one for every layer.
+        Returns the last layer's features,
         normalised in DINO, and boxes [N, Q, 4]."""
         ratios = encoded.valid_ratios
         for layer, box_head in zip(self.layers, box_heads):
             if encoded.padding_mask is None:  # every valid ratio is 1
                 references, level_0 = torch.cat([boxes[:, :, None]] * ratios.shape[1], 2), boxes
             else:
-                references = boxes[:, :, None] * torch.cat((ratios, ratios), -1)[:, None]
+                references = boxes[:, :, None] * torch.cat([ratios] * (boxes.shape[-1] // 2), -1)[:, None]
                 level_0 = references[:, :, 0]
             if self.ref_point_head is not None:
                 position = self.ref_point_head(box_position(level_0, x.shape[-1] // 2))
             x = layer(x, position, references, encoded.memory, encoded.spatial_shapes, encoded.padding_mask)
-            before = inverse_sigmoid(boxes, self.eps)
-            if layer is not self.layers[-1]:
+            last = layer is self.layers[-1]
+            before = inverse_sigmoid(boxes, self.last_eps if last else self.eps)
+            before = nn.functional.pad(before, (0, 4 - boxes.shape[-1]))  # points have no size yet
+            if self.box_refine and not last:
                 # References are refined with the features before the norm, final boxes with those after it.
                 boxes = (box_head(x) + before).sigmoid()
         x = self.norm(x)

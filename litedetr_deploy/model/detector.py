@@ -23,9 +23,10 @@ class Encoded(NamedTuple):
     spatial_shapes: Tensor  # [L, 2] int64, (height, width)
     valid_ratios: Tensor  # [N or 1, L, 2], (x, y)
     padding_mask: Tensor | None  # [N, S], True = padding
-    features: Tensor  # [N, S, dim], of the tokens that compete to become queries
-    proposals: Tensor  # [N or 1, S, 4], their boxes before the sigmoid
-    proposal_logits: Tensor  # [N, S, classes that count in the ranking]
+    # In one-stage models the queries are learned, and nothing is here.
+    features: Tensor | None = None  # [N, S, dim], of the tokens that compete to become queries
+    proposals: Tensor | None = None  # [N or 1, S, 4], their boxes before the sigmoid
+    proposal_logits: Tensor | None = None  # [N, S, classes that count in the ranking]
 
 
 class Detector(nn.Module):
@@ -49,20 +50,23 @@ class Detector(nn.Module):
             self.input_proj.append(_projection(channels[-1] if level == len(channels) else dim, dim, 3))
         self.level_embed = nn.Parameter(torch.randn(config.num_levels, dim))
         self.encoder = Encoder(config)
-        self.enc_output = nn.Linear(dim, dim)
-        self.enc_output_norm = nn.LayerNorm(dim)
-        self.enc_out_class_embed = nn.Linear(dim, config.num_classes)
-        self.enc_out_bbox_embed = MLP(dim, dim, 4, 3)
-        if not config.is_dino:
-            self.pos_trans = nn.Linear(2 * dim, 2 * dim)
-            self.pos_trans_norm = nn.LayerNorm(2 * dim)
-        if config.family != "deformable-detr":
-            self.tgt_embed = nn.Embedding(config.num_queries, dim)
+        if config.is_one_stage:
+            self.query_embed = nn.Embedding(config.num_queries, 2 * dim)  # positions and content
+            self.reference_points = nn.Linear(dim, 2)
+        else:
+            self.enc_output = nn.Linear(dim, dim)
+            self.enc_output_norm = nn.LayerNorm(dim)
+            self.enc_out_class_embed = nn.Linear(dim, config.num_classes)
+            self.enc_out_bbox_embed = MLP(dim, dim, 4, 3)
+            if not config.is_dino:
+                self.pos_trans = nn.Linear(2 * dim, 2 * dim)
+                self.pos_trans_norm = nn.LayerNorm(2 * dim)
+            if config.family != "deformable-detr":
+                self.tgt_embed = nn.Embedding(config.num_queries, dim)
         self.decoder = Decoder(config)
         self.class_embed = nn.Linear(dim, config.num_classes)
-        # DINO's layers share a head; the others have one each.
-        heads = [MLP(dim, dim, 4, 3) for _ in range(1 if config.is_dino else config.decoder_layers)]
-        self.bbox_embed = heads[0] if config.is_dino else nn.ModuleList(heads)
+        heads = [MLP(dim, dim, 4, 3) for _ in range(1 if config.shares_heads else config.decoder_layers)]
+        self.bbox_embed = heads[0] if config.shares_heads else nn.ModuleList(heads)
 
     def forward(
         self, images: Tensor, pixel_mask: Tensor | None = None, topk_indices: Tensor | None = None
@@ -71,12 +75,15 @@ class Detector(nn.Module):
         the bottom and the right; topk_indices [N, Q] forces the tokens that become queries.
 
         Returns pred_logits [N, Q, classes]; pred_boxes [N, Q, 4], cxcywh in 0..1 of the unpadded image; memory
-        [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].
+        [N, S, dim], the encoder's output; proposal_scores [N, S], by which tokens are ranked; topk_indices [N, Q].  In
+        a one-stage model the learned queries stand for the tokens: all score 0, and all are taken.
         """
         return self.decode(self.encode(images, pixel_mask), topk_indices)
 
     def decode(self, encoded: Encoded, topk_indices: Tensor | None = None) -> dict[str, Tensor]:
         """Select queries and refine them to detections; returns what `forward` does."""
+        if self.config.is_one_stage:
+            return self._decode_learned(encoded, topk_indices)
         proposal_scores = encoded.proposal_logits.amax(-1)
         if topk_indices is None:
             topk_indices = proposal_scores.topk(self.config.num_queries, dim=1)[1]
@@ -89,7 +96,20 @@ class Detector(nn.Module):
             embedded = self.pos_trans_norm(self.pos_trans(box_position(boxes, dim // 2, (0, 1, 2, 3))))
             content = self.tgt_embed.weight[None] if self.config.family == "h-detr" else embedded[..., dim:]
             position = embedded[..., :dim]
-        heads = [self.bbox_embed] * self.config.decoder_layers if self.config.is_dino else self.bbox_embed
+        return self._refine(content, boxes, position, encoded, proposal_scores, topk_indices)
+
+    def _decode_learned(self, encoded: Encoded, topk_indices: Tensor | None) -> dict[str, Tensor]:
+        batch = encoded.memory.shape[0]
+        position, content = (half[None].expand(batch, -1, -1) for half in self.query_embed.weight.chunk(2, 1))
+        scores = encoded.memory[:, :1, 0] * 0.0  # depends on the images: an exporter keeps it as an output
+        scores = scores.expand(-1, self.config.num_queries)
+        if topk_indices is None:
+            topk_indices = torch.arange(self.config.num_queries, device=scores.device)[None].expand(batch, -1)
+        points = self.reference_points(position).sigmoid()
+        return self._refine(content, points, position, encoded, scores, topk_indices)
+
+    def _refine(self, content, boxes, position, encoded: Encoded, proposal_scores, topk_indices) -> dict[str, Tensor]:
+        heads = [self.bbox_embed] * self.config.decoder_layers if self.config.shares_heads else self.bbox_embed
         queries, boxes = self.decoder(content, boxes, position, heads, encoded)
         found = {"pred_logits": self.class_embed(queries), "pred_boxes": boxes, "memory": encoded.memory}
         return found | {"proposal_scores": proposal_scores, "topk_indices": topk_indices}
@@ -101,7 +121,8 @@ class Detector(nn.Module):
         spatial_shapes = sizes_tensor([size for shape in shapes for size in shape], images.device).view(-1, 2)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
         masks = [None if pixel_mask is None else resize_mask(pixel_mask, h, w) for h, w in shapes]
-        origin = {} if self.config.is_dino else {"temperature": 10000.0, "first": 0.5}
+        as_dino = self.config.is_dino and self.config.implementation != "detrex"
+        origin = {} if as_dino else {"temperature": 10000.0, "first": 0.5}
         positions = [
             map_position(h, w, self.config.hidden_dim, mask, images.device, **origin) + self.level_embed[level]
             for level, ((h, w), mask) in enumerate(zip(shapes, masks))
@@ -120,6 +141,8 @@ class Detector(nn.Module):
         references = (centres[:, :, None] * valid_ratios[:, None]).expand(images.shape[0], -1, -1, -1)
         memory = self.encoder(tokens, position, references, spatial_shapes, num_low, padding_mask)
 
+        if self.config.is_one_stage:
+            return Encoded(memory, spatial_shapes, valid_ratios, padding_mask)
         features, proposals = self._proposals(memory, centres, level_of_token, padding_mask)
         head = self.enc_out_class_embed  # tokens are ranked by the best logit of all classes, or by the first's
         is_dino = self.config.is_dino

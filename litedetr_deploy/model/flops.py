@@ -47,7 +47,8 @@ _PARTS = {
     "class_embed": "heads", "bbox_embed": "heads", "enc_output": "query selection",
     "enc_output_norm": "query selection", "enc_out_class_embed": "query selection",
     "enc_out_bbox_embed": "query selection", "pos_trans": "query selection", "pos_trans_norm": "query selection",
-    "tgt_embed": "query selection", TRAINING_SELECTION: TRAINING_SELECTION, TRAINING_HEADS: TRAINING_HEADS,
+    "tgt_embed": "query selection", "query_embed": "query selection", "reference_points": "query selection",
+    TRAINING_SELECTION: TRAINING_SELECTION, TRAINING_HEADS: TRAINING_HEADS,
 }  # fmt: skip
 # Last part of a module's name -> what it is for in the encoder.
 _ITEMS = {
@@ -203,6 +204,8 @@ def _training_outputs(config: DetectorConfig, tokens: int) -> list[Cost]:
     head = dim * config.num_classes + box
     if config.is_dino:
         selection, head = queries * dim * config.num_classes, head + NORM * dim
+    elif config.is_one_stage:
+        selection = 0
     else:
         selection = tokens * dim * (config.num_classes - 1) + (tokens - queries) * box
     heads = (config.decoder_layers - 1) * queries * head

@@ -107,11 +107,19 @@ def test_bad_keys_of_other_families_are_named():
     assert "copies of one head that differ: transformer.decoder.bbox_embed.2.layers.2.bias" in message
 
 
-def test_one_stage_is_refused():
-    state_dict = official_form(parse_variant("deformable-detr-r50", **SMALL))
-    state_dict["transformer.reference_points.weight"] = torch.zeros(2, 64)
-    with pytest.raises(ld.LiteDetrError, match="one-stage Deformable DETR.*--two_stage"):
-        ld.load_model(state_dict)
+@pytest.mark.parametrize("box_refine", [True, False])
+def test_one_stage_models_are_recognised(box_refine):
+    config = parse_variant("one-stage-deformable-detr-r26n", num_queries=20, box_refine=box_refine)
+    state_dict = official_form(config)
+    assert {"query_embed.weight", "transformer.reference_points.weight"} < state_dict.keys()
+    assert ld.load_model(state_dict).config == config
+    with pytest.raises(ld.LiteDetrError, match="missing: transformer.reference_points.bias"):
+        ld.load_model(without(state_dict, "transformer.reference_points.bias"))
+
+
+def test_only_one_stage_models_can_be_without_box_refinement():
+    with pytest.raises(ld.LiteDetrError, match="box_refine is False; it must be True in dino"):
+        DetectorConfig(box_refine=False)
 
 
 def test_the_wrong_family_is_named():

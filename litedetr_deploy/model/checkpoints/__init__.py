@@ -7,7 +7,6 @@ import dataclasses
 import os
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +16,9 @@ from ...errors import LiteDetrError
 from ..coco import CLASS_NAMES
 from ..config import VARIANT_EXAMPLES, DetectorConfig, parse_variant
 from ..detector import Detector
-from .files import read_checkpoint, write_checkpoint
-from .official import Weights, is_weight, official_key, rules_of, some, theirs
+from .dialects import read_weights
+from .files import find_checkpoint, read_checkpoint, write_checkpoint
+from .official import Weights, is_weight, official_key, some, theirs
 from .recognise import recognise
 
 
@@ -28,8 +28,10 @@ def load_model(
     """Return a detector in eval mode.
 
     Args:
-        checkpoint: path of a .pth or .safetensors file, a state dict under official keys or ours, or the name of
-            weights that come with the package ('lite-dino-shapes'); None gives random weights of `variant`.
+        checkpoint: path of a .pth or .safetensors file, or of a folder of transformers; a state dict under the keys of
+            the official repositories, transformers, MMDetection, detrex or this package; the name of weights that come
+            with the package ('lite-dino-shapes') or, with huggingface_hub, that are in its cache; None gives random
+            weights of `variant`.
         variant: a name such as 'lite-dino-r50-h3l1-2+1x3'; needed where the checkpoint cannot tell.
         force_variant: go on where the variant contradicts the checkpoint's training arguments or the file's name; the
             model's `forced_variant` says then what was overruled.
@@ -47,7 +49,7 @@ def load_model(
         return model.eval()
     source, file_name = "the state dict", ""
     if not isinstance(checkpoint, Mapping):
-        path = assets.path(str(checkpoint)) if checkpoint in assets.NAMES else Path(checkpoint)
+        path = assets.path(str(checkpoint)) if checkpoint in assets.NAMES else find_checkpoint(checkpoint)
         source, file_name, checkpoint = f"checkpoint {str(path)!r}", path.name, read_checkpoint(path)
     arguments = checkpoint.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
@@ -58,7 +60,8 @@ def load_model(
             "is nothing to deploy it as. Train with value_proj_after = False."
         )
     state_dict = _state_dict(checkpoint, source)
-    weights = Weights(state_dict, rules_of(state_dict))
+    weights, told = read_weights(state_dict, checkpoint, arguments)
+    arguments = told | dict(arguments)
     config, contradiction = recognise(weights, variant, arguments, file_name, force_variant, overrides)
     with torch.device("meta"):
         model = Detector(config)
@@ -74,7 +77,7 @@ def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
     queries = "num_queries_one2one" if config.family == "h-detr" else "num_queries"
     arguments = {
         "enc_scale": config.enc_scale, "num_expansion": config.num_expansion, "nheads": config.num_heads,
-        queries: config.num_queries, "tool_version": __version__,
+        queries: config.num_queries, "implementation": config.implementation, "tool_version": __version__,
     }  # fmt: skip
     if model.class_names:
         arguments["class_names"] = list(model.class_names)
@@ -88,8 +91,9 @@ def save_checkpoint(model: Detector, path: str | os.PathLike) -> None:
 def _class_names(arguments: Mapping, config: DetectorConfig) -> tuple[str, ...] | None:
     names = arguments.get("class_names")
     if names is None:
-        # The labels of a model with COCO's 91 slots are COCO's category ids.
-        return CLASS_NAMES if config.num_classes == len(CLASS_NAMES) else None
+        # The labels of a model with COCO's 91 slots are its category ids; MMDetection and detrex number its 80 classes.
+        used = CLASS_NAMES if config.implementation == "official" else tuple(n for n in CLASS_NAMES if n != "N/A")
+        return used if config.num_classes == len(used) else None
     if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
         found = reprlib.repr(names)
     elif len(names) != config.num_classes:
@@ -118,7 +122,12 @@ def _state_dict(contents: Mapping, source: str) -> dict[str, Tensor]:
 def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
     """Return the state dict of `model`, every key checked."""
     config = model.config
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    rows = {key: weights.parts(key) for key in model.state_dict()}
+    wanted = {
+        part: torch.Size((value.shape[0] // len(rows[key]), *value.shape[1:])) if len(rows[key]) > 1 else value.shape
+        for key, value in model.state_dict().items()
+        for part in rows[key]
+    }
     found = dict(weights.tensors)
     if not config.key_aware:  # the official module has the projection also where nothing reads it
         found = {key: value for key, value in found.items() if ".query_proj." not in key}
@@ -139,7 +148,7 @@ def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
             for key, value in found.items()
             if value.shape != wanted.get(key, value.shape)
         ],
-        shared if config.is_dino else "copies of one head that differ": weights.different,
+        shared if config.shares_heads else "copies of one head that differ": weights.different,
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(keys, 10)}" for what, keys in problems.items() if keys)
@@ -147,4 +156,5 @@ def _fitted(weights: Weights, model: Detector) -> dict[str, Tensor]:
             f"the checkpoint does not fit {config.name}. {listed}. Give the checkpoint as the "
             "training saved it, and the variant that was trained."
         )
-    return {key: value.float() for key, value in found.items()}
+    return {key: torch.cat([found[part].float() for part in parts]) if len(parts) > 1 else found[key].float()
+            for key, parts in rows.items()}  # fmt: skip

@@ -19,14 +19,55 @@ from torch import Tensor
 from ...artifact import CHECKPOINT_SUFFIXES, METADATA_KEY, SUFFIXES, check_file, json_object
 from ...errors import LiteDetrError
 from ...files import replaced_when_done
+from . import transformers
 
 _WANTED = "a checkpoint, a .pth or .safetensors file"
+_CONFIG = "config.json"  # of a folder of transformers, and what holds its weights
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def find_checkpoint(name: str | os.PathLike) -> Path:
+    """Return the path of a checkpoint: `name` itself or, of a name such as 'SenseTime/deformable-detr' that is no
+    path, its folder in the cache of huggingface_hub, where that is installed.  Nothing is downloaded."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        return path
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return path
+    cached = {file: try_to_load_from_cache(str(name), file) for file in (_CONFIG, *_FILES)}
+    if isinstance(cached[_CONFIG], str) and any(isinstance(cached[file], str) for file in _FILES):
+        return Path(cached[_CONFIG]).parent
+    raise LiteDetrError(
+        f"{name} does not exist, and the cache of huggingface_hub does not have {_CONFIG} and weights of that name. "
+        f"Give the path of a checkpoint, or fetch the model with `hf download {name}` first."
+    )
+
+
+def _read_folder(path: Path) -> Mapping:
+    """Return {'model': tensors, 'args': what config.json says} of a folder that transformers wrote."""
+    text = (path / _CONFIG).read_text(encoding="utf-8", errors="replace")
+    config = json_object(text)
+    if config is None:
+        raise LiteDetrError(f"{path / _CONFIG} is not a JSON object: {text[:80]!r}. Copy or download the folder again.")
+    arguments = transformers.arguments(config)
+    file = next((path / name for name in _FILES if (path / name).is_file()), None)
+    if file is None:
+        raise LiteDetrError(
+            f"{path} has a {_CONFIG} and no weights: it lacks {' and '.join(_FILES)}. Copy or download it again; "
+            "weights in several files are read once model.save_pretrained() has written them as one."
+        )
+    contents = read_checkpoint(file)
+    return {"model": contents["model"] if file.suffix == ".safetensors" else contents, "args": arguments}
 
 
 def read_checkpoint(path: str | os.PathLike) -> Mapping:
     """Return what a checkpoint holds, with nothing unpickled but tensors, containers and argparse namespaces; of a
     safetensors file, by its suffix or its first bytes, {'model': tensors, 'args': what `write_checkpoint` wrote}."""
     path = Path(path)
+    if (path / _CONFIG).is_file():
+        return _read_folder(path)
     check_file(path, _WANTED)
     if path.suffix.lower() in SUFFIXES:
         raise LiteDetrError(f"{str(path)!r} is a deployed model and no checkpoint. Give the path of {_WANTED}.")

@@ -4,6 +4,7 @@ read both ways."""
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,11 +12,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...errors import LiteDetrError
 from ..config import DetectorConfig
 from ..swin import SHAPES as SWINS
 
-# (their key, our key): the first that fits counts, both ways.  `*` is the same text on both sides; where our key is
-# None, inference does not read theirs.
+# (their key, our key): the first that fits counts, both ways.  Each `*` is the same text on both sides; where our key
+# is None, inference does not read theirs.  Keys of ours that end in [0], [1] and so on are parts of one tensor, by
+# rows.
 Rules = list[tuple[str, str | None]]
 
 _DINO = DetectorConfig()
@@ -25,12 +28,14 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def translate(key: str, rules: Iterable[tuple[str, str | None]]) -> str | None:
     """Return our key for theirs, None where inference does not read it; a key that no rule fits stays as it is."""
     for source, target in rules:
-        before, star, after = source.partition("*")
-        if key == source:
-            return target
-        if star and len(key) > len(before + after) and key.startswith(before) and key.endswith(after):
-            return target and target.replace("*", key[len(before) : len(key) - len(after)])
+        if match := _pattern(source).fullmatch(key):
+            return target and target.replace("*", "{}").format(*match.groups())
     return key
+
+
+@functools.cache
+def _pattern(source: str) -> re.Pattern:
+    return re.compile(re.escape(source).replace(r"\*", "(.+)"))
 
 
 def theirs(key: str, rules: Rules) -> str:
@@ -51,13 +56,19 @@ class Weights:
             elif key is not None and not _same(self.tensors[key], value):
                 self.different.append(name)
 
+    def parts(self, key: str) -> list[str]:
+        """Return the keys of the parts that hold our tensor `key`, or its own."""
+        parts = [f"{key}[{i}]" for i in range(3)]
+        joined = ".in_proj_" in key and any((our or "").endswith("[0]") for _, our in self.rules)
+        return parts if joined else [key]
+
     def having(self, pattern: str) -> list[str]:
         """Return our keys that fit `pattern`, in which `*` stands for anything."""
         return fnmatch.filter(self.tensors, pattern)
 
     def count(self, prefix: str) -> int:
         """Return how many different numbers follow `prefix` in our keys, as those of layers do."""
-        return len({match[1] for key in self.tensors if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", key))})
+        return numbers(self.tensors, prefix)
 
     def size(self, pattern: str) -> int:
         """Return the first dimension of most tensors of `pattern`, so that no single wrong one decides; 0 of none."""
@@ -82,44 +93,86 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def rules(is_dino: bool, decoder_layers: int, has_body: bool) -> Rules:
-    """In DINO all layers share one head, which stands under the key of each; in Deformable DETR and H-DETR each layer
-    has its own, and the proposals have one more: boxes are refined by all of them, classes are wanted of the last.
-    has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's."""
-    heads: dict[str, Sequence[str | None]]
-    if is_dino:
-        heads = {head: [f"{head}.*"] * decoder_layers for head in ("class_embed", "bbox_embed")}
-    else:
-        heads = {
-            "class_embed": [None] * (decoder_layers - 1) + ["class_embed.*", "enc_out_class_embed.*"],
-            "bbox_embed": [f"bbox_embed.{i}.*" for i in range(decoder_layers)] + ["enc_out_bbox_embed.*"],
-        }
-    unread = ("label_enc.weight", "*.num_batches_tracked", "*.attn.relative_position_index")
+UNREAD: Rules = [(key, None) for key in ("*.num_batches_tracked", "*.relative_position_index")]
+
+# Model and decoder share their heads.
+OWNED = {
+    head: [f"{owner}{head}.{{}}.*" for owner in ("", "transformer.decoder.")] for head in ("class_embed", "bbox_embed")
+}
+
+
+def heads(
+    classes: Sequence[str], boxes: Mapping[str, str], layers: int, shared: bool, proposals: bool = True, last: int = -1
+) -> Rules:
+    """Return the rules of heads, which stand under a number for every layer of the decoder: shared by all of them, or
+    each with its own, of which all refine boxes and the last one's classes are wanted.
+
+    Args:
+        classes: their keys, with {} for the number.
+        boxes: their keys and, for each, what follows the head's name in ours.
+        layers: of the decoder.
+        proposals: whether one more number is the head of the proposals.
+        last: the layer whose classes are wanted, where it is not the last one.
+    """
+    layer_class = ["class_embed.*" if shared or i == last % layers else None for i in range(layers)]
+    layer_box = ["bbox_embed." if shared else f"bbox_embed.{i}." for i in range(layers)]
+    if proposals:
+        layer_class, layer_box = [*layer_class, "enc_out_class_embed.*"], [*layer_box, "enc_out_bbox_embed."]
     return [
-        *((key, None) for key in unread),
-        *(
-            (f"{owner}{head}.{layer}.*", ours)
-            for owner in ("", "transformer.decoder.")  # which share their heads
-            for head, keys in heads.items()
-            for layer, ours in enumerate(keys)
-        ),
+        *((key.format(i), our) for key in classes for i, our in enumerate(layer_class)),
+        *((key.format(i), our + rest) for key, rest in boxes.items() for i, our in enumerate(layer_box)),
+    ]
+
+
+def neck(keys: Collection[str], norm: str) -> Rules:
+    """Return the rules of MMDetection's and detrex's ChannelMapper, whose normalisation is called `norm`."""
+    maps = numbers(keys, "neck.convs.")
+    if maps == 4:
+        raise LiteDetrError(
+            "the checkpoint is a five-scale model, which takes four maps of its backbone (it has neck.convs.3); the "
+            "detectors of this package take three. Use the four-scale model."
+        )
+    projections = {**{f"convs.{i}": i for i in range(maps)}, **{f"extra_convs.{i}": maps + i for i in range(5)}}
+    return [
+        (f"neck.{their}.{part}.*", f"input_proj.{our}.{index}.*")
+        for their, our in projections.items()
+        for index, part in enumerate(("conv", norm))
+    ]
+
+
+def rules(is_dino: bool, decoder_layers: int, has_body: bool, shared: bool | None = None, one_stage=False) -> Rules:
+    """has_body: the backbone is wrapped in one more module; Swin is not in DINO's repository, and is in H-DETR's.
+    shared: whether all layers have one head, as in DINO by default."""
+    classes, boxes = OWNED["class_embed"], dict.fromkeys(OWNED["bbox_embed"], "*")
+    shared = is_dino or one_stage if shared is None else shared
+    return [
+        ("label_enc.weight", None),
+        *UNREAD,
+        *heads(classes, boxes, decoder_layers, shared, not is_dino),
         ("backbone.0.body.*" if has_body else "backbone.0.*", "backbone.*"),
         ("input_proj.*", "input_proj.*"),
-        *([] if is_dino else [("query_embed.weight", "tgt_embed.weight")]),
+        *([] if is_dino else [("query_embed.weight", "query_embed.weight" if one_stage else "tgt_embed.weight")]),
         ("transformer.*", "*"),
     ]
 
 
-def rules_of(keys: Collection[str]) -> Rules:
+def rules_of(keys: Collection[str], shared: bool | None = None) -> Rules:
     """Return the rules for a state dict with these keys; none for one that is not of these repositories."""
     if not any(key.startswith("transformer.") for key in keys):
         return []
-    layers = {match[1] for key in keys if (match := re.match(r"transformer\.decoder\.layers\.(\d+)\.", key))}
-    is_dino = not any(key.startswith("transformer.pos_trans") for key in keys)
-    return rules(is_dino, len(layers), any(key.startswith("backbone.0.body.") for key in keys))
+    one_stage = any(key.startswith("transformer.reference_points.") for key in keys)
+    is_dino = not one_stage and not any(key.startswith("transformer.pos_trans") for key in keys)
+    has_body = any(key.startswith("backbone.0.body.") for key in keys)
+    return rules(is_dino, numbers(keys, "transformer.decoder.layers."), has_body, shared, one_stage)
+
+
+def numbers(keys: Iterable[str], prefix: str) -> int:
+    """Return how many different numbers follow `prefix`, as those of layers do."""
+    return len({match[1] for key in keys if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", key))})
 
 
 def official_key(key: str, config: DetectorConfig = _DINO) -> str:
     """Return the key under which official checkpoints hold our parameter `key`; of a shared head the first one."""
     has_body = not (config.is_dino and config.backbone in SWINS)
-    return theirs(key, rules(config.is_dino, config.decoder_layers, has_body))
+    layers, shared = config.decoder_layers, config.shares_heads
+    return theirs(key, rules(config.is_dino, layers, has_body, shared, config.is_one_stage))

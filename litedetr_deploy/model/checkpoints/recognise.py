@@ -130,19 +130,16 @@ def _by_arguments(arguments: Mapping, overrides: Mapping) -> dict:
                 "from 1. Correct it in the checkpoint's 'args', and save it again."
             )
         said[field] = value
+    if "implementation" not in overrides and "implementation" in arguments:
+        said["implementation"] = arguments["implementation"]
     return said
 
 
 def _by_weights(weights: Weights) -> dict:
     """Return what keys and shapes tell, and the widths of all offsets of an encoder's and a decoder's layer."""
-    if weights.having("reference_points.*"):
-        raise LiteDetrError(
-            "the checkpoint is a one-stage Deformable DETR (it has transformer.reference_points); only the two-stage "
-            "model with iterative box refinement is supported. Use the checkpoint that was trained with --two_stage "
-            "and --with_box_refine."
-        )
+    one_stage = bool(weights.having("reference_points.*"))
     modules = {
-        "num_classes": "*class_embed.*", "hidden_dim": "enc_output*",
+        "num_classes": "*class_embed.*", "hidden_dim": "encoder.layers.*.norm1.*" if one_stage else "enc_output*",
         "encoder_offsets": "encoder.layers.*.self_attn.sampling_offsets.*",
         "decoder_offsets": "decoder.layers.*.cross_attn.sampling_offsets.*",
         "dim_feedforward": "encoder.layers.*.linear1.*", "decoder_dim_feedforward": "decoder.layers.*.linear1.*",
@@ -151,13 +148,15 @@ def _by_weights(weights: Weights) -> dict:
     backbone = _backbone(weights)
     if lacking or not backbone:
         raise LiteDetrError(
-            "the checkpoint is of another architecture than (Lite-)DINO, two-stage Deformable DETR or H-DETR with a "
+            "the checkpoint is of another architecture than (Lite-)DINO, Deformable DETR or H-DETR with a "
             f"ResNet or Swin backbone: it lacks {some(lacking or ['a backbone'])}. Its keys begin with "
             f"{some(weights.names.values())}."
         )
     family = "dino"
     if weights.having("pos_trans*"):
         family = "h-detr" if "tgt_embed.weight" in weights.tensors else "deformable-detr"
+    if one_stage:
+        family = "one-stage-deformable-detr"
     layers = weights.count("encoder.layers.")
     fields = {
         "family": family,
@@ -171,8 +170,11 @@ def _by_weights(weights: Weights) -> dict:
     }
     # Encoder and decoder have as many points; offsets shared by all levels are narrower by their number.
     fields["same_loc"] = fields["encoder_offsets"] * fields["num_levels"] == fields["decoder_offsets"]
+    if one_stage:
+        fields["box_refine"] = bool(weights.having("bbox_embed.[0-9]*"))
     # Under the official keys H-DETR's queries are those of both branches.
-    if weights.names.get("tgt_embed.weight") != "query_embed.weight" and (queries := weights.size("tgt_embed.weight")):
+    queries = weights.size("query_embed.weight" if one_stage else "tgt_embed.weight")
+    if queries and weights.names.get("tgt_embed.weight") != "query_embed.weight":
         fields["num_queries"] = queries
     light = [i for i in range(layers) if weights.having(f"encoder.layers.{i}.*[12]2.*")]  # linear12, linear22, norm22
     fields["small_expand"] = bool(light)
