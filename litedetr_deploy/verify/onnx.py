@@ -33,7 +33,7 @@ from ..ops import reference, schema, torch_op
 from ..runtime.session import open_session
 from . import typed
 from .probes import Probe, feed, make_probes, nudged, stack
-from .reference import BOXES, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
+from .reference import BOXES, INDICES, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
 from .regions import compare_regions, find_regions, geometry
 from .verdict import Verdict, check_finite, compare, largest, mean
 
@@ -66,7 +66,9 @@ def verify_onnx(
     proto = load_onnx(path)
     metadata = onnx_metadata(proto, path)
     known = {name for node in proto.graph.node for name in node.output}
-    precision, missing = metadata.get("precision", "fp32"), [name for name in PROBES if name not in known]
+    learned = model.config.num_queries if model.config.is_one_stage else None
+    expected = PROBES if learned is None else (LOGITS, BOXES)
+    precision, missing = metadata.get("precision", "fp32"), [name for name in expected if name not in known]
     if missing or precision not in RAN:
         what = f"has no value {missing[0]!r} to compare" if missing else f"is of an unknown precision, {precision!r}"
         advice = "Verify the file that `litedetr export` wrote, before other tools rewrite it."
@@ -84,10 +86,10 @@ def verify_onnx(
             _verify_op(verdict, model, dtype, runtime)
     rounding = None if precision == "fp32" else _rounding(model, proto, half)
     # ONNX Runtime's CPU has few kernels for bfloat16.
-    graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto, runtime=runtime)
+    graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto, (), runtime, learned)
     regions = find_regions(proto, model)
     values = set().union(*(region.values for region in regions))
-    probed = _Graph(typed.float_twin(proto) if half else proto, values, runtime)
+    probed = _Graph(typed.float_twin(proto) if half else proto, values, runtime, learned)
     for size in [graph.size] if graph.size else DYNAMIC_SIZES:
         name = "" if graph.size else f"{size[0]}x{size[1]}, "
         probes = make_probes(images, size, graph.masked)
@@ -149,9 +151,13 @@ def _not_finite(model: Detector) -> dict[str, str]:
 
 
 class _Graph:
-    """A graph in a runtime, with the values of PROBES, and `values` in float32, as further outputs."""
+    """A graph in a runtime, with the values of PROBES, and `values` in float32, as further outputs.
 
-    def __init__(self, proto: onnx.ModelProto, values: Iterable[str] = (), runtime: str | None = None):
+    learned: how many queries a one-stage model has, whose graph chooses none: it gets the scores and the choice that
+    PyTorch gives, all 0 and all of them.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, values: Iterable[str], runtime: str | None, learned: int | None):
         proto = copy.deepcopy(proto)
         del proto.metadata_props[:]  # it describes the graph without further outputs
         graph = proto.graph
@@ -162,7 +168,9 @@ class _Graph:
         for name, value in widened.items():
             graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
         known = [output.name for output in graph.output]
-        further = [name for name in (*PROBES, *widened) if name not in known]
+        self._learned = learned
+        probes = PROBES if learned is None else (LOGITS, BOXES)
+        further = [name for name in (*probes, *widened) if name not in known]
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
         self._names = {name: widened.get(name, name) for name in (*known, *further)}
         self._session = open_session(proto.SerializeToString(), runtime=runtime)
@@ -171,6 +179,9 @@ class _Graph:
         """image [N, 3, H, W] in 0..1, mask [N, H, W] or None -> inputs, outputs, probes and values by name."""
         inputs = feed(self.inputs, image, mask)
         outputs = self._session.run(inputs)
+        if self._learned is not None:
+            indices = np.tile(np.arange(self._learned), (len(image), 1))
+            inputs = inputs | {SCORES: np.zeros(indices.shape, np.float32), INDICES: indices}
         return inputs | {value: outputs[name] for name, value in self._names.items()}
 
 
