@@ -16,11 +16,8 @@
 
 #include "checks.h"
 
-namespace {
-
-using nvinfer1::IPluginCreatorInterface;
-
-/* nvinfer1::IPluginRegistry as the headers of TensorRT 11 have it; those at hand may be older. */
+/* nvinfer1::IPluginRegistry as the headers of TensorRT 11 have it; those at hand may be older.  Not in the
+ * anonymous namespace: a compiler sees there that nothing implements it, and calls the pure functions. */
 struct Registry11 {
   virtual ~Registry11() = default;
   virtual void setErrorRecorder(void*) = 0;
@@ -29,10 +26,15 @@ struct Registry11 {
   virtual void setParentSearchEnabled(bool) = 0;
   virtual void* loadLibrary(const char* path) = 0;
   virtual void deregisterLibrary(void* handle) = 0;
-  virtual bool registerCreator(IPluginCreatorInterface& creator, const char* name_space) = 0;
-  virtual IPluginCreatorInterface* const* getAllCreators(int32_t* count) const = 0;
-  virtual IPluginCreatorInterface* getCreator(const char* name, const char* version, const char* name_space) = 0;
+  virtual bool registerCreator(nvinfer1::IPluginCreatorInterface& creator, const char* name_space) = 0;
+  virtual nvinfer1::IPluginCreatorInterface* const* getAllCreators(int32_t* count) const = 0;
+  virtual nvinfer1::IPluginCreatorInterface* getCreator(const char* name, const char* version,
+                                                        const char* name_space) = 0;
 };
+
+namespace {
+
+using nvinfer1::IPluginCreatorInterface;
 
 const char *register_library, *plugin_library;
 constexpr const char* kOps[] = {"KeyAwareDeformAttn", "MSDeformAttn"};
