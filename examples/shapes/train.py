@@ -103,8 +103,8 @@ def main(
     config = parse_variant(variant, num_classes=len(CLASS_NAMES))
     wanted = {
         "variant": variant, "images": images, "batch_size": batch_size, "seed": seed, "side": side, "stages": STAGES,
-        "precision": precision,
-        "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "average_over": AVERAGE_OVER,
+        "precision": precision, "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP,
+        "average_over": AVERAGE_OVER,
     }  # fmt: skip
     trainee = Trainee(config)
     if start:
