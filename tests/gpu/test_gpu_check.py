@@ -185,7 +185,7 @@ def start(script: Path, *arguments, **options) -> subprocess.Popen:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--steps", "build,tea"], "--steps has tea; there are build, driver"),
+        (["--steps", "build,tea"], "--steps has tea; there are device, build, driver"),
         (["--minutes", "0"], "--minutes is 0.0"),
         (["--tensorrt-headers", "."], "which has no NvInferRuntime.h"),
         (["--deformable-detr", "."], "which has no models/ops/src"),
