@@ -193,6 +193,11 @@ class _Graph:
                 known = " or ".join(map(repr, allowed)) + ". Export the model again."
                 raise LiteDetrError(f"the metadata of {path} gives {value!r} as {key}; it must be {known}")
         self.precision = self.metadata["precision"]
+        if self.precision == "int8" and self.metadata.get("target") == "cpu":
+            raise LiteDetrError(
+                f"{path} was exported in INT8 for CPUs, in types that TensorRT does not quantize to. Export it again "
+                "without `--target cpu`."
+            )
         self.operators = frozenset(node.op_type for node in proto.graph.node)
         opsets = {opset.domain: opset.version for opset in proto.opset_import}
         check_op_version(path, self.metadata, opsets.get(schema.DOMAIN))

@@ -236,6 +236,15 @@ def test_the_op_version_of_the_file_counts(build, tmp_path):
         build(path)
 
 
+def test_int8_for_cpus_is_no_model_for_an_engine(build, tmp_path):
+    import onnx
+
+    proto = onnx.load(save_detector(tmp_path / "model.onnx"))
+    seal(proto, tmp_path / "model.onnx", {"attention": "gather", "precision": "int8", "target": "cpu"})
+    with pytest.raises(ld.LiteDetrError, match="exported in INT8 for CPUs.*without `--target cpu`"):
+        build(tmp_path / "model.onnx", allow_unverified=True)
+
+
 def test_metadata_that_lacks_what_a_build_needs(build, tmp_path):
     import onnx
 
