@@ -29,10 +29,12 @@ def python(code: str) -> list[str]:
 
 
 def archived(archive: Path) -> dict[str, str]:
-    """Text of every file, by its name without the folder."""
+    """Text of every file, by its name without the folder; of a chart, what it is as text."""
     with tarfile.open(archive) as files:
         return {
-            Path(member.name).name: files.extractfile(member).read().decode() for member in files if member.isfile()
+            Path(member.name).name: files.extractfile(member).read().decode(errors="replace")
+            for member in files
+            if member.isfile()
         }
 
 
