@@ -281,13 +281,12 @@ class Cache:
         path = self.graph(spec)
         if not path.is_file():
             from ..export.export import export_onnx
-            from ..export.limits import Int8
 
             path.parent.mkdir(parents=True, exist_ok=True)
             self.progress(f"{spec.model}: export, attention {spec.way.attention}, {spec.precision}")
             int8 = None
             if spec.precision == "int8":  # of photographs or not, the time is the same
-                int8 = Int8([scene(i, CALIBRATION_SEED, spec.image_size)[0] for i in range(CALIBRATION_SCENES)])
+                int8 = limits.Int8([scene(i, CALIBRATION_SEED, spec.image_size)[0] for i in range(CALIBRATION_SCENES)])
             # Not verified here: what is timed is checked before, in the engine that is timed.
             export_onnx(self.weights(spec).model, path, spec.way.attention, spec.precision, spec.image_size,
                         outputs="raw", int8=int8, verify=False, target=spec.target)  # fmt: skip

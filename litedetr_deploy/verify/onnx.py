@@ -224,7 +224,9 @@ def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype | None)
     roundings = typed.modules(proto)
 
     def rounded(x, grid):
-        return grid.rounded(x) if grid else x if x is None or half is None else x.to(half).float()
+        if x is not None and grid is not None:
+            return grid.rounded(x)
+        return x if x is None or half is None else x.to(half).float()
 
     for name, module in model.named_modules():
         found = roundings.get(f"detector.{name}")
@@ -233,9 +235,7 @@ def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype | None)
         for parameter in module.parameters(recurse=False):
             quantized = found.input is not None and parameter.ndim > 1
             parameter.data = typed.fake_quantized_weight(parameter.data) if quantized else rounded(parameter.data, None)
-        module.register_forward_pre_hook(
-            lambda _, inputs, grid=found.input: tuple(rounded(x, grid if x is not None else None) for x in inputs)
-        )
+        module.register_forward_pre_hook(lambda _, inputs, grid=found.input: tuple(rounded(x, grid) for x in inputs))
         module.register_forward_hook(lambda _, inputs, output, grid=found.output: rounded(output, grid))
     return model
 
