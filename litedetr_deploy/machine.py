@@ -30,6 +30,12 @@ def computes_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(describe_cpu()[1])
 
 
+def has_vnni() -> bool:
+    """Return whether the processor sums products of INT8 in 32 bits: AVX512-VNNI or AVX-VNNI.  False where Linux does
+    not say so."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(describe_cpu()[1])
+
+
 def installed_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

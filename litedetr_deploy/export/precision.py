@@ -93,8 +93,8 @@ def matching(graph: ir.Graph, patterns: Iterable[str]) -> set[ir.Node]:
 
 
 def count(model: ir.Model) -> dict[str, int]:
-    """Return how many nodes compute in half, in FP32 and in INT8 (all of whose data comes out of DequantizeLinear), and
-    how many casts there are between the first two."""
+    """Return how many nodes compute in half, in FP32 and in INT8 (all of whose data comes out of DequantizeLinear, as
+    rows or as it is), and how many casts there are between the first two."""
     counts = {"half": 0, "float": 0, "int8": 0, "casts": 0}
     for node in model.graph:
         values = _floats((*node.inputs, *node.outputs))
@@ -102,6 +102,7 @@ def count(model: ir.Model) -> dict[str, int]:
             counts["casts"] += 1
         elif node.op_type not in ("QuantizeLinear", "DequantizeLinear") and values and node.outputs[0] in values:
             makers = [value.producer() for value in node.inputs[:2] if value is not None]
+            makers = [node.inputs[0].producer() if node and node.op_type == "Reshape" else node for node in makers]
             is_int8 = len(makers) == 2 and all(maker and maker.op_type == "DequantizeLinear" for maker in makers)
             counts["int8" if is_int8 else "float" if node.outputs[0].dtype == FLOAT else "half"] += 1
     return counts

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..model.attention import DeformableAttention
 from ..model.detector import Detector
 from ..ops import reference, schema
-from .typed import fake_quantized_weight
+from .typed import fake_quantized_bias, fake_quantized_weight
 from .verdict import Verdict
 
 QUERIES = 256  # of each attention, evenly spread: float64 takes its time
@@ -65,9 +65,10 @@ def find_regions(proto: onnx.ModelProto, model: Detector) -> list[Region]:
         scope = f"detector.{name}/{op_type}"
         linears = {child: f"detector.{name}.{child}" for child in _PROJECTIONS.values()}
         projections = {
-            child: (nodes[f"{linear}/MatMul"].input[0], last[linear])
+            child: (nodes[f"{linear}/{product}"].input[0], last[linear])
             for child, linear in linears.items()
-            if f"{linear}/MatMul" in nodes
+            for product in ("MatMul", "Gemm")
+            if f"{linear}/{product}" in nodes
         }
         if scope not in last or not {"value_proj", "sampling_offsets"} <= projections.keys():
             continue  # what another tool has renamed
@@ -113,12 +114,14 @@ def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, 
         checks = []  # what the graph has, what is right, and what that is in float32
         for child, (source, result) in region.projections.items():
             linear = getattr(module, child)
-            x, found = _rows(values[source]), _rows(values[result]).double()
-            weight = linear.weight.detach()
-            if (name := f"detector.{region.module}.{child}") in types:
-                weight = fake_quantized_weight(weight) if types[name].input else weight.to(half).float()
-            right = F.linear(x.double(), weight.double(), linear.bias.double())
-            checks.append((found, right, F.linear(x, weight, linear.bias)))
+            x = _rows(values[source].reshape(*values[result].shape[:2], -1))  # a Gemm's has rows of all images
+            found = _rows(values[result]).double()
+            weight, bias = linear.weight.detach(), linear.bias.detach()
+            if (rounding := types.get(f"detector.{region.module}.{child}")) is not None:
+                if rounding.int32_bias:
+                    bias = fake_quantized_bias(bias, weight, rounding.input)
+                weight = fake_quantized_weight(weight) if rounding.input else weight.to(half).float()
+            checks.append((found, F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)))
         inputs = _inputs(region, module, values, *seen[region.module])
         counts: dict[str, Any] = {"num_heads": module.num_heads, "num_points": module.num_points}
         keyed = region.op_type == schema.KEY_AWARE

@@ -39,6 +39,7 @@ class Rounding(NamedTuple):
 
     input: Grid | None = None  # of a module whose product is INT8
     output: Grid | None = None
+    int32_bias: bool = False  # whether the bias is in whole steps of the product
 
 
 def modules(model: onnx.ModelProto) -> dict[str, Rounding]:
@@ -61,9 +62,11 @@ def modules(model: onnx.ModelProto) -> dict[str, Rounding]:
         module = node.name.rpartition("/")[0]
         quantizer = outputs.get(node.output[0])
         output = grid(quantizer) if quantizer else None
-        data, weight = (makers.get(name) for name in (*node.input[:2], "")[:2])
+        data, weight, bias = (makers.get(name) for name in (*node.input, "", "")[:3])
+        if data is not None and data.op_type == "Reshape":  # to rows
+            data = makers.get(data.input[0])
         if data is not None and weight is not None and data.op_type == weight.op_type == "DequantizeLinear":
-            found[module] = Rounding(grid(data), output if node.op_type == "Conv" else None)
+            found[module] = Rounding(grid(data), output if node.op_type == "Conv" else None, bias is not None)
         elif node.op_type == "Relu":  # the last of a block is its output
             if output and output.low == 0:
                 found[module] = Rounding(None, output)
@@ -110,6 +113,12 @@ def fake_quantized_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight [out, ...] rounded to steps of its channels."""
     steps = torch.from_numpy(steps_of(weight.numpy(), 0))
     return (weight / steps).round().clamp(-LARGEST, LARGEST) * steps
+
+
+def fake_quantized_bias(bias: torch.Tensor, weight: torch.Tensor, data: Grid) -> torch.Tensor:
+    """The bias [out] of that weight in whole steps of the product with the data."""
+    steps = torch.from_numpy(steps_of(weight.numpy(), 0).ravel() * np.float32(data.step))
+    return (bias / steps).round() * steps
 
 
 def steps_of(weight: np.ndarray, axis: int) -> np.ndarray:

@@ -119,16 +119,17 @@ def test_what_is_quantized_for_a_cpu(on_cpu, names):
             assert not constants[zero.name].any()
             positive = data.producer().op_type in ("Relu", "MaxPool")
             assert (zero.dtype == ir.DataType.UINT8) == positive
-            steps = 255 if positive else 127
-            assert ranges[data.name] <= steps * constants[step.name] <= 1.01 * ranges[data.name]  # a float16
+            largest = ranges[data.name.removesuffix("_rows")]
+            assert largest <= (255 if positive else 127) * constants[step.name] <= 1.01 * largest  # a float16
     block = nodes["detector.backbone.layer1.0/Add"]  # both of what is summed up, and the sum's reader, are INT8
     assert [value.producer().op_type for value in block.inputs] == ["DequantizeLinear"] * 2
     # Those of the backbone are 0 in random weights, and left out.
-    bias = nodes["detector.input_proj.0.0/Conv"].inputs[2].producer()
-    assert bias.inputs[0].dtype == ir.DataType.INT32
-    found = constants[bias.inputs[0].name] * constants[bias.inputs[1].name].astype(np.float64)
-    original = float_model().graph.initializers[bias.inputs[0].name.removesuffix("_quantized")].const_value.numpy()
-    assert (np.abs(found - original) <= 0.5001 * constants[bias.inputs[1].name]).all()
+    for name in ("detector.input_proj.0.0/Conv", "detector.encoder.layers.0.linear1/Gemm"):
+        bias = nodes[name].inputs[2].producer()
+        assert bias.inputs[0].dtype == ir.DataType.INT32
+        found = constants[bias.inputs[0].name] * constants[bias.inputs[1].name].astype(np.float64)
+        original = float_model().graph.initializers[bias.inputs[0].name.removesuffix("_quantized")].const_value.numpy()
+        assert (np.abs(found - original) <= 0.5001 * constants[bias.inputs[1].name]).all()
     inferred(ir.to_proto(model))
 
 
@@ -160,7 +161,7 @@ def test_both_runtimes_of_a_cpu_run_their_int8_kernels(on_cpu, tmp_path):
     ld.create_session(folder / "model.onnx", threads=1, options=options)
     counts = collections.Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     assert counts["QLinearConv"] == convolutions
-    assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == len(names) - convolutions
+    assert counts["QGemm"] == len(names) - convolutions
 
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
@@ -172,6 +173,41 @@ def test_both_runtimes_of_a_cpu_run_their_int8_kernels(on_cpu, tmp_path):
         kinds[found["layerType"].astype(str), found["runtimePrecision"].astype(str) in ("i8", "u8")] += 1
     assert kinds["Convolution", True] == convolutions
     assert kinds["FullyConnected", True] == len(names) - convolutions
+
+
+def test_products_of_dynamic_sizes_on_a_cpu():
+    """Two Linears with a ReLU between, on data of which two sizes are unknown, are Gemms one after the other."""
+    random = np.random.default_rng(0)
+    shapes = {"first": (6, 10), "bias": (10,), "second": (10, 4), "scale": (3, 6)}
+    arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    model = ir.from_onnx_text("""
+        <ir_version: 9, opset_import: ["" : 19]>
+        g (float[n, k, 3, 6] x) => (float[n, k, 3, 4] y) {
+           scaled = Mul(x, scale)
+           product = MatMul(scaled, first)
+           sum = Add(product, bias)
+           positive = Relu(sum)
+           y = MatMul(positive, second)
+        }""", initializers=[ir.tensor(array, name=name) for name, array in arrays.items()])  # fmt: skip
+    for node in model.graph:
+        node.name = f"{node.outputs[0].name}/{node.op_type}"
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+    x = random.standard_normal((2, 5, 3, 6)).astype(np.float32)
+    scaled = x * arrays["scale"]
+    positive = np.maximum(scaled @ arrays["first"] + arrays["bias"], 0)
+    ranges = {"scaled": np.abs(scaled).max(), "positive": positive.max()}
+    quantized = ir.to_proto(quantize.apply(model, ["product/MatMul", "y/MatMul"], ranges, "cpu"))
+    onnx.checker.check_model(quantized, full_check=True)
+    wanted = ["Reshape", "Gemm", "Relu", "Gemm", "Reshape"]
+    assert [node.op_type for node in quantized.graph.node if node.op_type in {*wanted, "MatMul", "Add"}] == wanted
+    (found,) = ld.create_session(quantized.SerializeToString(), threads=1).run(None, {"x": x})
+    right = positive @ arrays["second"]
+    # Half a step of every factor, times what it is multiplied with.
+    steps = [typed.step_of(ranges["scaled"]), typed.step_of(ranges["positive"], 255)]
+    weights = [typed.step_of(np.abs(arrays[name]).max()) for name in ("first", "second")]
+    inner = 6 * (steps[0] * np.abs(arrays["first"]).max() + weights[0] * np.abs(scaled).max()) / 2 + steps[1]
+    outer = 10 * (inner * np.abs(arrays["second"]).max() + weights[1] * positive.max() / 2)
+    assert 0.001 * outer < np.abs(found - right).max() <= outer
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
