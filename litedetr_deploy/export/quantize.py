@@ -5,9 +5,8 @@ numbers, so that a graph whose floats are half quantizes exactly as it was calib
 
 For GPUs everything is symmetric, and `precision` gives all else half types.  For CPUs all else is FP32, and the graph
 is what their runtimes have kernels for: a convolution from INT8 to INT8 (hence what is added to its output is read from
-INT8 as well), matrix products as Gemm, biases in INT32, what comes out of a ReLU in unsigned INT8 without a zero point,
-everything else symmetric (OpenVINO does not compile zero points here).  Of symmetric activations ONNX Runtime makes
-unsigned ones by itself on x86.
+INT8 as well), matrix products as Gemm, biases in INT32, and unsigned activations: on x86 ONNX Runtime has no fast kernel
+for signed ones.  Their zero point is 0 behind a ReLU, and 128 elsewhere, where steps are symmetric nevertheless.
 """
 
 from __future__ import annotations
@@ -48,8 +47,10 @@ EXCLUDED = (
     "*.attention_weights",  # logits of a softmax
     "detector.decoder",  # few queries, each of them a detection; holds the MLP of the reference points
 )
-# For a CPU also the stem: its input needs the steps of 8-bit pixels, and few channels gain little.
+# For a CPU also the stem: its input needs the steps of 8-bit pixels, and few channels gain little.  But not the values
+# of the decoder's cross-attentions, which are of all tokens.
 EXCLUDED_ON_CPU = ("detector.backbone.conv1",)
+INCLUDED_ON_CPU = ("detector.decoder.layers.*.cross_attn.value_proj",)
 SENSITIVITY_IMAGES = 4
 # What a calibration table is of, by key.
 _ITEMS = {"model": "model", "method": "method", "images": "number of images", "digest": "set of images"}
@@ -85,9 +86,12 @@ class Calibration:
 
 def layers(graph: ir.Graph, keep: Sequence[str] = (), target: str = "gpu") -> list[str]:
     """Return the names of the nodes to quantize: convolutions and matrix products with a weight of their own, outside
-    precision.ISLANDS, EXCLUDED and the patterns `keep`."""
-    excluded = (*EXCLUDED, *EXCLUDED_ON_CPU) if target == "cpu" else EXCLUDED
-    left_out = precision.matching(graph, (*precision.ISLANDS, *excluded, *keep))
+    precision.ISLANDS, EXCLUDED (with the exceptions for a CPU) and the patterns `keep`."""
+    left_out = precision.matching(graph, (*precision.ISLANDS, *EXCLUDED))
+    if target == "cpu":
+        left_out |= precision.matching(graph, EXCLUDED_ON_CPU)
+        left_out -= precision.matching(graph, INCLUDED_ON_CPU)
+    left_out |= precision.matching(graph, keep)
     return [
         node.name for node in graph
         if node.op_type in ("Conv", "MatMul") and node not in left_out and not node.inputs[0].is_initializer()
@@ -140,6 +144,11 @@ def grid_of(value: ir.Value, ranges: dict[str, float], target: str) -> Grid:
     return Grid.of(ranges[value.name], unsigned=target == "cpu" and _is_positive(value))
 
 
+def zero_point(grid: Grid, target: str) -> np.ndarray:
+    """Return the integer that stands for 0."""
+    return np.array(0, np.int8) if target == "gpu" else np.array(128 if grid.low else 0, np.uint8)
+
+
 def _is_positive(value: ir.Value) -> bool:
     node = value.producer()
     return node is not None and (
@@ -189,9 +198,8 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], targe
         if value not in dequantized:
             grid = grid_of(value, ranges, target)
             step = constant(graph, f"{value.name}_scale", np.array(grid.step, np.float32))
-            zero = constant(graph, f"{value.name}_zero_point", np.array(0, np.uint8 if grid.low == 0 else np.int8))
-            kind = ir.DataType.UINT8 if grid.low == 0 else ir.DataType.INT8
-            whole = add(place, "QuantizeLinear", value.name, [value, step, zero], kind)
+            zero = constant(graph, f"{value.name}_zero_point", zero_point(grid, target))
+            whole = add(place, "QuantizeLinear", value.name, [value, step, zero], zero.dtype)
             dequantized[value] = add(place, "DequantizeLinear", value.name, [whole, step, zero], ir.DataType.FLOAT)
         return dequantized[value]
 

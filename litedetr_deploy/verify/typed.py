@@ -52,7 +52,7 @@ def modules(model: onnx.ModelProto) -> dict[str, Rounding]:
 
     def grid(node: onnx.NodeProto) -> Grid:
         step, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
-        low, high = (0, UNSIGNED_LARGEST) if zero.dtype == np.uint8 else (-LARGEST, LARGEST)
+        low, high = (0, UNSIGNED_LARGEST) if zero.dtype == np.uint8 and zero == 0 else (-LARGEST, LARGEST)
         return Grid(float(step), low, high)
 
     found: dict[str, Rounding] = {}
