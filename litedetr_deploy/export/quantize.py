@@ -5,8 +5,8 @@ numbers, so that a graph whose floats are half quantizes exactly as it was calib
 
 For GPUs everything is symmetric, and `precision` gives all else half types.  For CPUs all else is FP32, and the graph
 is what their runtimes have kernels for: a convolution from INT8 to INT8 (hence what is added to its output is read from
-INT8 as well), matrix products as Gemm, biases in INT32, and unsigned activations: on x86 ONNX Runtime has no fast kernel
-for signed ones.  Their zero point is 0 behind a ReLU, and 128 elsewhere, where steps are symmetric nevertheless.
+INT8 as well), matrix products as Gemm, biases in INT32, and unsigned activations, for on x86 ONNX Runtime has no fast
+kernel for signed ones.  Their zero point is 0 behind a ReLU, and 128 elsewhere, where steps are symmetric nevertheless.
 """
 
 from __future__ import annotations
