@@ -178,7 +178,9 @@ def precision(
         help="What AP is measured on: a COCO folder, as in evaluate.  Not given: the drawn shapes.")] = None,
     calibration: Annotated[Path | None, typer.Option(
         help="Directory of images to calibrate INT8 on; needed with --data.")] = None,
-    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(limits.PRECISIONS),
+    precisions: Annotated[str, typer.Option(
+        help=f"Separated by commas: {', '.join(limits.PRECISIONS)}; and int8-cpu, INT8 with --target cpu.",
+    )] = ",".join((*limits.PRECISIONS, "int8-cpu")),
     attentions: Annotated[str, typer.Option(help="Separated by commas: op, gather, gridsample.")] = "op,gather",
     image_size: _options.ImageSize = "256x256",
     count: _options.Count = None,
@@ -194,9 +196,9 @@ def precision(
     """
     wanted, size = (names(precisions), names(attentions)), _checks.image_sizes(image_size)[0]
     for kind, attention in itertools.product(*wanted):
-        limits.check(attention, kind, size, "detections", limits.FIRST_OPSET)
+        limits.check(attention, kind.removesuffix("-cpu"), size, "detections", limits.FIRST_OPSET)
     check_threads([threads])
-    if data and "int8" in wanted[0] and calibration is None:
+    if data and any(kind.startswith("int8") for kind in wanted[0]) and calibration is None:
         raise LiteDetrError(
             "INT8 needs images like those of --data to calibrate on: give a directory of them with --calibration, or "
             "leave int8 out of --precisions."

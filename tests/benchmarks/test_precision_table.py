@@ -31,12 +31,19 @@ def checkpoint(tmp_path):
 def test_the_table(checkpoint, tmp_path):
     output = tmp_path / "precision"
     result = CliRunner().invoke(cli.app, [
-        "benchmark", "precision", str(checkpoint), "--count", "2", "--precisions", "fp32,bf16", "--attentions", "op",
+        "benchmark", "precision", str(checkpoint), "--count", "2", "--precisions", "fp32,bf16,int8-cpu",
+        "--attentions", "op",
         "--seconds", "0", "--models", str(tmp_path / "models"), "--output", str(output),
     ])  # fmt: skip
     assert result.exit_code == 1, result.output
     contents = json.loads((tmp_path / "precision.json").read_text())
-    fp32, bf16 = contents["rows"]
+    rows = {(row["precision"], row["runtime"]): row for row in contents["rows"] if row["runtime"] != "openvino bf16"}
+    assert set(rows) == {
+        ("fp32", "onnxruntime"), ("fp32", "openvino"), ("bf16", "onnxruntime"), ("int8-cpu", "onnxruntime"),
+        ("int8-cpu", "openvino"),
+    }  # fmt: skip
+    fp32, bf16, int8 = rows["fp32", "onnxruntime"], rows["bf16", "onnxruntime"], rows["int8-cpu", "openvino"]
+    assert int8["nodes"]["int8"] > 0 == int8["nodes"]["half"] and int8["median"] > 0
     assert (tmp_path / "models" / "op-fp32.onnx").stat().st_size == fp32["size_bytes"] > bf16["size_bytes"]
     assert fp32["nodes"]["half"] == 0 < bf16["nodes"]["half"]
     assert (fp32["verdict"], bf16["verdict"]) == ("verified", "cannot tell"), (
@@ -44,7 +51,7 @@ def test_the_table(checkpoint, tmp_path):
     )  # random weights, and half of the bits
     assert fp32["ap"] == pytest.approx(contents["pytorch"]["metrics"]["AP"] - fp32["ap_lost"], abs=1e-12)
     assert fp32["median"] > 0 and bf16["median"] is None  # there are no kernels to time
-    assert "| op        |      fp32 |" in (tmp_path / "precision.md").read_text()
+    assert "| op        |      fp32 | onnxruntime |" in (tmp_path / "precision.md").read_text()
 
 
 @pytest.mark.parametrize(
