@@ -257,15 +257,22 @@ class Cache:
         reference = self._references.get(path)
         if reference is None and path.is_file():
             reference = Reference(path, weights if is_installed("torch") else None)
-        there = reference.precisions if reference else ()
-        if spec.rounding not in there:
+        missing = {"fp32", spec.rounding}.difference(reference.precisions if reference else ())
+        if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
             if weights is None:
                 return make_image(path, spec.image_size)
             self.progress(f"{spec.model}: PyTorch's outputs at {spec.image_size[0]}x{spec.image_size[1]}")
-            reference = make_reference(path, weights, spec.image_size, dict.fromkeys((*there, "fp32", spec.rounding)))
+            graph = self._quantized(spec) if "int8" in missing else None
+            reference = make_reference(path, weights, spec.image_size, sorted(missing), reference, graph)
         self._references[path] = reference
         return reference
+
+    def _quantized(self, spec: Spec) -> Path | None:
+        """Return the ONNX model in INT8, exported where it is not there yet; None for an engine."""
+        if not spec.is_artifact:
+            return self._export(spec)
+        return Path(spec.model) if Path(spec.model).suffix == ".onnx" else None
 
     def model(self, spec: Spec) -> Path:
         """Return the artifact; exported, and built, where it is not there yet.  PyTorch reads none."""

@@ -223,11 +223,23 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], targe
         node.replace_input_with(1, stored(weight.name, whole, steps.ravel(), node, axis=axis))
         graph.initializers.pop(weight.name)
         if target == "cpu":
-            if len(node.inputs) > 2:
-                node.replace_input_with(2, bias_of(node, node.inputs[2], data, steps))
+            given, bias = node.outputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+            users = list(given.uses())
+            # Where OpenVINO asks such an output for its shape, it gives all channels the bias of the first one, unless
+            # the bias is added to what was quantized.  Sums of the backbone read INT8, and are not asked.
+            is_apart = bias is not None and _gives_quantized(node) and users[0][0].op_type != "Add"
+            if is_apart:
+                node.resize_inputs(2)
+                largest = float(np.abs(bias.const_value.numpy()).max())
+                ranges = ranges | {given.name: ranges[given.name] + largest}
+            elif bias is not None:
+                node.replace_input_with(2, bias_of(node, bias, data, steps))
             if _gives_quantized(node):
-                users = list(node.outputs[0].uses())
-                result = rounded(node.outputs[0], users[0][0])
+                result = rounded(given, users[0][0])
+                if is_apart:
+                    columns = constant(graph, f"{bias.name}_column", bias.const_value.numpy().reshape(-1, 1, 1))
+                    result = add(users[0][0], "Add", given.name, [result, columns], ir.DataType.FLOAT)
+                    graph.initializers.pop(bias.name)
                 for user, i in users:
                     user.replace_input_with(i, result)
     if target == "cpu":

@@ -20,31 +20,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import torch
-from torch import nn
 
 from ..artifact import load_onnx, onnx_metadata
 from ..errors import CheckFailed, LiteDetrError
-from ..model.attention import SelfAttention
 from ..model.checkpoints.official import official_key
 from ..model.deployed import PROBES, postprocess
 from ..model.detector import Detector
-from ..model.resnet import Bottleneck, folded
 from ..ops import reference, schema, torch_op
 from ..runtime.session import open_session
 from . import typed
 from .probes import Probe, feed, make_probes, nudged, stack
-from .reference import BOXES, INDICES, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
+from .reference import BOXES, INDICES, INT8_CAPS, LARGEST, LOGITS, MEAN, SCORES, choice_error, run_pytorch, tolerances
 from .regions import compare_regions, find_regions, geometry
 from .verdict import Verdict, check_finite, compare, largest, mean
 
 NAMES = {SCORES: "token scores", LOGITS: "logits", BOXES: "boxes"}
 # Of a typed model: the floors are in epsilons of its half type, and what passes the caps is another result.  The
-# largest difference over all tokens, the mean over all queries.  What INT8 saturates is a matter of the calibration,
-# and what that costs, of an evaluation: its caps only stop what has nothing in common with PyTorch any more.
+# largest difference over all tokens, the mean over all queries.
 TYPED_DISTANCES = MEAN | {SCORES: largest}
 TYPED_FLOORS = {SCORES: 4, LOGITS: 0.25, BOXES: 0.25}
 TYPED_CAPS = {SCORES: 0.3, LOGITS: 0.1, BOXES: 0.05}
-INT8_CAPS = {SCORES: 1.0, LOGITS: 0.3, BOXES: 0.15}
 RAN = {"fp32": "the model", "fp16": "the model and its float twin", "bf16": "the model's float twin"}
 RAN["int8"] = RAN["fp16"]
 RUNTIME_NAMES = {None: "ONNX Runtime", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -84,7 +79,7 @@ def verify_onnx(
         progress("verify: the attention op against float64")
         for dtype in (torch.float32, half) if half else (torch.float32,):
             _verify_op(verdict, model, dtype, runtime)
-    rounding = None if precision == "fp32" else _rounding(model, proto, half)
+    rounding = None if precision == "fp32" else typed.rounding_twin(model, proto, half)
     # ONNX Runtime's CPU has few kernels for bfloat16.
     graph = _Graph(typed.float_twin(proto) if precision == "bf16" else proto, (), runtime, learned)
     regions = find_regions(proto, model)
@@ -216,28 +211,6 @@ def _typed_yardstick(rounding: Detector, precision: str, probe: Probe, wanted) -
     floors = {name: floor * torch.finfo(HALVES[precision]).eps for name, floor in TYPED_FLOORS.items()}
     caps = INT8_CAPS if precision == "int8" else TYPED_CAPS
     return _Yardstick(tolerances(other, wanted, floors, caps, TYPED_DISTANCES), TYPED_DISTANCES)
-
-
-def _rounding(model: Detector, proto: onnx.ModelProto, half: torch.dtype | None) -> Detector:
-    """Return a copy of `model` whose modules round weights, inputs and outputs as the graph does."""
-    model = folded(model)
-    roundings = typed.modules(proto)
-
-    def rounded(x, grid):
-        if x is not None and grid is not None:
-            return grid.rounded(x)
-        return x if x is None or half is None else x.to(half).float()
-
-    for name, module in model.named_modules():
-        found = roundings.get(f"detector.{name}")
-        if found is None or not isinstance(module, (nn.Conv2d, nn.Linear, SelfAttention, Bottleneck)):
-            continue
-        for parameter in module.parameters(recurse=False):
-            quantized = found.input is not None and parameter.ndim > 1
-            parameter.data = typed.fake_quantized_weight(parameter.data) if quantized else rounded(parameter.data, None)
-        module.register_forward_pre_hook(lambda _, inputs, grid=found.input: tuple(rounded(x, grid) for x in inputs))
-        module.register_forward_hook(lambda _, inputs, output, grid=found.output: rounded(output, grid))
-    return model
 
 
 def _compare(verdict: Verdict, case: str, outputs, wanted, yardstick: _Yardstick) -> None:

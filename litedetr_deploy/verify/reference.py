@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import assets
+from ..artifact import load_onnx, onnx_metadata
 from ..files import replaced_when_done
 from .probes import make_probes, nudged
 from .verdict import Arrays, Verdict, compare, largest, mean
@@ -27,7 +28,11 @@ LARGEST, MEAN = dict.fromkeys(QUANTITIES, largest), dict.fromkeys(QUANTITIES, me
 SPREADS = 4
 FLOORS = {SCORES: 2e-4, LOGITS: 2e-4, BOXES: 3e-4}  # logits: of the largest magnitude; boxes: of the image's side
 CAPS = {SCORES: 1e-2, LOGITS: 1e-2, BOXES: 3e-3}
-# The type whose rounding in PyTorch sets how far a typed model may be off; int8 has about as many bits as bfloat16.
+# What INT8 saturates is a matter of the calibration, and what that costs, of an evaluation: these only stop what has
+# nothing in common with PyTorch any more.
+INT8_CAPS = {SCORES: 1.0, LOGITS: 0.3, BOXES: 0.15}
+# The type whose rounding in PyTorch sets how far a typed model may be off; int8 has about as many bits as bfloat16,
+# which stands for it where the graph is not at hand.
 ROUNDING = {"fp16": "float16", "bf16": "bfloat16", "int8": "bfloat16"}
 TOP = 300  # scores that are compared where nothing tells which queries were chosen
 
@@ -138,25 +143,49 @@ def tolerances(other: Arrays, wanted: Arrays, floors=FLOORS, caps=CAPS, distance
     return found
 
 
-def make_reference(path: Path, weights: Weights, image_size: tuple[int, int], precisions: Iterable[str]) -> Reference:
-    """Run PyTorch on a drawn image and write its `Reference` to `path`."""
+def make_reference(
+    path: Path, weights: Weights, image_size: tuple[int, int], precisions: Iterable[str],
+    known: Reference | None = None, graph: Path | None = None,
+) -> Reference:  # fmt: skip
+    """Run PyTorch on a drawn image and write its `Reference` to `path`.
+
+    known: the same for other precisions, which is kept; graph: an ONNX model in INT8, of which the tolerances of that
+    precision are made.
+    """
     import torch
 
     from ..model.flops import count_flops
 
     model = weights.model
-    images = make_probes(None, image_size, False)[0].image
-    wanted = run_pytorch(model, images)
-    arrays = {"images": images, **wanted, "gflops": count_flops(model.config, image_size).total("fvcore") / 1e9}
+    if known is None:
+        images = make_probes(None, image_size, False)[0].image
+        gflops = count_flops(model.config, image_size).total("fvcore") / 1e9
+        arrays = {"images": images, **run_pytorch(model, images), "gflops": np.array(gflops)}
+    else:
+        arrays = known.arrays
+    images, wanted = arrays["images"], {name: arrays[name] for name in (*QUANTITIES, INDICES)}
     for precision in precisions:
         if precision == "fp32":  # how far PyTorch's own rounding goes in this model
             found = tolerances(run_pytorch(model, nudged(images), wanted[INDICES]), wanted)
+        elif precision == "int8" and graph is not None:  # how far the graph's goes
+            from .typed import rounding_twin
+
+            proto = load_onnx(graph)
+            half = None if onnx_metadata(proto, graph).get("target") == "cpu" else torch.float16
+            other = run_pytorch(rounding_twin(model, proto, half), images, wanted[INDICES])
+            found = tolerances(other, wanted, _floors(torch.bfloat16), INT8_CAPS, MEAN)
         else:
             half = getattr(torch, ROUNDING[precision])
-            floors, caps = (dict.fromkeys(QUANTITIES, x) for x in (0.5 * torch.finfo(half).eps, np.inf))
-            found = tolerances(run_pytorch(model, images, wanted[INDICES], half), wanted, floors, caps, MEAN)
-        arrays |= {f"tolerance {precision} {name}": value for name, value in found.items()}
+            caps = dict.fromkeys(QUANTITIES, np.inf)
+            found = tolerances(run_pytorch(model, images, wanted[INDICES], half), wanted, _floors(half), caps, MEAN)
+        arrays |= {f"tolerance {precision} {name}": np.array(value) for name, value in found.items()}
     return _write(path, arrays, weights)
+
+
+def _floors(half) -> dict[str, float]:
+    import torch
+
+    return dict.fromkeys(QUANTITIES, 0.5 * torch.finfo(half).eps)
 
 
 def make_image(path: Path, image_size: tuple[int, int]) -> Reference:

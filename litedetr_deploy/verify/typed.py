@@ -8,7 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
+from ..model.attention import SelfAttention
+from ..model.detector import Detector
+from ..model.resnet import Bottleneck, folded
 from ..ops import schema
 
 LARGEST = 127  # of symmetric INT8; -128 is not used
@@ -68,11 +72,34 @@ def modules(model: onnx.ModelProto) -> dict[str, Rounding]:
         if data is not None and weight is not None and data.op_type == weight.op_type == "DequantizeLinear":
             found[module] = Rounding(grid(data), output if node.op_type == "Conv" else None, bias is not None)
         elif node.op_type == "Relu":  # the last of a block is its output
+            found.pop(module, None)
             if output and output.low == 0:
                 found[module] = Rounding(None, output)
         elif node.input[1] in constants and constants[node.input[1]].data_type in halves:
             found[module] = Rounding()
     return found
+
+
+def rounding_twin(model: Detector, graph: onnx.ModelProto, half: torch.dtype | None) -> Detector:
+    """Return a copy of `model` whose modules round weights, inputs and outputs as `graph` does; half: its half type."""
+    model = folded(model)
+    roundings = modules(graph)
+
+    def rounded(x, grid):
+        if x is not None and grid is not None:
+            return grid.rounded(x)
+        return x if x is None or half is None else x.to(half).float()
+
+    for name, module in model.named_modules():
+        found = roundings.get(f"detector.{name}")
+        if found is None or not isinstance(module, (nn.Conv2d, nn.Linear, SelfAttention, Bottleneck)):
+            continue
+        for parameter in module.parameters(recurse=False):
+            quantized = found.input is not None and parameter.ndim > 1
+            parameter.data = fake_quantized_weight(parameter.data) if quantized else rounded(parameter.data, None)
+        module.register_forward_pre_hook(lambda _, inputs, grid=found.input: tuple(rounded(x, grid) for x in inputs))
+        module.register_forward_hook(lambda _, inputs, output, grid=found.output: rounded(output, grid))
+    return model
 
 
 def float_twin(model: onnx.ModelProto) -> onnx.ModelProto:

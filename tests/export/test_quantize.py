@@ -121,17 +121,32 @@ def test_what_is_quantized_for_a_cpu(on_cpu, names):
             positive = data.producer().op_type == "Relu"
             assert zero.dtype == ir.DataType.UINT8 and constants[zero.name] == (0 if positive else 128)
             largest = ranges[data.name.removesuffix("_rows")]
+            if data.producer().op_type == "Conv" and "input_proj" in data.producer().name:
+                largest += np.abs(constants[f"{data.producer().name.removesuffix('/Conv')}.bias_column"]).max()
             assert largest <= (255 if positive else 127) * constants[step.name] <= 1.01 * largest  # a float16
     block = nodes["detector.backbone.layer1.0/Add"]  # both of what is summed up, and the sum's reader, are INT8
     assert [value.producer().op_type for value in block.inputs] == ["DequantizeLinear"] * 2
-    # Those of the backbone are 0 in random weights, and left out.
-    for name in ("detector.input_proj.0.0/Conv", "detector.encoder.layers.0.linear1/Gemm"):
-        bias = nodes[name].inputs[2].producer()
-        assert bias.inputs[0].dtype == ir.DataType.INT32
-        found = constants[bias.inputs[0].name] * constants[bias.inputs[1].name].astype(np.float64)
-        original = float_model().graph.initializers[bias.inputs[0].name.removesuffix("_quantized")].const_value.numpy()
-        assert (np.abs(found - original) <= 0.5001 * constants[bias.inputs[1].name]).all()
+    bias = nodes["detector.encoder.layers.0.linear1/Gemm"].inputs[2].producer()
+    assert bias.inputs[0].dtype == ir.DataType.INT32
+    found = constants[bias.inputs[0].name] * constants[bias.inputs[1].name].astype(np.float64)
+    original = float_model().graph.initializers[bias.inputs[0].name.removesuffix("_quantized")].const_value.numpy()
+    assert (np.abs(found - original) <= 0.5001 * constants[bias.inputs[1].name]).all()
+    for level in range(4):  # what a norm reads has its bias added to the quantized product
+        projection = nodes[f"detector.input_proj.{level}.0/Conv"]
+        (added,) = [node for node in model.graph if node.op_type == "Add" and node.inputs[1].name.startswith(
+            f"detector.input_proj.{level}.0.bias")]  # fmt: skip
+        assert len(projection.inputs) == 2 and added.inputs[0].producer().op_type == "DequantizeLinear"
+        assert added.inputs[0].producer().inputs[0].producer().inputs[0] is projection.outputs[0]
     inferred(ir.to_proto(model))
+
+
+def test_the_last_relu_of_a_block_says_what_its_output_is(on_cpu):
+    names, ranges, model, _ = on_cpu
+    block, reader = "detector.backbone.layer1.0", "detector.backbone.layer1.1.conv1/Conv"
+    assert typed.modules(ir.to_proto(model))[block].output.low == 0
+    without = quantize.apply(float_model(), [name for name in names if name != reader], ranges, "cpu")
+    found = typed.modules(ir.to_proto(without))
+    assert f"{block}.conv3" in found and block not in found  # though the ReLUs inside the block are quantized
 
 
 def test_a_graph_for_a_cpu_computes_what_pytorch_does_with_these_steps(on_cpu, tmp_path):
