@@ -1,5 +1,3 @@
-#include <cuda_fp16.h>
-
 #include "cuda_two_bytes.cuh"
 
 namespace kda {
@@ -11,6 +9,23 @@ struct Float16 {
   static __device__ float to_float(Number x) { return __half2float(x); }
   static __device__ float2 to_floats(Pair pair) { return __half22float2(pair); }
   static __device__ Pair to_pair(float x, float y) { return __floats2half2_rn(x, y); }
+
+  static __device__ __forceinline__ void interpolate(const Corners& corners, __half2 upper, __half2 lower, bool inside,
+                                                     float* sampled) {
+    const float2 above = __half22float2(upper), below = __half22float2(lower);
+    const float weights[4] = {above.x, above.y, below.x, below.y};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float channels[8];
+      TwoBytes<Float16>::unpack(corners.piece[c], channels);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        sampled[i] = c == 0 ? weights[0] * channels[i] : fmaf(weights[c], channels[i], sampled[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sampled[i] = inside ? sampled[i] : 0.0f;
+  }
 };
 
 }  // namespace
