@@ -10,21 +10,28 @@ struct Float16 {
   static __device__ float2 to_floats(Pair pair) { return __half22float2(pair); }
   static __device__ Pair to_pair(float x, float y) { return __floats2half2_rn(x, y); }
 
-  static __device__ __forceinline__ void interpolate(const Corners& corners, __half2 upper, __half2 lower, bool inside,
+  /* Two channels at a time in FP16, a quarter of the instructions of FP32. */
+  static __device__ __forceinline__ void interpolate(const Corners& corners, Pair upper, Pair lower, bool inside,
                                                      float* sampled) {
-    const float2 above = __half22float2(upper), below = __half22float2(lower);
-    const float weights[4] = {above.x, above.y, below.x, below.y};
+    const Pair weights[4] = {__low2half2(upper), __high2half2(upper), __low2half2(lower), __high2half2(lower)};
+    const unsigned kept = inside ? 0xffffffffu : 0u;
+    Pair pairs[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      float channels[8];
-      TwoBytes<Float16>::unpack(corners.piece[c], channels);
+      const uint4 piece = corners.piece[c];
+      const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        sampled[i] = c == 0 ? weights[0] * channels[i] : fmaf(weights[c], channels[i], sampled[i]);
+      for (int i = 0; i < 4; ++i) {
+        const Pair channels = with_bits_of<Pair>(words[i]);
+        pairs[i] = c == 0 ? __hmul2(weights[0], channels) : __hfma2(weights[c], channels, pairs[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sampled[i] = inside ? sampled[i] : 0.0f;
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = to_floats(with_bits_of<Pair>(with_bits_of<unsigned>(pairs[i]) & kept));
+      sampled[2 * i] = pair.x;
+      sampled[2 * i + 1] = pair.y;
+    }
   }
 };
 
