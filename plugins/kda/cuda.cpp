@@ -9,6 +9,7 @@ namespace kda {
 namespace {
 
 constexpr int kMinThreads = 64;           /* in a block; shared memory can ask for 32 */
+constexpr int64_t kMinBlocks = 8;         /* for a multiprocessor, of more than kMinThreads */
 constexpr size_t kSharedBytes = 48 << 10; /* that a block has without asking for more */
 constexpr int32_t kMaxHeadDim = 128;      /* a warp of 16-byte pieces of FP32 */
 constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
@@ -23,12 +24,14 @@ size_t shared_bytes(const kda_arguments* a, int cells) {
 
 int64_t chunks(const kda_arguments* a, int cells) { return (a->num_queries + cells - 1) / cells; }
 
-/* Large blocks, whose queries share what they read in the L1 cache, but at least two for every multiprocessor. */
+/* Large blocks, whose queries share what they read in the L1 cache, but at least eight for every multiprocessor: where
+ * there are few rounds of blocks, the last one leaves a multiprocessor without work for an eighth of the time at most.
+ */
 Launch shape_launch(const kda_arguments* a, int lanes, int multiprocessors) {
   Launch launch = {};
   launch.threads = kMaxThreads;
   const int64_t heads = a->batch * a->num_heads;
-  while (launch.threads > kMinThreads && heads * chunks(a, launch.threads / lanes) < 2 * int64_t{multiprocessors}) {
+  while (launch.threads > kMinThreads && heads * chunks(a, launch.threads / lanes) < kMinBlocks * multiprocessors) {
     launch.threads /= 2;
   }
   while (shared_bytes(a, launch.threads / lanes) > kSharedBytes) launch.threads /= 2;

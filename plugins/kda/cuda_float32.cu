@@ -23,7 +23,7 @@ struct Float32 {
             {__uint_as_float(weights.x), __uint_as_float(weights.y), __uint_as_float(weights.z),
              __uint_as_float(weights.w)}};
   }
-  static __device__ void interpolate(const Corners& corners, float4 weights, bool inside, float* sampled) {
+  static __device__ void interpolate(const Corners& corners, float4 weights, float* sampled) {
     const float of_corner[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -34,8 +34,6 @@ struct Float32 {
         sampled[i] = c == 0 ? of_corner[0] * channels[i] : fmaf(of_corner[c], channels[i], sampled[i]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) sampled[i] = inside ? sampled[i] : 0.0f;
   }
 
   static __device__ const uint4* piece(const void* tensor, int64_t element) {

@@ -35,6 +35,18 @@ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
+/* 1 / x to a unit or two, in one instruction; sums of weights, one of which is 1, are far from where it flushes to 0.
+ */
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
 /* ---- levels ------------------------------------------------------------------------------------------- */
 
 __device__ inline int64_t read_side(const Attention& a, int index) {
@@ -42,8 +54,11 @@ __device__ inline int64_t read_side(const Attention& a, int index) {
                         : __ldg(static_cast<const long long*>(a.spatial_shapes) + index);
 }
 
-/* Height, width and first token of level `level`.  A level that does not fit into the tokens gets sides of -1, between
- * which no sample lies: wrong shapes, which the host cannot see, read nothing that is not there. */
+constexpr int kBandRows = 8; /* a power of two */
+
+/* Height, width and first token of level `level`, and the bits of 1 / (8 widths).  A level that does not fit into the
+ * tokens gets sides of -1, between which no sample lies: wrong shapes, which the host cannot see, read nothing that is
+ * not there. */
 template <int kLevels>
 __device__ inline int4 read_level(const Attention& a, int level) {
   int64_t first = 0;
@@ -51,14 +66,37 @@ __device__ inline int4 read_level(const Attention& a, int level) {
 #pragma unroll
   for (int l = 0; l < (kLevels ? kLevels : a.num_levels); ++l) { /* all: their loads do not wait for one another */
     const int64_t height = read_side(a, 2 * l), width = read_side(a, 2 * l + 1);
-    const bool sane = height >= 1 && height <= kMaxSide && width >= 1 && width <= kMaxSide;
-    const int64_t area = sane ? height * width : 0;
+    const bool sane = static_cast<uint64_t>(height - 1) < kMaxSide && static_cast<uint64_t>(width - 1) < kMaxSide;
+    const int64_t area = sane ? int64_t{static_cast<int>(height)} * static_cast<int>(width) : 0;
     if (l == level && sane && first + area <= a.num_tokens) {
       map = make_int4(static_cast<int>(height), static_cast<int>(width), static_cast<int>(first), 0);
     }
     first += area;
   }
+  map.w = __float_as_int(reciprocal(static_cast<float>(kBandRows * map.y)));
   return map;
+}
+
+/* The query that the kernel computes as its `index`-th.  An encoder's queries are the tokens of its last levels, row by
+ * row: they are taken in bands of 8 rows, column by column, so that those of a block lie in a square and sample what
+ * the others sample.  A permutation of the tokens of each level that the last num_queries tokens hold whole, whatever
+ * the queries are. */
+__device__ inline int order_query(const Attention& a, const int4* maps, int levels, int index) {
+  const int start = static_cast<int>(a.num_tokens) - a.num_queries, token = start + index;
+  int4 map = maps[0];
+#pragma unroll
+  for (int l = 1; l < levels; ++l) {
+    if (token >= maps[l].z) map = maps[l];
+  }
+  const int in_map = token - map.z, band = kBandRows * map.y;
+  /* Bands before it: at most 2^19, of which FP32 is off by one at most. */
+  int bands = static_cast<int>(static_cast<float>(in_map) * __int_as_float(map.w)), in_band = in_map - bands * band;
+  if (in_band < 0) --bands, in_band += band;
+  if (in_band >= band) ++bands, in_band -= band;
+  /* Only bands that have all their rows; a level that does not fit has none. */
+  if (start < 0 || map.z < start || bands < 0 || kBandRows * (bands + 1) > map.x) return index;
+  const unsigned i = static_cast<unsigned>(in_band);
+  return index - in_band + static_cast<int>(i % kBandRows * static_cast<unsigned>(map.y) + i / kBandRows);
 }
 
 /* ---- locate ------------------------------------------------------------------------------------------- */
@@ -215,10 +253,13 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
 
   extern __shared__ uint4 shared[]; /* the levels and the cells' records */
   int4* const maps = reinterpret_cast<int4*>(shared);
-  const int thread = static_cast<int>(threadIdx.x), cells = static_cast<int>(blockDim.x) / lanes;
-  const int cell_in_block = thread / lanes, lane = thread % lanes;
+  /* Unsigned, for divisions that are shifts. */
+  const int cells = static_cast<int>(blockDim.x / static_cast<unsigned>(lanes));
+  const int cell_in_block = static_cast<int>(threadIdx.x / static_cast<unsigned>(lanes));
+  const int lane = static_cast<int>(threadIdx.x % static_cast<unsigned>(lanes));
   uint4* const records = shared + KDA_MAX_LEVELS + cell_in_block * pieces_of_cell(samples, kRecord);
-  if (thread < levels) maps[thread] = read_level<kLevels>(a, thread);
+  if (const int thread = static_cast<int>(threadIdx.x); thread < levels) maps[thread] = read_level<kLevels>(a, thread);
+  __syncthreads();
 
   /* A block has one head and neighbouring queries, which mostly look at the same tokens. */
   const int head = static_cast<int>(blockIdx.y);
@@ -226,6 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
   int query_index = static_cast<int>(blockIdx.x) * cells + cell_in_block;
   const bool in_range = query_index < a.num_queries;
   if (!in_range) query_index = a.num_queries - 1; /* works in vain: no thread may miss a shuffle */
+  query_index = order_query(a, maps, levels, query_index);
   const int row = static_cast<int>(blockIdx.z) * a.num_queries + query_index;
   const int64_t cell = row * a.num_heads + head; /* kda_cuda_check: fits 32 bits */
   /* A lane without channels reads what the first one reads, and neither adds to a logit nor writes. */
@@ -235,8 +277,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
 
   float query[kChannels] = {}, output[kChannels] = {}, sum = 0;
   if constexpr (kOwnShape) {
-    /* What the cell reads but once is on its way while the block waits for its levels: a lane's samples are neighbours
-     * of one level. */
+    /* A lane's samples are neighbours of one level: one load for their offsets, and one reference. */
     constexpr int kShare = kLevels * kPoints / kLanes;
     static_assert(kShare * kLanes == kLevels * kPoints && kPoints % kShare == 0);
     const int level = lane * kShare / kPoints, first_sample = lane * kShare;
@@ -256,7 +297,6 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
     } else {
       Storage::unpack(__ldcs(Storage::piece(a.query, element)), query);
     }
-    __syncthreads();
     if constexpr (kLogit == Logit::kGiven) {
       float highest = kLowestLogit;
 #pragma unroll
@@ -274,7 +314,6 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
     }
   } else {
     if (kLogit != Logit::kGiven && has_channels) Storage::unpack(__ldcs(Storage::piece(a.query, element)), query);
-    __syncthreads();
     float highest = kLowestLogit;
     if (kLogit == Logit::kGiven) {
       for (int i = lane; i < samples; i += lanes) {
@@ -325,19 +364,21 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
       corners[s] = gather(key, pitch, sample[s].token, sample[s].steps);
     }
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      Storage::interpolate(corners[s], sample[s].weights, is_inside(sample[s].steps), sampled[s]);
-    }
+    for (int s = 0; s < 2; ++s) Storage::interpolate(corners[s], sample[s].weights, sampled[s]);
     if constexpr (kLogit == Logit::kGiven) {
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) output[i] += sampled[0][i] + sampled[1][i];
+      for (int s = 0; s < 2; ++s) {
+        const bool inside = is_inside(sample[s].steps);
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) output[i] = inside ? output[i] + sampled[s][i] : output[i];
+      }
     } else {
       float logit[2] = {};
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) logit[s] = fmaf(query[i], sampled[s][i], logit[s]);
-        if (!has_channels) logit[s] = 0;
+        if (!has_channels || !is_inside(sample[s].steps)) logit[s] = 0;
         if constexpr (kLogit == Logit::kFromKey) { /* asked for when the key's registers are free */
           corners[s] = gather(value, pitch, sample[s].token, sample[s].steps);
         }
@@ -348,10 +389,11 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
         if (!kEven && s == 1 && record == last) logit[s] = -INFINITY;
       }
       const float higher = fmaxf(logit[0], logit[1]);
-      if (higher > limit) {
-        const float kept = power_of_two(highest - higher);
-        highest = higher;
-        limit = higher + kSlack;
+      const bool exceeds = higher > limit;
+      if (__any_sync(kWholeWarp, exceeds)) { /* the warp together, by 2^0 where a cell's own did not */
+        const float raised = exceeds ? higher : highest, kept = power_of_two(highest - raised);
+        highest = raised;
+        limit = raised + kSlack;
         sum *= kept;
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) output[i] *= kept;
@@ -359,18 +401,19 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const float weight = power_of_two(logit[s] - highest);
+        const bool inside = is_inside(sample[s].steps);
         sum += weight;
         if constexpr (kLogit == Logit::kFromKey) {
-          Storage::interpolate(corners[s], sample[s].weights, is_inside(sample[s].steps), sampled[s]);
+          Storage::interpolate(corners[s], sample[s].weights, sampled[s]);
         }
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) output[i] = fmaf(weight, sampled[s][i], output[i]);
+        for (int i = 0; i < kChannels; ++i) output[i] = inside ? fmaf(weight, sampled[s][i], output[i]) : output[i];
       }
     }
   }
 
   if (in_range && has_channels) {
-    const float scale = __fdividef(1.0f, sum);
+    const float scale = reciprocal(sum);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) output[i] *= scale;
     __stwb(const_cast<uint4*>(Storage::piece(a.output, element)), Storage::pack(output));

@@ -36,9 +36,8 @@ struct TwoBytes {
     const uint4 words = *record;
     return {words.x, words.y, {words.z, words.w}};
   }
-  static __device__ __forceinline__ void interpolate(const Corners& corners, uint2 weights, bool inside,
-                                                     float* sampled) {
-    Type::interpolate(corners, with_bits_of<__half2>(weights.x), with_bits_of<__half2>(weights.y), inside, sampled);
+  static __device__ __forceinline__ void interpolate(const Corners& corners, uint2 weights, float* sampled) {
+    Type::interpolate(corners, with_bits_of<__half2>(weights.x), with_bits_of<__half2>(weights.y), sampled);
   }
 
   static __device__ const uint4* piece(const void* tensor, int64_t element) {

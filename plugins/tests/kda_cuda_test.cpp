@@ -71,16 +71,16 @@ kda_status run_on_cuda(Problem* problem) {
 /* The host does not see the shapes: wrong ones give wrong numbers, but nothing is read that is not there. */
 void test_wrong_spatial_shapes(const Device& device) {
   for (int64_t wrong : {int64_t{-3}, int64_t{0}, int64_t{9}, (int64_t{1} << 32) + 100, INT64_MAX}) {
-    for (int where = 0; where < 4; ++where) {
+    for (int where = 0; where < 8; ++where) {
       Shape s;
-      s.queries = 20;
+      s.queries = where < 4 ? 20 : 80; /* all tokens: their order depends on the shapes */
       s.dim = 16;
       s.levels = {8, 8, 4, 4};
       for (const bool int32_shapes : {false, true}) {
         s.int32_shapes = int32_shapes;
         Problem problem(s);
         problem.randomise(5);
-        problem.shape.levels[where] = wrong;
+        problem.shape.levels[where % 4] = wrong;
         run(device, &problem);
         for (size_t i = 0; i < problem.output.size(); ++i) CHECK(isfinite(problem.output.get(i)), "output %zu", i);
       }
@@ -124,6 +124,25 @@ void test_identical_rows(const Device& device) {
       CHECK(output.get(i) == output.get(i % (output.size() / 2)), "output %zu: items differ", i);
     }
     for (size_t i = 0; i < row; ++i) CHECK(output.get(i) == output.get((s.queries - 1) * row + i), "blocks differ");
+  }
+}
+
+/* Queries that are the tokens of the last levels, which blocks take in an order of their own, and one more or less. */
+void test_queries_of_levels(const Device& device) {
+  for (int levels = 1; levels <= 4; ++levels) {
+    for (int64_t more : {-1, 0, 1}) {
+      Shape s;
+      s.batch = 2;
+      s.heads = 2;
+      s.dim = 32;
+      s.points = levels % 2 ? 4 : 3;
+      s.levels = {19, 13, 16, 7, 9, 5, 2, 3};
+      s.queries = more;
+      for (int l = 4 - levels; l < 4; ++l) s.queries += s.levels[2 * l] * s.levels[2 * l + 1];
+      Problem problem(s);
+      problem.randomise(levels);
+      check_against_definition(device, &problem);
+    }
   }
 }
 
@@ -301,6 +320,7 @@ int main(int argc, char** argv) {
   test_cases(device, argc > 1 ? atoi(argv[1]) : 60);
   test_wrong_spatial_shapes(device);
   test_identical_rows(device);
+  test_queries_of_levels(device);
   test_least_alignment(device);
 #ifdef KDA_CUDA_EMULATION
   test_stream();

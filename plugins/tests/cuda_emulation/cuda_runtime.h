@@ -65,7 +65,8 @@ inline float __uint_as_float(unsigned bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline float __fdividef(float x, float y) { return x / y; }
+inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 
 template <class T>
 const T* aligned(const T* address) {
@@ -86,10 +87,11 @@ void __stwb(T* address, T value) {
   *const_cast<T*>(aligned(address)) = value;
 }
 
-/* These three return when all threads of the block, or of the warp, have come. */
+/* These return when all threads of the block, or of the warp, have come. */
 void __syncthreads();
 void __syncwarp();
 float __shfl_xor_sync(unsigned mask, float x, int distance);
+int __any_sync(unsigned mask, int predicate);
 
 /* ---- the runtime -------------------------------------------------------------------------------------- */
 

@@ -193,14 +193,24 @@ void __syncwarp() {
   emulation::wait(&emulation::warps[threadIdx.x / emulation::kWarpSize].barrier, emulation::kWarpSize);
 }
 
-float __shfl_xor_sync(unsigned mask, float x, int distance) {
+/* What all lanes of the warp bring. */
+static const float* exchange(unsigned mask, float x) {
   if (mask != 0xffffffff) abort();
-  const unsigned lane = threadIdx.x % emulation::kWarpSize;
   emulation::Warp& warp = emulation::warps[threadIdx.x / emulation::kWarpSize];
   float* exchanged = warp.exchanged[warp.barrier.generation % 2];
-  exchanged[lane] = x;
+  exchanged[threadIdx.x % emulation::kWarpSize] = x;
   emulation::wait(&warp.barrier, emulation::kWarpSize);
-  return exchanged[lane ^ static_cast<unsigned>(distance)];
+  return exchanged;
+}
+
+float __shfl_xor_sync(unsigned mask, float x, int distance) {
+  const unsigned lane = threadIdx.x % emulation::kWarpSize; /* of this thread: others run before exchange returns */
+  return exchange(mask, x)[lane ^ static_cast<unsigned>(distance)];
+}
+
+int __any_sync(unsigned mask, int predicate) {
+  const float* const predicates = exchange(mask, predicate != 0);
+  return std::any_of(predicates, predicates + emulation::kWarpSize, [](float x) { return x != 0; });
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
