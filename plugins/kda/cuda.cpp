@@ -19,7 +19,7 @@ int32_t element_bytes(int32_t dtype) { return dtype == KDA_FLOAT32 ? 4 : 2; }
 
 size_t shared_bytes(const kda_arguments* a, int cells) {
   const int record_pieces = a->dtype == KDA_FLOAT32 ? 2 : 1;
-  return (KDA_MAX_LEVELS + size_t(cells) * pieces_of_cell(a->num_levels * a->num_points, record_pieces)) * kPieceBytes;
+  return (kBlockPieces + size_t(cells) * pieces_of_cell(a->num_levels * a->num_points, record_pieces)) * kPieceBytes;
 }
 
 int64_t chunks(const kda_arguments* a, int cells) { return (a->num_queries + cells - 1) / cells; }

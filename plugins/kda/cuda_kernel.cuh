@@ -251,19 +251,21 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
   const int points = kPoints ? kPoints : a.num_points, samples = levels * points;
   const int dim = kLanes ? kLanes * kChannels : a.head_dim;
 
-  extern __shared__ uint4 shared[]; /* the levels and the cells' records */
+  /* The levels, what the block's slice of value and key is away from their start, and the cells' records. */
+  extern __shared__ uint4 shared[];
   int4* const maps = reinterpret_cast<int4*>(shared);
+  int64_t* const slice = reinterpret_cast<int64_t*>(shared + KDA_MAX_LEVELS);
   /* Unsigned, for divisions that are shifts. */
   const int cells = static_cast<int>(blockDim.x / static_cast<unsigned>(lanes));
   const int cell_in_block = static_cast<int>(threadIdx.x / static_cast<unsigned>(lanes));
   const int lane = static_cast<int>(threadIdx.x % static_cast<unsigned>(lanes));
-  uint4* const records = shared + KDA_MAX_LEVELS + cell_in_block * pieces_of_cell(samples, kRecord);
-  if (const int thread = static_cast<int>(threadIdx.x); thread < levels) maps[thread] = read_level<kLevels>(a, thread);
-  __syncthreads();
-
+  uint4* const records = shared + kBlockPieces + cell_in_block * pieces_of_cell(samples, kRecord);
   /* A block has one head and neighbouring queries, which mostly look at the same tokens. */
   const int head = static_cast<int>(blockIdx.y);
-  const int64_t item = blockIdx.z;
+  if (const int thread = static_cast<int>(threadIdx.x); thread < levels) maps[thread] = read_level<kLevels>(a, thread);
+  if (threadIdx.x == 0) *slice = (int64_t{blockIdx.z} * a.num_tokens * a.num_heads + head) * dim;
+  __syncthreads();
+
   int query_index = static_cast<int>(blockIdx.x) * cells + cell_in_block;
   const bool in_range = query_index < a.num_queries;
   if (!in_range) query_index = a.num_queries - 1; /* works in vain: no thread may miss a shuffle */
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
   for (int i = 0; i < kChannels; ++i) query[i] *= a.scale;
 
   const unsigned pitch = static_cast<unsigned>(a.num_heads * dim) * (kPieceBytes / kChannels);
-  const int64_t first_element = (item * a.num_tokens * a.num_heads + head) * dim + first_channel;
+  const int64_t first_element = *slice + first_channel; /* loaded, or some compilers compute it anew for every pair */
   const char* const value = reinterpret_cast<const char*>(Storage::piece(a.value, first_element));
   const char* const key =
       kLogit == Logit::kFromKey ? reinterpret_cast<const char*>(Storage::piece(a.key, first_element)) : value;
@@ -407,7 +409,9 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kLogit, kLanes)) atten
           Storage::interpolate(corners[s], sample[s].weights, sampled[s]);
         }
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) output[i] = inside ? fmaf(weight, sampled[s][i], output[i]) : output[i];
+        for (int i = 0; i < kChannels; ++i) {
+          if (inside) output[i] = fmaf(weight, sampled[s][i], output[i]);
+        }
       }
     }
   }

@@ -35,6 +35,9 @@ struct Launch {
   cudaStream_t stream;
 };
 
+/* 16-byte pieces of shared memory for what the cells of a block share: the levels, and an offset. */
+constexpr int kBlockPieces = KDA_MAX_LEVELS + 1;
+
 /* 16-byte pieces of shared memory for the records of a (query, head).  Samples come in pairs; and an odd number of
  * pieces puts the same record of 8 neighbours into different banks. */
 inline __host__ __device__ int pieces_of_cell(int samples, int record_pieces) {
