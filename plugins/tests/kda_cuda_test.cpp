@@ -182,9 +182,10 @@ void test_stream() {
 }
 
 /* Tensors of 2^32 elements and more, of which a few are touched: the last cell of a problem of one head and one query
- * stands where the last cell of two items lies, of `queries` queries and a first level of `side` x `side` tokens. */
-void test_large_tensors(int64_t queries, int64_t side) {
-  constexpr int64_t kItems = 2, kHeads = 8;
+ * stands where the last cell of two items lies, of `queries` queries, `heads` heads and a first level of `side` x
+ * `side` tokens. */
+void test_large_tensors(int64_t queries, int32_t heads, int64_t side) {
+  constexpr int64_t kItems = 2;
   for (int32_t dtype : kDtypes) {
     for (int kind = 0; kind < 6; ++kind) {
       Shape s;
@@ -198,10 +199,10 @@ void test_large_tensors(int64_t queries, int64_t side) {
       problem.randomise(kind);
       kda_arguments a = problem.arguments();
       const size_t bytes = dtype == KDA_FLOAT32 ? 4 : 2;
-      const int64_t cells = kItems * queries * kHeads, samples = int64_t{a.num_levels} * a.num_points;
+      const int64_t cells = kItems * queries * heads, samples = int64_t{a.num_levels} * a.num_points;
       const int64_t more = side * side - 4; /* tokens that the first level has before the small one's */
       a.batch = kItems;
-      a.num_heads = kHeads;
+      a.num_heads = heads;
       a.num_queries = queries;
       a.num_tokens += more;
       const std::vector<int64_t> shapes = {side, side, 2, 3, 2, 1, 1, 1};
@@ -220,7 +221,7 @@ void test_large_tensors(int64_t queries, int64_t side) {
       }();
 
       const size_t row = s.dim * bytes, logits = samples * bytes, width = s.key_aware ? row : logits;
-      const size_t maps = kItems * a.num_tokens * kHeads * row;
+      const size_t maps = kItems * a.num_tokens * heads * row;
       void *d_query, *d_key = nullptr, *d_value, *d_references, *d_offsets, *d_output;
       const auto allocate = [](void** data, size_t size) { CHECK(cudaMalloc(data, size) == cudaSuccess, "%zu", size); };
       const auto write = [](void* data, size_t end, const void* source, size_t size) {
@@ -239,7 +240,7 @@ void test_large_tensors(int64_t queries, int64_t side) {
       for (int64_t token = 0; token < problem.tokens; ++token) {
         /* Of the first level, rows of the large map. */
         const int64_t left = problem.tokens - token + (token < 2 ? side - 2 : 0); /* tokens from here to the end */
-        const size_t end = maps - (left - 1) * kHeads * row;
+        const size_t end = maps - (left - 1) * heads * row;
         write(d_value, end, static_cast<char*>(problem.value.data()) + token * row, row);
         if (s.own_key) write(d_key, end, static_cast<char*>(problem.key.data()) + token * row, row);
       }
@@ -301,6 +302,12 @@ void test_messages() {
          [](kda_arguments* a) { a->value = reinterpret_cast<void*>(0x1008); });
   expect("sampling_offsets starts at address 0x1004; it must be a multiple of 8: pass a copy", KDA_INVALID_ARGUMENT,
          [](kda_arguments* a) { a->sampling_offsets = reinterpret_cast<void*>(0x1004); });
+  expect("sampling_offsets starts at address 0x1008; it must be a multiple of 16: pass a copy", KDA_INVALID_ARGUMENT,
+         [](kda_arguments* a) {
+           a->num_levels = a->num_points = 4; /* whose kernels load 16 bytes of offsets */
+           a->sampling_offsets = reinterpret_cast<void*>(0x1008);
+           a->reference_points = reinterpret_cast<float*>(0x1000);
+         });
   expect("query has 65535 x 65536 rows of 1 heads; the CUDA kernels take at most 2147483647 heads", KDA_UNSUPPORTED,
          [](kda_arguments* a) { a->batch = 65535, a->num_queries = 65536; });
   expect("query has 65536 items; the CUDA kernels take at most 65535", KDA_UNSUPPORTED,
@@ -325,8 +332,9 @@ int main(int argc, char** argv) {
 #ifdef KDA_CUDA_EMULATION
   test_stream();
   emulation::only_last_block = true;
-  test_large_tensors(int64_t{1} << 23, 2);
-  test_large_tensors(1, 1 << 12);
+  test_large_tensors(int64_t{1} << 23, 8, 2);
+  test_large_tensors(int64_t{1} << 28, 1, 2);
+  test_large_tensors(1, 8, 1 << 12);
   emulation::only_last_block = false;
 #endif
   printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
