@@ -164,6 +164,49 @@ inline void test_non_finite_values(const Device& device) {
   for (int d = 0; d < 32; ++d) CHECK(isinf(problem.output.get(d)) == (d == 5), "%s: channel %d", device.name, d);
 }
 
+/* The same for the shapes that have kernels of their own, in all types and for all kinds of keys: many samples on and
+ * around borders, at coordinates that are exact in every type, without and with a few numbers that are not finite. */
+inline void test_usual_shapes(const Device& device) {
+  uint32_t seed = 0;
+  for (int32_t dtype : {KDA_FLOAT32, KDA_FLOAT16, KDA_BFLOAT16}) {
+    for (int kind = 0; kind < 12; ++kind) {
+      Shape s;
+      s.batch = s.heads = 2;
+      s.queries = 30;
+      s.dim = kind % 2 ? 64 : 32;
+      s.points = 4;
+      s.reference_width = kind / 2 % 2 ? 4 : 2;
+      s.key_aware = kind / 4 > 0;
+      s.own_key = kind / 4 > 1;
+      s.levels = {4, 8, 2, 4, 1, 2, 1, 1};
+      s.dtype = dtype;
+      s.offset_dtype = seed % 3 ? dtype : KDA_FLOAT32;
+      Problem problem(s);
+      problem.randomise(++seed);
+      for (float& reference : problem.references) reference = roundf(reference * 8) / 8;
+      for (size_t i = 0; i < problem.offsets.size(); ++i) {
+        problem.offsets.set(i, roundf(problem.offsets.get(i) * 2) / 2);
+      }
+      check_against_definition(device, &problem);
+
+      const double allowed = tolerance(problem);
+      std::mt19937 random(seed);
+      const float poisons[] = {NAN, INFINITY, -INFINITY};
+      for (float poison : poisons) problem.value.set(random() % problem.value.size(), poison);
+      for (float poison : poisons) {
+        if (s.own_key) problem.key.set(random() % problem.key.size(), poison);
+      }
+      run(device, &problem);
+      const std::vector<double> expected = problem.expected();
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const double got = problem.output.get(i), want = expected[i];
+        const bool same = isfinite(want) ? fabs(got - want) <= allowed : isnan(want) ? isnan(got) : got == want;
+        CHECK(same, "%s: output %zu is %g, not %g: %s", device.name, i, got, want, describe(s).c_str());
+      }
+    }
+  }
+}
+
 /* Locations far away, infinite or NaN lie outside: zero, and nothing is read out of bounds. */
 inline void test_wild_locations(const Device& device) {
   for (float wild : {1e6f, 3e9f, 1e19f, 1e30f, 3e38f, INFINITY, NAN}) {
@@ -231,6 +274,7 @@ inline void test_cases(const Device& device, int rounds) {
   test_empty(device);
   test_borders(device);
   test_non_finite_values(device);
+  test_usual_shapes(device);
   test_wild_locations(device);
   test_extreme_logits(device);
 }

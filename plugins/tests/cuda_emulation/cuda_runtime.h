@@ -1,14 +1,16 @@
 /* Stands in for the CUDA toolkit's header of this name, so that the kernels' own sources compile as C++ and run on the
- * host: device memory is the host's, the threads of a block are fibers of one thread, blocks run one after another.
- * It has what plugins/kda and its test use, no more.  A missing barrier shows as wrong results (fibers run in changing
- * orders, shared memory starts as NaN), a barrier that some threads miss as an abort, and a wrong address under
- * AddressSanitizer. */
+ * host: the threads of a block are fibers of one thread, blocks run one after another.  It has what plugins/kda and its
+ * test use, no more.  A missing barrier shows as wrong results (fibers run in changing orders, shared memory starts as
+ * NaN), a barrier that some threads miss as an abort, and so does a misaligned load or store of global memory.  Device
+ * memory can be touched by kernels and copies alone, ends at a page that nobody can touch, and is exact to the byte
+ * under AddressSanitizer. */
 #ifndef LITEDETR_TESTS_CUDA_RUNTIME_H
 #define LITEDETR_TESTS_CUDA_RUNTIME_H
 
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,7 +24,8 @@
 #define __shared__ /* extern arrays only: emulation.cpp defines them */
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(...)
+/* A kernel that is bounded to fewer threads than the largest block has does not compile: there is no such alignment. */
+#define __launch_bounds__(threads, blocks) __attribute__((aligned((threads) >= kda::kMaxThreads ? 16 : 3)))
 
 struct uint3 {
   unsigned x, y, z;
@@ -33,6 +36,12 @@ struct dim3 {
 };
 struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) int4 {
   int x, y, z, w;
@@ -56,24 +65,37 @@ inline float __uint_as_float(unsigned bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline float __expf(float x) { return expf(x); }
+inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+
+template <class T>
+const T* aligned(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) == 0) return address;
+  fprintf(stderr, "%zu bytes at %p: misaligned\n", sizeof(T), static_cast<const void*>(address));
+  abort();
+}
 template <class T>
 T __ldg(const T* address) {
-  return *address;
+  return *aligned(address);
 }
 template <class T>
 T __ldcs(const T* address) {
-  return *address;
+  return *aligned(address);
+}
+template <class T>
+void __stwb(T* address, T value) {
+  *const_cast<T*>(aligned(address)) = value;
 }
 
-/* These three return when all threads of the block, or of the warp, have come. */
+/* These return when all threads of the block, or of the warp, have come. */
 void __syncthreads();
 void __syncwarp();
 float __shfl_xor_sync(unsigned mask, float x, int distance);
+int __any_sync(unsigned mask, int predicate);
 
 /* ---- the runtime -------------------------------------------------------------------------------------- */
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidValue, cudaErrorMemoryAllocation };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemcpyKind { cudaMemcpyDefault };
 typedef struct CUstream_st* cudaStream_t;
@@ -86,7 +108,11 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
-}
+extern cudaStream_t last_stream; /* that a kernel was launched on */
+/* Launches run nothing but their last block, for tensors whose size is that of addresses only. */
+extern bool only_last_block;
+}  // namespace emulation
+#define KDA_CUDA_EMULATION 1
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -103,11 +129,9 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return "an error"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "of the emulation"; }
-inline cudaError_t cudaMalloc(void** data, size_t bytes) { return *data = malloc(bytes), cudaSuccess; }
-inline cudaError_t cudaFree(void* data) { return free(data), cudaSuccess; }
-inline cudaError_t cudaMemset(void* data, int byte, size_t bytes) { return memset(data, byte, bytes), cudaSuccess; }
-inline cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
-  return memcpy(target, source, bytes), cudaSuccess;
-}
+cudaError_t cudaMalloc(void** data, size_t bytes);
+cudaError_t cudaFree(void* data);
+cudaError_t cudaMemset(void* data, int byte, size_t bytes);
+cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind);
 
 #endif /* LITEDETR_TESTS_CUDA_RUNTIME_H */

@@ -2,13 +2,18 @@
 #include "cuda_runtime.h"
 
 #include <stdio.h>
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
+
+#include "cuda_kernel.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -114,32 +119,67 @@ void run_block(const std::vector<unsigned>& order) {
       if (fibers[thread].done) --left;
     }
     if (!progress) {
-      fprintf(stderr, "block %u: %u threads wait at a barrier that the others do not reach\n", blockIdx.x, left);
+      fprintf(stderr, "block %u, %u, %u: %u threads wait at a barrier that the others do not reach\n", blockIdx.x,
+              blockIdx.y, blockIdx.z, left);
       abort();
     }
   }
 }
 
+/* ---- device memory ---- */
+
+/* A mapping whose last page stays closed; the data ends before it, at a multiple of 16 bytes. */
+struct Allocation {
+  size_t mapped, bytes; /* of the mapping, the closed page not counted; and asked for */
+  char* mapping;
+};
+std::map<char*, Allocation> allocations; /* by the address that cudaMalloc gave */
+
+/* Opens device memory while it lives. */
+class DeviceAccess {
+ public:
+  DeviceAccess() { protect(PROT_READ | PROT_WRITE); }
+  ~DeviceAccess() { protect(PROT_NONE); }
+
+ private:
+  static void protect(int access) {
+    for (const auto& [data, allocation] : allocations) {
+      if (mprotect(allocation.mapping, allocation.mapped, access) != 0) perror("mprotect"), abort();
+    }
+  }
+};
+
 }  // namespace
+
+cudaStream_t last_stream;
+bool only_last_block;
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
-  if (gridDim.x == 0 || blockDim.x == 0 || blockDim.x % kWarpSize != 0 || config.dynamicSmemBytes > kda::kSharedBytes) {
-    return cudaErrorInvalidConfiguration;
-  }
+  last_stream = config.stream;
+  const bool fits = blockDim.x > 0 && blockDim.x <= kda::kMaxThreads && blockDim.x % kWarpSize == 0 &&
+                    config.dynamicSmemBytes <= kda::kSharedBytes && gridDim.x > 0 && gridDim.x <= 0x7fffffff &&
+                    gridDim.y > 0 && gridDim.y <= 0xffff && gridDim.z > 0 && gridDim.z <= 0xffff;
+  if (!fits) return cudaErrorInvalidConfiguration;
+  const DeviceAccess access;
   body = &thread;
   fibers.resize(blockDim.x);
   std::vector<unsigned> order(blockDim.x);
   std::iota(order.begin(), order.end(), 0);
   std::mt19937 random(gridDim.x);
   char* const shared = reinterpret_cast<char*>(kda::shared);
-  for (blockIdx = {0, 0, 0}; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    std::shuffle(order.begin(), order.end(), random);
-    ASAN_UNPOISON_MEMORY_REGION(shared, kda::kSharedBytes);
-    memset(shared, 0xff, kda::kSharedBytes);
-    ASAN_POISON_MEMORY_REGION(shared + config.dynamicSmemBytes, kda::kSharedBytes - config.dynamicSmemBytes);
-    run_block(order);
+  const uint3 first = only_last_block ? uint3{gridDim.x - 1, gridDim.y - 1, gridDim.z - 1} : uint3{0, 0, 0};
+  for (blockIdx.z = first.z; blockIdx.z < gridDim.z; ++blockIdx.z) {
+    for (blockIdx.y = first.y; blockIdx.y < gridDim.y; ++blockIdx.y) {
+      for (blockIdx.x = first.x; blockIdx.x < gridDim.x; ++blockIdx.x) {
+        std::shuffle(order.begin(), order.end(), random);
+        ASAN_UNPOISON_MEMORY_REGION(shared, kda::kSharedBytes);
+        memset(shared, 0xff, kda::kSharedBytes);
+        ASAN_POISON_MEMORY_REGION(shared + config.dynamicSmemBytes, kda::kSharedBytes - config.dynamicSmemBytes);
+        run_block(order);
+      }
+    }
   }
   ASAN_UNPOISON_MEMORY_REGION(shared, kda::kSharedBytes);
   return cudaSuccess;
@@ -153,14 +193,24 @@ void __syncwarp() {
   emulation::wait(&emulation::warps[threadIdx.x / emulation::kWarpSize].barrier, emulation::kWarpSize);
 }
 
-float __shfl_xor_sync(unsigned mask, float x, int distance) {
+/* What all lanes of the warp bring. */
+static const float* exchange(unsigned mask, float x) {
   if (mask != 0xffffffff) abort();
-  const unsigned lane = threadIdx.x % emulation::kWarpSize;
   emulation::Warp& warp = emulation::warps[threadIdx.x / emulation::kWarpSize];
   float* exchanged = warp.exchanged[warp.barrier.generation % 2];
-  exchanged[lane] = x;
+  exchanged[threadIdx.x % emulation::kWarpSize] = x;
   emulation::wait(&warp.barrier, emulation::kWarpSize);
-  return exchanged[lane ^ static_cast<unsigned>(distance)];
+  return exchanged;
+}
+
+float __shfl_xor_sync(unsigned mask, float x, int distance) {
+  const unsigned lane = threadIdx.x % emulation::kWarpSize; /* of this thread: others run before exchange returns */
+  return exchange(mask, x)[lane ^ static_cast<unsigned>(distance)];
+}
+
+int __any_sync(unsigned mask, int predicate) {
+  const float* const predicates = exchange(mask, predicate != 0);
+  return std::any_of(predicates, predicates + emulation::kWarpSize, [](float x) { return x != 0; });
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -168,4 +218,41 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   const int counts[] = {132, 1, 16};
   *value = counts[calls++ % 3];
   return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  using namespace emulation;
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), rounded = (bytes + 15) / 16 * 16;
+  const size_t mapped = (rounded + page - 1) / page * page;
+  /* Pages that nobody touches take no memory: tensors may be as large as addresses. */
+  void* const mapping = mmap(nullptr, mapped + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) return cudaErrorMemoryAllocation;
+  const Allocation allocation = {mapped, bytes, static_cast<char*>(mapping)};
+  char* const start = allocation.mapping + (mapped - rounded);
+  allocations[start] = allocation;
+  ASAN_POISON_MEMORY_REGION(allocation.mapping, mapped - rounded);
+  ASAN_POISON_MEMORY_REGION(start + bytes, rounded - bytes);
+  return *data = start, cudaSuccess;
+}
+
+cudaError_t cudaFree(void* data) {
+  using namespace emulation;
+  if (!data) return cudaSuccess;
+  const auto found = allocations.find(static_cast<char*>(data));
+  if (found == allocations.end()) return cudaErrorInvalidValue;
+  const Allocation& allocation = found->second;
+  ASAN_UNPOISON_MEMORY_REGION(allocation.mapping, allocation.mapped);
+  munmap(allocation.mapping, allocation.mapped + static_cast<size_t>(sysconf(_SC_PAGESIZE)));
+  allocations.erase(found);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void* data, int byte, size_t bytes) {
+  const emulation::DeviceAccess access;
+  return memset(data, byte, bytes), cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
+  const emulation::DeviceAccess access;
+  return memcpy(target, source, bytes), cudaSuccess;
 }
