@@ -1,0 +1,3 @@
+"""What a fusion can be asked for; imports nothing heavy."""
+
+ATTENTIONS = ("op", "gather")
