@@ -167,11 +167,15 @@ class _Work:
         again = [{region.name: region for region in regions} for regions, _ in finds]
         for region in finds[0][0]:
             versions = [found.get(region.name) for found in again]
-            structures = [version and version.structure() for version in versions]
-            if structures != structures[:1] * len(structures):
-                self._leave(region, "it is another region at another batch or size of the images")
-            else:
-                self.regions.append(Matched(versions, Sizes.of(versions[0], versions[-1])))
+            if None in versions:
+                why = next((left.why for left in finds[-1][1] if region.samplers[0].name in left.names), "it is not there")
+                self._leave(region, f"at another batch or size of the images, {why}")
+                continue
+            first, last = versions[0].structure(), versions[-1].structure()
+            if differs := next((what for what in first if first[what] != last[what]), None):
+                self._leave(region, f"its {differs} changes with the batch or the size of the images")
+                continue
+            self.regions.append(Matched(versions, Sizes.of(versions[0], versions[-1])))
         names = []
         for matched in list(self.regions):
             try:

@@ -93,17 +93,24 @@ class Region:
         locations = "absolute locations" if isinstance(self.references, Box) else "reference points and offsets"
         return f"{locations}, {'weights' if self.is_weights else 'logits'}"
 
-    def structure(self) -> tuple:
-        """Return what must not depend on the sizes of the inputs."""
-        references = self.references
-        parts = references.box if isinstance(references, Box) else [
-            (part.value.name, part.repeated, part.columns, part.first) for part in references
-        ]  # fmt: skip
-        rows = [
-            (rows.value.name, rows.columns, rows.order.tolist(), None if rows.scale is None else rows.scale.tolist())
-            for rows in (self.logits, self.offsets)
-        ]
-        return self.heads, self.channels, self.points, self.value.name, parts, rows, self.is_weights, self.output.name
+    def structure(self) -> dict[str, object]:
+        """Return what must not depend on the sizes of the inputs, by what a message calls it."""
+        references, scale = self.references, self.offsets.scale
+        is_box = isinstance(references, Box)
+        return {
+            "number of heads, channels or points": (self.heads, self.channels, self.points),
+            "value": self.value.name,
+            "reference points": references.box if is_box else [
+                (part.value.name, part.repeated, part.columns, part.first) for part in references
+            ],
+            "weights": (self.is_weights, _layout(self.logits)),
+            "offsets": _layout(self.offsets),
+            "scale of the offsets, which the exporter may have fixed for one size,": scale is None or scale.tolist(),
+        }  # fmt: skip
+
+
+def _layout(rows: Rows) -> tuple:
+    return rows.value.name, rows.columns, rows.order.tolist()
 
 
 @dataclass(frozen=True)
