@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from ..runtime.session import create_session
 
-_SEQUENCES = {"SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SplitToSequence"}
+_SEQUENCES = {"SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SplitToSequence"}
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
            "RandomUniformLike"}  # fmt: skip
 _SHAPES = {"Shape", "Size"}  # depend on no content
+_ADDED = "/shape of litedetr"
 
 
 class Facts:
@@ -62,9 +63,9 @@ def _run(proto: onnx.ModelProto, names: list[str], feed: Mapping[str, np.ndarray
     for node in list(graph.node):
         for name in node.output if node.op_type not in _SEQUENCES else ():
             if name:
-                graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}/shape"]))
+                graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}{_ADDED}"]))
                 shaped.append(name)
-    for name in [*(f"{name}/shape" for name in shaped), *names]:
+    for name in [*(f"{name}{_ADDED}" for name in shaped), *names]:
         graph.output.append(onnx.ValueInfoProto(name=name))
     import onnxruntime
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from .facts import Facts
 
 SAME_ORDER = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-MOVING = SAME_ORDER | {"Concat", "Expand", "Gather", "Slice", "Split", "Tile", "Transpose"}
+MOVING = SAME_ORDER | {"Concat", "Expand", "Gather", "SequenceAt", "Slice", "Split", "Tile", "Transpose"}
 UNIFORM = 1e-6  # relative difference of factors that are taken for equal: a few roundings in float32
 
 
@@ -35,7 +35,14 @@ def pull(
 ) -> list[tuple[ir.Value, np.ndarray | None, np.ndarray]]:
     """Return which inputs of a node of MOVING the elements `flat` of its output `value` are: for every input that is
     read, which of `flat` come from it (None: all), and their places.  Empty for what it cannot tell."""
-    source, shape = node.inputs[0], facts.shape(value)
+    if node.op_type == "SequenceAt":  # of a sequence that is a value in pieces
+        pieces = node.inputs[0].producer()
+        if pieces is None or pieces.op_type != "SplitToSequence":
+            return []
+        source = pieces.inputs[0]
+    else:
+        source = node.inputs[0]
+    shape = facts.shape(value)
     before = facts.shape(source)
     if shape is None or before is None:
         return []
@@ -97,6 +104,22 @@ def _split(node, value, places, before, facts):
     return moved
 
 
+def _sequence_at(node, value, places, before, facts):
+    pieces, index = node.inputs[0].producer(), facts.known(node.inputs[1])
+    axis = (pieces.attributes["axis"].as_int() if "axis" in pieces.attributes else 0) % len(before)
+    sizes = facts.known(pieces.inputs[1]) if len(pieces.inputs) > 1 else np.array(1)
+    if index is None or sizes is None or len(places) != len(before):  # keepdims = 0
+        return None
+    index = int(index.reshape(()))
+    if sizes.ndim:
+        start = int(sizes[: index % len(sizes)].sum())
+    else:
+        start = (index if index >= 0 else index - before[axis] // -int(sizes)) * int(sizes)
+    moved = list(places)
+    moved[axis] = moved[axis] + start
+    return moved
+
+
 def _gather(node, value, places, before, facts):
     axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % len(before)
     indices = facts.known(node.inputs[1])
@@ -116,7 +139,7 @@ def _tile(node, value, places, before, facts):
 
 
 _MOVES: dict[str, Callable] = {
-    "Expand": _expand, "Gather": _gather, "Slice": _slice, "Split": _split, "Tile": _tile, "Transpose": _transpose,
+    "Expand": _expand, "Gather": _gather, "SequenceAt": _sequence_at, "Slice": _slice, "Split": _split, "Tile": _tile, "Transpose": _transpose,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -12,6 +13,7 @@ from unittest import mock
 import torch
 import transformers
 from torch import nn
+from transformers.models.grounding_dino import modeling_grounding_dino as grounding
 
 SIZE = (64, 96)  # (height, width)
 WEIGHTS = 0.15  # times a normal number, added to what transformers initialises: offsets of pixels, unequal logits
@@ -112,7 +114,7 @@ class Wrapped(nn.Module):
     def __init__(self, name: str, model: nn.Module):
         super().__init__()
         self.model, self.outputs = model, OUTPUTS.get(name, ("logits", "pred_boxes"))
-        self.tokens = torch.tensor([[2, 5, 9, 12, 3]]) if name == "grounding_dino" else None
+        self.tokens = torch.tensor([[101, 5, 9, 12, 102]]) if name == "grounding_dino" else None
 
     def forward(self, images, pixel_mask=None):
         options = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
@@ -123,9 +125,11 @@ class Wrapped(nn.Module):
         return tuple(getattr(found, name) for name in self.outputs)
 
 
-def _is_in(elements, tests):
-    """Compute what torch.isin does, which TorchScript cannot export."""
-    return (elements[..., None] == torch.as_tensor(tests)).any(-1)
+def _text_masks(tokens):
+    """Return what Grounding DINO makes of its tokens, as constants: TorchScript exports neither isin nor cummax."""
+    special = torch.tensor(grounding.SPECIAL_TOKENS)
+    masks, positions = grounding.generate_masks_with_special_tokens_and_transfer_map(tokens[:1], special)
+    return lambda ids, special_tokens: (masks.expand(ids.shape[0], -1, -1), positions.expand(ids.shape[0], -1))
 
 
 def make(name: str, **options) -> nn.Module:
@@ -136,6 +140,13 @@ def make(name: str, **options) -> nn.Module:
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * WEIGHTS)
     return model
+
+
+def _constant_text(model: Wrapped):
+    if model.tokens is None:
+        return contextlib.nullcontext()
+    name = "generate_masks_with_special_tokens_and_transfer_map"
+    return mock.patch.object(grounding, name, _text_masks(model.tokens))
 
 
 def export(
@@ -156,7 +167,7 @@ def export(
     shared = {"input_names": list(inputs), "output_names": list(model.outputs), "verbose": False}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # its checks of shapes have no ONNX form
-    with torch.no_grad(), warnings.catch_warnings(), mock.patch("torch.isin", _is_in):
+    with torch.no_grad(), warnings.catch_warnings(), _constant_text(model):
         warnings.simplefilter("ignore")
         if dynamo:
             dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in open_axes.items()}
