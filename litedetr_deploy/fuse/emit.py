@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -103,11 +104,15 @@ class _Writer:
         width = region.heads * region.channels
         value = self._rows(region.value, width, self.tokens, self.sizes.tokens)
         logits = self._logits(kind)
-        offsets = self._part(region.offsets)
-        if self.kinds[region.offsets.value.name] not in (kind, ir.DataType.FLOAT):
-            offsets = self.op("Cast", offsets, to=ir.DataType.FLOAT)
+        offsets, offset_kind = self._part(region.offsets), self.kinds[region.offsets.value.name]
+        scale = region.offsets.scale
+        # A scale such as 2/3 is not the same number in half.
+        if offset_kind not in (kind, ir.DataType.FLOAT) or (scale is not None and offset_kind != ir.DataType.FLOAT):
+            offsets, offset_kind = self.op("Cast", offsets, to=ir.DataType.FLOAT), ir.DataType.FLOAT
+        if scale is not None:
+            offsets = self.op("Mul", offsets, self.constant(scale.reshape(-1).astype(np.float32)))
         if self.spoilt == "offsets":
-            offsets = self.op("Mul", offsets, self.number(WRONG, self.kinds[region.offsets.value.name]))
+            offsets = self.op("Mul", offsets, self.number(WRONG, offset_kind))
         references = self._references(offsets)
         shapes = self._spatial_shapes()
         inputs = (logits, value, references, offsets, shapes)
@@ -118,7 +123,7 @@ class _Writer:
                 **schema.PLUGIN_ATTRIBUTES,
             )  # fmt: skip
         else:
-            output = self._lowered(inputs, kind)
+            output = self._lowered(inputs, (kind, kind, ir.DataType.FLOAT, offset_kind, ir.DataType.INT64))
         if (wanted := self.kinds[region.output.name]) != kind:
             output = self.op("Cast", output, to=wanted)
         shape = self.facts.shape(region.output)
@@ -177,10 +182,6 @@ class _Writer:
             value = self.op(
                 "Gather", value, self.constant(np.maximum(rows.order.reshape(-1), 0).astype(np.int64)), axis=2
             )
-        if rows.scale is not None:
-            kind = self.kinds[rows.value.name]
-            scale = rows.scale.reshape(-1).astype(np.float32).astype(kind.numpy())
-            value = self.op("Mul", value, self.constant(scale, kind))
         return value
 
     def _logits(self, kind: ir.DataType) -> ir.Value:
@@ -265,28 +266,27 @@ class _Writer:
         joined = pieces[0] if len(pieces) == 1 else self.op("Concat", *pieces, axis=0)
         return self.op("Reshape", joined, self.ints(len(pieces), 2))
 
-    def _lowered(self, inputs: tuple[ir.Value, ...], kind: ir.DataType) -> ir.Value:
-        """Write the op in standard operators, as `ops.lowering` traces them."""
+    def _lowered(self, inputs: tuple[ir.Value, ...], kinds: tuple[ir.DataType, ...]) -> ir.Value:
+        """Write the op in standard operators, as `ops.lowering` traces them; kinds: types of the inputs."""
         from onnxscript import evaluator
 
         region, levels = self.region, len(self.region.points)
         samples = region.heads * levels * region.num_points
         ranks = 2 if not isinstance(region.references, Box) and len(region.references) == 1 else 4
-        offset_kind = self.kinds[region.offsets.value.name]
-        kinds = (
-            kind,
-            kind,
-            ir.DataType.FLOAT,
-            offset_kind if offset_kind == kind else ir.DataType.FLOAT,
-            ir.DataType.INT64,
-        )
         queries = self.sizes.batch, self.sizes.queries
         tokens = self.sizes.batch, self.sizes.tokens, region.heads * region.channels
         shapes = (*queries, samples), tokens, (*queries, levels, ranks), (*queries, samples * 2), (levels, 2)
-        for value, one, shape in zip(inputs, kinds, shapes):
-            value.dtype, value.shape = one, ir.Shape(shape)
+        typed = map(_Typed, inputs, kinds, shapes)
         with evaluator.default_as(_Recorder(self)):
-            return lowering.gather(schema.PLAIN, (*inputs, None), region.heads, region.num_points)
+            return lowering.gather(schema.PLAIN, (*typed, None), region.heads, region.num_points)
+
+
+class _Typed(NamedTuple):
+    """A value of the graph, and what a traced function asks of it; the graph's own notes stay as they are."""
+
+    value: ir.Value
+    dtype: ir.DataType
+    shape: tuple[int | None, ...]
 
 
 class _Recorder:
@@ -296,4 +296,5 @@ class _Recorder:
         self._writer = writer
 
     def eval(self, operator, inputs, attributes):
-        return self._writer.op(operator.name, *inputs, **attributes)
+        values = [value.value if isinstance(value, _Typed) else value for value in inputs]
+        return self._writer.op(operator.name, *values, **attributes)

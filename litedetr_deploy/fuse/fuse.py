@@ -23,7 +23,7 @@ from ..verify.verdict import Verdict
 from . import compare, emit, inputs, types
 from .emit import Sizes
 from .facts import Facts
-from .limits import ATTENTIONS
+from .limits import ATTENTIONS, OPSET
 from .match import Left, NotMatched, Region, find
 from .other import others
 from .plugins import expand
@@ -172,7 +172,9 @@ class _Work:
         for region in finds[0][0]:
             versions = [found.get(region.name) for found in again]
             if None in versions:
-                why = next((left.why for left in finds[-1][1] if region.samplers[0].name in left.names), "it is not there")
+                why = next(
+                    (left.why for left in finds[-1][1] if region.samplers[0].name in left.names), "it is not there"
+                )
                 self._leave(region, f"at another batch or size of the images, {why}")
                 continue
             first, last = versions[0].structure(), versions[-1].structure()
@@ -191,6 +193,9 @@ class _Work:
         for matched in list(self.regions):
             channels = matched.region.channels
             try:
+                if self.attention == "gather" and self.opset < OPSET:
+                    what = f"the file is of opset {self.opset}, and standard operators are written in opset {OPSET}"
+                    raise NotMatched(f"{what}: export it again with that, or fuse with --attention op")
                 if self.attention == "op" and channels % 4:
                     raise NotMatched(
                         f"its heads have {channels} channels, and the op takes multiples of 4; gather, any"

@@ -16,7 +16,9 @@ def others(graph: ir.Graph) -> list[Left]:
     convolutions = [node.name for node in graph if node.op_type == "DeformConv"]
     if convolutions:
         found.append(Left(tuple(convolutions), "deformable convolutions, which the op does not compute"))
-    nearest = [node.name for node in graph if node.op_type in ("Gather", "GatherND", "GatherElements") and _is_rounded(node)]
+    nearest = [
+        node.name for node in graph if node.op_type in ("Gather", "GatherND", "GatherElements") and _is_rounded(node)
+    ]
     if nearest:
         why = "'discrete' sampling, which reads the nearest pixel and clamps at the border; the op interpolates"
         found.append(Left(tuple(nearest), why))
