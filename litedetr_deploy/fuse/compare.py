@@ -144,7 +144,8 @@ def compare_whole(verdict: Verdict, case: str, original: onnx.ModelProto, fused:
 
 
 def compare_stored(
-    verdict: Verdict, wide: onnx.ModelProto, original: onnx.ModelProto, fused: onnx.ModelProto, feed: Arrays, stored: Arrays
+    verdict: Verdict, wide: onnx.ModelProto, original: onnx.ModelProto, fused: onnx.ModelProto, feed: Arrays,
+    stored: Arrays,
 ) -> bool:  # fmt: skip
     """Compare a half model with its float twin, by what the original loses in half; return whether it runs here.
 

@@ -139,7 +139,8 @@ def _tile(node, value, places, before, facts):
 
 
 _MOVES: dict[str, Callable] = {
-    "Expand": _expand, "Gather": _gather, "SequenceAt": _sequence_at, "Slice": _slice, "Split": _split, "Tile": _tile, "Transpose": _transpose,
+    "Expand": _expand, "Gather": _gather, "SequenceAt": _sequence_at, "Slice": _slice, "Split": _split,
+    "Tile": _tile, "Transpose": _transpose,
 }  # fmt: skip
 
 

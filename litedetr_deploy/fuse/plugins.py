@@ -52,8 +52,9 @@ def expand(proto: onnx.ModelProto, path: object) -> tuple[onnx.ModelProto, int]:
             nodes += parts
         if stuck is not None and len(nodes) == len(expanded.graph.node):
             raise LiteDetrError(
-                f"{path} holds the plugin {stuck.op_type} {stuck.name!r}, of which the sizes of the maps, heads or points "
-                "are not constant, so that it cannot be written in standard operators. Export the model for one size."
+                f"{path} holds the plugin {stuck.op_type} {stuck.name!r}, of which the sizes of the maps, heads or "
+                "points are not constant, so that it cannot be written in standard operators. Export the model for one "
+                "size."
             )
         del expanded.graph.node[:], expanded.graph.value_info[:]
         expanded.graph.node.extend(nodes)

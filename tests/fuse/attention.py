@@ -60,10 +60,7 @@ class Attention(nn.Module):
                 grid = grid.transpose(1, 2)
             one = one.reshape(n * heads, channels // heads, height, width)
             samples.append(F.grid_sample(one, grid.reshape(n * heads, q, -1, 2), **self.sampling))
-        if self.form == "stacked":
-            samples = torch.stack(samples, -2).flatten(-2)
-        else:
-            samples = torch.cat(samples, -1)
+        samples = torch.stack(samples, -2).flatten(-2) if self.form == "stacked" else torch.cat(samples, -1)
         weights = weights.transpose(1, 2).reshape(n * heads, 1, q, sum(points))
         total = (samples * weights).sum(-1)
         if self.wrong == "output":

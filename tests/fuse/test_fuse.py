@@ -12,7 +12,7 @@ import litedetr_deploy as ld
 from litedetr_deploy.artifact import CANNOT_TELL, VERIFIED, distrust
 from litedetr_deploy.errors import CheckFailed, LiteDetrError
 from litedetr_deploy.fuse import compare, emit, plugins, types
-from litedetr_deploy.ops import schema
+from litedetr_deploy.ops import reference, schema
 
 from . import attention
 
@@ -229,7 +229,8 @@ def plugin_model(op_type: str, batch: int = 2) -> onnx.ModelProto:
     ]
     last = [batch, 10, heads, channels] if plugins.PLUGINS[op_type] else [batch, 10, heads * channels]
     graph = helper.make_graph(
-        nodes, "plugin", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        nodes, "plugin",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, last)],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )  # fmt: skip
@@ -252,8 +253,6 @@ def test_plugin_nodes(op_type, how, tmp_path):
     feed = {value.name: random.standard_normal(value.shape).astype(np.float32) for value in session.get_inputs()}
     (found,) = session.run(None, feed)
     inputs = {name: torch.from_numpy(array).double() for name, array in feed.items()}
-    from litedetr_deploy.ops import reference
-
     boxes = torch.tensor([0.0, 0.0, 8.0, 8.0]).double().expand(2, 10, 3, 4)  # offsets of which are locations
     wanted = reference.ms_deform_attn(
         inputs["logits"].flatten(2), inputs["value"].flatten(2), boxes, inputs["offsets"].sigmoid().flatten(2),

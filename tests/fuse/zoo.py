@@ -37,14 +37,14 @@ def _rt_options(**options):
     return {
         "backbone_config": _rt_resnet(), "encoder_in_channels": [16, 24, 32], "encoder_hidden_dim": 32,
         "decoder_in_channels": [32, 32, 32], "encoder_ffn_dim": 32, "d_model": 32, "num_queries": 12,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 32, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 32, "decoder_layers": 1,
         "num_labels": 5, "anchor_image_size": None, "hidden_expansion": 0.5,
     } | options  # fmt: skip
 
 
 def deformable_detr(**options):
     config = transformers.DeformableDetrConfig(
-        backbone_config=_resnet(), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        backbone_config=_resnet(), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12, two_stage_num_proposals=12,
         **({"two_stage": True, "with_box_refine": True, "num_labels": 5} | options),
     )  # fmt: skip
@@ -70,8 +70,8 @@ def mask2former():
             embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, image_size=64,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
-        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=2,
-        decoder_layers=2, num_attention_heads=4, dim_feedforward=32, num_queries=6, num_labels=5,
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
+        decoder_layers=1, num_attention_heads=4, dim_feedforward=32, num_queries=6, num_labels=5,
     )  # fmt: skip
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
@@ -82,7 +82,7 @@ def grounding_dino():
         text_config=transformers.BertConfig(
             vocab_size=200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
         ),
-        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12, max_text_len=8,
     )  # fmt: skip
     return transformers.GroundingDinoForObjectDetection(config)
@@ -94,7 +94,7 @@ def lw_detr():
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, pretrain_image_size=64,
             patch_size=16, num_windows=4, window_block_indices=[0], out_indices=[1, 2],
         ),
-        d_model=32, decoder_layers=2, decoder_self_attention_heads=4, decoder_cross_attention_heads=4,
+        d_model=32, decoder_layers=1, decoder_self_attention_heads=4, decoder_cross_attention_heads=4,
         decoder_ffn_dim=32, num_queries=12, num_labels=5, projector_scale_factors=[2.0, 0.5], group_detr=1,
     )  # fmt: skip
     return transformers.LwDetrForObjectDetection(config)
@@ -173,7 +173,8 @@ def export(
             dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in open_axes.items()}
             # Optimised by the exporter, the file of Deformable DETR lacks a bound that a Clip reads.
             torch.onnx.export(
-                model, tuple(inputs.values()), dynamo=True, opset_version=opset or 18, optimize=name != "deformable_detr",
+                model, tuple(inputs.values()), dynamo=True, opset_version=opset or 18,
+                optimize=name != "deformable_detr",
                 dynamic_shapes=tuple(dynamic.values()) if batch or sides else None, **shared,
             ).save(path)  # fmt: skip
         else:
