@@ -32,7 +32,7 @@ def fuse(
         stage("load the tools")
         import litedetr_deploy as ld
 
-        from ..fuse.inputs import read
+        from ..verify.inputs import read
 
         report = ld.fuse_onnx(model, output, attention, not no_verify, read(inputs), stage).to_dict()
     finish(report, as_json, report["passed"], _print, verbose)

@@ -6,7 +6,8 @@ wrong inside an attention need not show there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -96,10 +97,12 @@ def _tolerance(region: Region, sizes: Sizes, facts: Facts, kinds, attention, val
             chosen = torch.linspace(0, tensor.shape[1] - 1, min(QUERIES, tensor.shape[1])).long()
             tensor = tensor[:, chosen]
         inputs[name] = tensor.double() if tensor.is_floating_point() else tensor
-    counts = {"num_heads": region.heads, "num_points": region.num_points}
-    right = reference.ms_deform_attn(**inputs, **counts)
+    attend: Callable[..., torch.Tensor] = functools.partial(
+        reference.ms_deform_attn, num_heads=region.heads, num_points=region.num_points
+    )
+    right = attend(**inputs)
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    rounded = reference.ms_deform_attn(**singles, **counts).double()
+    rounded = attend(**singles).double()
     return SPREADS * relative(rounded - right, right) + FLOOR * float(np.finfo(np.float32).eps)
 
 
@@ -177,7 +180,7 @@ def _compare_outputs(verdict: Verdict, case: str, wanted: dict, found: dict, mov
     for name in wanted:
         sides = [_as_float(values[name]) for values in (wanted, found, moved)]
         # Places that a model fills with -infinity, as those of words that a text has not.
-        if np.array_equal(*(np.isneginf(side) for side in sides[:2])):
+        if np.array_equal(np.isneginf(sides[0]), np.isneginf(sides[1])):
             sides = [np.where(np.isneginf(side), np.float32(0), side) for side in sides]
         wanted[name], found[name], moved[name] = sides
         right, _, other = sides

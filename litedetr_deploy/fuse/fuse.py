@@ -19,8 +19,9 @@ from ..artifact import CANNOT_TELL, FAILED, METADATA_KEY, NO_DIGEST, load_onnx, 
 from ..errors import CheckFailed, LiteDetrError, nearest
 from ..files import replaced_when_done
 from ..ops import onnx_schema, schema
+from ..verify.inputs import make
 from ..verify.verdict import Verdict
-from . import compare, emit, inputs, types
+from . import compare, emit, types
 from .emit import Sizes
 from .facts import Facts
 from .limits import ATTENTIONS, OPSET
@@ -150,7 +151,7 @@ class _Work:
         self.proto = _normalised(proto)
         self.half = types.holds(self.proto, types.HALVES)
         self.wide = types.as_float(self.proto, types.HALVES) if self.half else self.proto
-        self.feeds = inputs.make(self.wide, given)
+        self.feeds = make(self.wide, given)
         self.verdict = Verdict(AGAINST, "the model's float twin" if self.half else "the model")
         self.facts: list[Facts] = []
         self.regions: list[Matched] = []

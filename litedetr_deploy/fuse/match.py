@@ -96,11 +96,10 @@ class Region:
     def structure(self) -> dict[str, object]:
         """Return what must not depend on the sizes of the inputs, by what a message calls it."""
         references, scale = self.references, self.offsets.scale
-        is_box = isinstance(references, Box)
         return {
             "number of heads, channels or points": (self.heads, self.channels, self.points),
             "value": self.value.name,
-            "reference points": references.box if is_box else [
+            "reference points": references.box if isinstance(references, Box) else [
                 (part.value.name, part.repeated, part.columns, part.first) for part in references
             ],
             "weights": (self.is_weights, _layout(self.logits)),
@@ -203,7 +202,8 @@ class _Match:
         self._measure()
 
     def _measure(self) -> None:
-        self.sizes = tuple(tuple(self.facts.shape(node.inputs[0])[2:]) for node in self.samplers)
+        shapes = [self.facts.shape(node.inputs[0]) for node in self.samplers]
+        self.sizes = tuple((shape[2], shape[3]) for shape in shapes)
         self.points = tuple(self.facts.shape(node.inputs[1])[2] for node in self.samplers)
 
     def _value(self) -> ir.Value:
@@ -285,13 +285,13 @@ class _Match:
         node = value.producer()
         if node is None or node.op_type not in MOVING:
             raise NotMatched(f"besides samples, {describe(node)} is weighed")
-        level, place = np.full(flat.shape, -1), np.full(flat.shape, -1)
+        levels, places = np.full(flat.shape, -1), np.full(flat.shape, -1)
         for part, chosen, moved in pull(node, value, flat, self.facts):
             where = slice(None) if chosen is None else chosen
-            level[where], place[where] = self._trace(part, moved)
-        if (level < 0).any():
+            levels[where], places[where] = self._trace(part, moved)
+        if (levels < 0).any():
             raise NotMatched(f"the samples stop at {describe(node)}")
-        return level, place
+        return levels, places
 
     def _logits(self, pairs: list[tuple[int, int]]) -> tuple[Rows, bool]:
         others = [value for value in self.product.inputs if value is not self.samples]
@@ -474,8 +474,8 @@ class _Match:
             wanted = wanted + (np.arange(counts[i]) * step).reshape([-1 if j == i else 1 for j in range(4)])
         if not np.array_equal(places, np.broadcast_to(wanted, places.shape)):
             return None
-        repeated = tuple(step == 0 and count > 1 for step, count in zip(steps, counts))
-        return Points(sources[0].value, repeated, columns, first)
+        batch, queries, level = (step == 0 and count > 1 for step, count in zip(steps, counts))
+        return Points(sources[0].value, (batch, queries, level), columns, first)
 
     def _output(self) -> ir.Value:
         """Return the value behind the weighted sum that has the elements of [N, Q, M*D] in this order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,14 +38,14 @@ def _rt_options(**options):
     return {
         "backbone_config": _rt_resnet(), "encoder_in_channels": [16, 24, 32], "encoder_hidden_dim": 32,
         "decoder_in_channels": [32, 32, 32], "encoder_ffn_dim": 32, "d_model": 32, "num_queries": 12,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 32, "decoder_layers": 1,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 32, "decoder_layers": 2,
         "num_labels": 5, "anchor_image_size": None, "hidden_expansion": 0.5,
     } | options  # fmt: skip
 
 
 def deformable_detr(**options):
     config = transformers.DeformableDetrConfig(
-        backbone_config=_resnet(), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        backbone_config=_resnet(), d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12, two_stage_num_proposals=12,
         **({"two_stage": True, "with_box_refine": True, "num_labels": 5} | options),
     )  # fmt: skip
@@ -71,7 +72,7 @@ def mask2former():
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
         feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
-        decoder_layers=1, num_attention_heads=4, dim_feedforward=32, num_queries=6, num_labels=5,
+        decoder_layers=2, num_attention_heads=4, dim_feedforward=32, num_queries=6, num_labels=5,
     )  # fmt: skip
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
@@ -82,7 +83,7 @@ def grounding_dino():
         text_config=transformers.BertConfig(
             vocab_size=200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
         ),
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12, max_text_len=8,
     )  # fmt: skip
     return transformers.GroundingDinoForObjectDetection(config)
@@ -94,7 +95,7 @@ def lw_detr():
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, pretrain_image_size=64,
             patch_size=16, num_windows=4, window_block_indices=[0], out_indices=[1, 2],
         ),
-        d_model=32, decoder_layers=1, decoder_self_attention_heads=4, decoder_cross_attention_heads=4,
+        d_model=32, decoder_layers=2, decoder_self_attention_heads=4, decoder_cross_attention_heads=4,
         decoder_ffn_dim=32, num_queries=12, num_labels=5, projector_scale_factors=[2.0, 0.5], group_detr=1,
     )  # fmt: skip
     return transformers.LwDetrForObjectDetection(config)
@@ -134,10 +135,14 @@ def _text_masks(tokens):
 
 def make(name: str, **options) -> nn.Module:
     torch.manual_seed(7)
-    model = MODELS[name](**options).eval()
+    return randomised(MODELS[name](**options))
+
+
+def randomised(model: nn.Module, within: str = "") -> nn.Module:
+    """Return a model for inference, with noise on the parameters whose names have a match of the pattern `within`."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
+        for name, parameter in model.eval().named_parameters():
+            if parameter.is_floating_point() and re.search(within, name):
                 parameter.add_(torch.randn_like(parameter) * WEIGHTS)
     return model
 
@@ -152,9 +157,17 @@ def _constant_text(model: Wrapped):
 def export(
     path: Path, name: str, dynamo: bool, batch=False, sides=False, opset: int = 0, masked=False, **options
 ) -> Path:  # fmt: skip
-    """Write the ONNX file of a model; batch, sides: whether these are dynamic; masked: whether it takes a mask."""
+    """Write the ONNX file of a small model; batch, sides: whether these are dynamic; masked: it takes a mask."""
     model = Wrapped(name, make(name, **options)).eval()
-    height, width = SIZES.get(name, SIZE)
+    return write(path, model, SIZES.get(name, SIZE), dynamo, batch, sides, opset, masked)
+
+
+def write(
+    path: Path, model: Wrapped, size: tuple[int, int], dynamo=False, batch=False, sides=False, opset: int = 0,
+    masked=False,
+) -> Path:  # fmt: skip
+    """Write the ONNX file of a model for images of (height, width) `size`; the rest as in `export`."""
+    height, width = size
     n = 2 if batch else 1  # torch.export takes a size of 1 for a constant
     inputs = {"images": torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(3))}
     if masked:
@@ -174,7 +187,7 @@ def export(
             # Optimised by the exporter, the file of Deformable DETR lacks a bound that a Clip reads.
             torch.onnx.export(
                 model, tuple(inputs.values()), dynamo=True, opset_version=opset or 18,
-                optimize=name != "deformable_detr",
+                optimize=not isinstance(model.model, transformers.DeformableDetrForObjectDetection),
                 dynamic_shapes=tuple(dynamic.values()) if batch or sides else None, **shared,
             ).save(path)  # fmt: skip
         else:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from ..errors import LiteDetrError
-from ..verify.probes import make_probes
+from .probes import make_probes
 
 # (batch, image (height, width), other dynamic sizes), where a graph leaves them open.  A batch of 1 would hide which
 # axis it is; unlike sides keep height and width apart.
@@ -54,6 +54,13 @@ def make(proto: onnx.ModelProto, given: Mapping[str, np.ndarray] | None = None) 
             feed[info.name] = given[info.name] if info.name in given else _content(info, tuple(shape), turn, feed)
         feeds.append(feed)
     return feeds
+
+
+def feed_any(proto: onnx.ModelProto, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what a graph can be run on, of which `images` [N, 3, H, W] is its first input of four axes."""
+    inputs = (info for info in proto.graph.input if len(info.type.tensor_type.shape.dim) == 4)
+    name = next((info.name for info in inputs), None)
+    return make(proto, {name: images} if name else None)[0]
 
 
 def read(path: Path | None) -> dict[str, np.ndarray] | None:
