@@ -36,12 +36,12 @@ def d_fine():
 
 
 def lw_detr():
-    return transformers.LwDetrForObjectDetection(transformers.LwDetrConfig())
+    return transformers.LwDetrForObjectDetection(transformers.LwDetrConfig(projector_scale_factors=[1.0]))
 
 
 MODELS = {  # title, (height, width), model
     "deformable_detr": ("Deformable DETR R50, two-stage", (800, 1333), deformable_detr),
-    "mask2former": ("Mask2Former Swin-T", (640, 640), mask2former),
+    "mask2former": ("Mask2Former Swin-S", (640, 640), mask2former),
     "rt_detr": ("RT-DETR R50", (640, 640), rt_detr),
     "d_fine": ("D-FINE", (640, 640), d_fine),
     "lw_detr": ("LW-DETR", (640, 640), lw_detr),

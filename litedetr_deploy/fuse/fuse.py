@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from .. import __version__
-from ..artifact import CANNOT_TELL, FAILED, METADATA_KEY, NO_DIGEST, load_onnx, seal, sha256
+from ..artifact import CANNOT_TELL, FAILED, METADATA_KEY, NO_DIGEST, load_onnx, parse_metadata, seal, sha256
 from ..errors import CheckFailed, LiteDetrError, nearest
 from ..files import replaced_when_done
 from ..ops import onnx_schema, schema
@@ -90,6 +90,11 @@ def fuse_onnx(
             f"{model} is fused already: it holds {count} attention ops of the domain {schema.DOMAIN!r}. Give the model "
             "that it was made from."
         )
+    if (size := proto.ByteSize()) >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise LiteDetrError(
+            f"{model} holds {size / 1e9:.1f} GB, and a model that is fused must fit into one file of 2 GB. Convert its "
+            "weights to FP16 first."
+        )
     work = _Work(model, proto, attention, inputs, progress)
     work.match()
     if work.regions and verify:
@@ -99,7 +104,7 @@ def fuse_onnx(
     with replaced_when_done(path) as temporary, replaced_when_done(path.with_suffix(".json")) as temporary_json:
         progress("replace them")
         fused = work.fused()
-        metadata = _metadata(model, work.proto, fused, attention)
+        metadata = _metadata(model, work.proto, work.opset, attention)
         _write(fused, metadata, temporary)
         onnx_schema.register()
         onnx.checker.check_model(temporary)
@@ -327,7 +332,9 @@ def _stored(proto: onnx.ModelProto, kinds: Mapping[str, ir.DataType]) -> dict[st
     return {name: ir.DataType(known[name]) if known.get(name) else kind for name, kind in kinds.items()}
 
 
-def _metadata(source, original: onnx.ModelProto, model: ir.Model, attention: str) -> dict:
+def _metadata(source, original: onnx.ModelProto, opset: int, attention: str) -> dict:
+    """Return what the fused file says of itself, and what the original says if this package made it."""
+    own = next((parse_metadata(e.value, source) for e in original.metadata_props if e.key == METADATA_KEY), {})
     images = next((info for info in original.graph.input if len(info.type.tensor_type.shape.dim) == 4), None)
     sides = [dim.dim_value or None for dim in images.type.tensor_type.shape.dim[2:]] if images is not None else [None]
     operators = {node.op_type for node in original.graph.node}
@@ -336,9 +343,9 @@ def _metadata(source, original: onnx.ModelProto, model: ir.Model, attention: str
         precision = "fp16" if types.holds(original, types.HALVES[:1]) else "bf16"
     if "QuantizeLinear" in operators:
         precision = "int8"
-    return {
+    return own | {
         "tool_version": __version__, "op_version": schema.VERSION, "attention": attention, "precision": precision,
-        "opset": model.opset_imports[""], "image_size": sides if None not in sides else None,
+        "opset": opset, "image_size": sides if None not in sides else None,
         "fused_from": {"name": Path(source).name, "sha256": sha256(source)},
     }  # fmt: skip
 

@@ -99,4 +99,5 @@ def _content(
     images = next((array for array in feed.values() if array.ndim == 4), None)
     if shape[1:] == (2,) and images is not None:
         return np.tile(np.array(images.shape[:1:-1], dtype), (shape[0], 1))
-    return np.ones(shape, dtype)
+    # A mask of booleans marks padding, one of numbers what is no padding.
+    return np.zeros(shape, dtype) if kind == onnx.TensorProto.BOOL else np.ones(shape, dtype)

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 import litedetr_deploy as ld
-from litedetr_deploy.artifact import CANNOT_TELL, VERIFIED, distrust
+from litedetr_deploy.artifact import CANNOT_TELL, METADATA_KEY, VERIFIED, distrust, onnx_metadata
 from litedetr_deploy.errors import CheckFailed, LiteDetrError
 from litedetr_deploy.fuse import compare, emit, plugins, types
 from litedetr_deploy.ops import reference, schema
@@ -180,6 +180,18 @@ def test_the_file_says_what_it_is(tmp_path):
     model.graph.node[0].doc_string = "changed"
     onnx.save(model, report.path)
     assert "rewritten" in distrust(report.path, report.metadata)
+
+
+def test_what_this_package_wrote_keeps_what_it_says(tmp_path):
+    original = attention.export(tmp_path / "original.onnx")
+    model = onnx.load(original)
+    own = {"class_names": ["cat"], "attention": "gridsample", "verification": {"verdict": "failed"}}
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(own))
+    onnx.save(model, original)
+    report = ld.fuse_onnx(original, tmp_path / "fused.onnx")
+    found = onnx_metadata(onnx.load(report.path), report.path)
+    assert found["class_names"] == ["cat"] and found["attention"] == "op"
+    assert found["verification"]["verdict"] == VERIFIED
 
 
 def test_unverified(tmp_path):
