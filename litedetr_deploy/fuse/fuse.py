@@ -18,7 +18,7 @@ from .. import __version__
 from ..artifact import CANNOT_TELL, FAILED, METADATA_KEY, NO_DIGEST, load_onnx, parse_metadata, seal, sha256
 from ..errors import CheckFailed, LiteDetrError, nearest
 from ..files import replaced_when_done
-from ..ops import onnx_schema, schema
+from ..ops import schema
 from ..verify.inputs import make
 from ..verify.verdict import Verdict
 from . import compare, emit, types
@@ -106,12 +106,10 @@ def fuse_onnx(
         fused = work.fused()
         metadata = _metadata(model, work.proto, work.opset, attention)
         _write(fused, metadata, temporary)
-        onnx_schema.register()
-        onnx.checker.check_model(temporary)
         if verify:
             work.compare_whole(onnx.load(temporary))
         else:
-            work.verdict = Verdict(AGAINST, skipped="it was not asked for")
+            work.verdict = Verdict(work.against, skipped="it was not asked for")
         metadata |= {"verification": work.verdict.summary(), "digest": NO_DIGEST}
         _write(fused, metadata, temporary)
         seal(temporary)
@@ -151,13 +149,16 @@ class _Work:
         self.path, self.attention, self.progress = path, attention, progress
         proto, plugins = expand(proto, path)
         proto, self.repairs = repair(proto, path)
+        self.against = AGAINST
         if plugins:
-            self.repairs.append(f"{plugins} plugin nodes, which no runtime here runs, written in standard operators")
+            self.against = "the definition of its plugins in ONNX Runtime"
+            many = "s" if plugins > 1 else ""
+            self.repairs.append(f"{plugins} plugin node{many}, which no runtime here runs, in standard operators")
         self.proto = _normalised(proto)
         self.half = types.holds(self.proto, types.HALVES)
         self.wide = types.as_float(self.proto, types.HALVES) if self.half else self.proto
         self.feeds = make(self.wide, given)
-        self.verdict = Verdict(AGAINST, "the model's float twin" if self.half else "the model")
+        self.verdict = Verdict(self.against, "the model's float twin" if self.half else "the model")
         self.facts: list[Facts] = []
         self.regions: list[Matched] = []
         self.left: list[Left] = []
@@ -231,7 +232,7 @@ class _Work:
             for matched in list(self.regions):
                 region = matched.versions[turn]
                 self.progress(f"compare {region.name}{elsewhere}")
-                row, case = Verdict(AGAINST), f"each attention alone, relative{elsewhere}"
+                row, case = Verdict(self.against), f"each attention alone, relative{elsewhere}"
                 arguments = region, matched.sizes, facts, self.kinds, self.attention, self.opset, values
                 is_blind = compare.compare_region(row, case, *arguments)
                 if row.status == FAILED:
@@ -263,6 +264,7 @@ class _Work:
             old.replace_all_uses_with(written.output, replace_graph_outputs=True)
             old.name, written.output.name = f"{region.name}/unfused", region.name
             written.output.type, written.output.shape = old.type, old.shape
+            values[region.name] = written.output  # which another region may read
         if self.attention == "op":
             model.opset_imports[schema.DOMAIN] = schema.VERSION
         common.RemoveUnusedNodesPass()(model)

@@ -539,7 +539,7 @@ def _is(factor: np.ndarray | float, number: float) -> bool:
 
 def _stopped(what: str, ends: Sequence[Source]) -> str:
     nodes = list(dict.fromkeys(describe(end.value.producer()) for end in ends))
-    return f"{what} cannot be followed beyond {' and '.join(nodes[:2])}, and is not in the op's order up to there"
+    return f"{what} cannot be followed beyond {' and '.join(nodes[:2])}, and up to there nothing has the op's order"
 
 
 def _checked_places(sizes: tuple[int, int, int, int]) -> np.ndarray:
