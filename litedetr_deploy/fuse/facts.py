@@ -72,6 +72,8 @@ def _run(proto: onnx.ModelProto, names: list[str], feed: Mapping[str, np.ndarray
     options = onnxruntime.SessionOptions()
     # What is asked for is nearly every value: to optimise costs more than it saves.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Shapes first: otherwise every value waits in memory for its own.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     arrays = create_session(probed.SerializeToString(), options=options).run(None, dict(feed))
     shapes = {name: tuple(map(int, shape)) for name, shape in zip(shaped, arrays)}
     shapes |= {name: array.shape for name, array in feed.items()}
