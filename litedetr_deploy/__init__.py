@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import LiteDetrError as LiteDetrError
     from .evaluate.evaluate import evaluate as evaluate
     from .export.export import export_onnx as export_onnx
+    from .fuse.fuse import fuse_onnx as fuse_onnx
     from .model.checkpoints import load_model as load_model
     from .model.checkpoints import save_checkpoint as save_checkpoint
     from .ops import native as native
@@ -23,8 +24,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "load_model": "model.checkpoints", "save_checkpoint": "model.checkpoints", "export_onnx": "export.export",
-    "build_engine": "engine.build", "create_session": "runtime.session", "Detector": "runtime.detector",
-    "LiteDetrError": "errors",
+    "fuse_onnx": "fuse.fuse", "build_engine": "engine.build", "create_session": "runtime.session",
+    "Detector": "runtime.detector", "LiteDetrError": "errors",
 }  # fmt: skip
 _MODULES = {"native": "ops.native", "ops": "ops", "evaluate": "evaluate", "verify": "verify"}  # two are callable
 

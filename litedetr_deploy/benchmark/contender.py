@@ -18,6 +18,7 @@ from ..errors import LiteDetrError
 from ..model.paper import PUBLISHED
 from ..ops import native
 from ..runtime.tensorrt import read_record
+from ..verify.inputs import feed_any
 from ..verify.probes import feed
 from ..verify.reference import BOXES, INDICES, LOGITS, SCORES, Weights
 from . import timing
@@ -168,7 +169,10 @@ class _OnnxRuntime(Engine):
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # FP32 is what the row says
         self._create = functools.partial(create_session, providers=providers, threads=self.spec.threads)
         self._session = self._create(self.file)
-        self._feed = self.feed({value.name for value in self._session.get_inputs()})
+        names = {value.name for value in self._session.get_inputs()}
+        self._feed = self.feed(names)
+        if names - self._feed.keys():  # a model of others
+            self._feed = feed_any(load_onnx(self.file, weights=False), self.pixels)
         self._run = functools.partial(self._session.run, None, self._feed)
         if self.spec.device == "cuda":
             from onnxruntime import OrtValue

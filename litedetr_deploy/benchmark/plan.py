@@ -171,7 +171,9 @@ def make_plan(
 
 def _of_artifact(spec: Spec, backends: Sequence[str]) -> list[Spec]:
     metadata, device = artifact_metadata(Path(spec.model)), spec.device
-    attention, precision = metadata.get("attention", "op"), metadata.get("precision", "fp32")
+    # What others made of deformable attention has GridSample.
+    attention = metadata.get("attention", "op" if metadata else "gridsample")
+    precision = metadata.get("precision", "fp32")
     size = tuple(metadata.get("image_size") or spec.image_size)
     also = [name for name in backends if BACKENDS[name].engine == "openvino" and BACKENDS[name].attention == attention]
     names = [f"onnxruntime-{attention}", *also]

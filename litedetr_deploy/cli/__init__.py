@@ -17,6 +17,7 @@ from .build import build
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
+from .fuse import fuse
 from .predict import predict
 from .verify import verify
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Deploy Lite DETR and other detectors with deformable attention.",
 )
-for command in (export, build, verify, predict, evaluate, doctor):
+for command in (export, fuse, build, verify, predict, evaluate, doctor):
     app.command()(guarded(described(command)))
 app.add_typer(benchmark, name="benchmark")
 

@@ -248,6 +248,10 @@ def _examine(report, trt, plan, onnx, verify, images, progress):
     precision = report.metadata["precision"]
     if not verify:
         report.verdict.skipped = "it was not asked for"
+    elif "fused_from" in report.metadata:
+        report.verdict.skipped = (
+            "its inputs and outputs are those of another exporter, of which detections are not known"
+        )
     elif precision == "bf16":
         report.verdict.skipped = "ONNX Runtime's CPU does not compute in bfloat16"
     else:

@@ -38,7 +38,10 @@ def shapes(
 
     inputs: name -> shape in the graph, -1 where any size will do; batch, image_size: see `api.Options`.
     """
-    fixed_batch, _, *fixed = inputs["images"]
+    images = next((name for name, shape in inputs.items() if len(shape) == 4), None)
+    if images is None:
+        raise LiteDetrError(f"the graph has no input of images, [N, 3, H, W], among {', '.join(inputs)}.")
+    fixed_batch, _, *fixed = inputs[images]
     if batch is None:
         batch = BATCH if fixed_batch < 0 else (fixed_batch,) * 3
     elif fixed_batch >= 0 and set(batch) != {fixed_batch}:
@@ -54,7 +57,10 @@ def shapes(
             "export the model for it: `litedetr export --image-size HEIGHTxWIDTH`, or 'dynamic' for several."
         )
     return {
-        name: [_fill(name, shape, n, size) for n, size in zip(batch, sizes if len(sizes) == 3 else [*sizes] * 3)]
+        name: [
+            _fill("images" if name == images else name, shape, n, size)
+            for n, size in zip(batch, sizes if len(sizes) == 3 else [*sizes] * 3)
+        ]
         for name, shape in inputs.items()
     }
 

@@ -129,12 +129,12 @@ def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, 
         found, wanted = _rows(values[region.output]).double(), compute(**inputs)
         singles = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
         checks.append((found, wanted, compute(**singles)))
-        difference = max(_relative(found - right, right) for found, right, _ in checks)
-        tolerance = SPREADS * max(_relative(rounded - right, right) for _, right, rounded in checks) + floor
+        difference = max(relative(found - right, right) for found, right, _ in checks)
+        tolerance = SPREADS * max(relative(rounded - right, right) for _, right, rounded in checks) + floor
         verdict.add(f"{case}, attention alone, relative", region.module, difference, tolerance)
         names = ("sampling_offsets", schema.INPUTS[region.op_type][0][0])
         wrong = (compute(**inputs | {name: inputs[name] * WRONG}) for name in names)
-        if all(_relative(found - other, wanted) <= tolerance for other in wrong):
+        if all(relative(found - other, wanted) <= tolerance for other in wrong):
             blind.append(region.module)
     if len(regions) < len(modules):
         verdict.undecided = (
@@ -149,7 +149,7 @@ def compare_regions(verdict: Verdict, case: str, regions: list[Region], values, 
         )
 
 
-def _relative(difference: Tensor, wanted: Tensor) -> float:
+def relative(difference: Tensor, wanted: Tensor) -> float:
     """Return the root mean square of `difference` as a part of that of `wanted`."""
     return float(difference.square().mean().sqrt() / (wanted.square().mean().sqrt() or 1.0))
 

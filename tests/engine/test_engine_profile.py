@@ -62,3 +62,11 @@ def test_what_the_graph_cannot_take(inputs, options, message):
 def test_wrong_order(batch, image_size, message):
     with pytest.raises(ld.LiteDetrError, match=message):
         profile.check(batch, image_size)
+
+
+def test_images_by_another_name():
+    inputs = {"pixel_mask": (-1, 64, 96), "pixel_values": (-1, 3, 64, 96)}
+    found = profile.shapes(inputs, (1, 2, 4))
+    assert found["pixel_values"] == [(n, 3, 64, 96) for n in (1, 2, 4)] and found["pixel_mask"][2] == (4, 64, 96)
+    with pytest.raises(ld.LiteDetrError, match="no input of images"):
+        profile.shapes({"tokens": (-1, 64)})
