@@ -229,6 +229,8 @@ class Cache:
         """Make everything that measuring needs but engines; return the files."""
         files = []
         for spec in specs:
+            if spec.precision not in ENGINES[spec.way.engine][2]:
+                continue
             files += [self.reference(spec).path, *([] if spec.way.engine == "pytorch" else [self._export(spec)])]
         return list(dict.fromkeys(files))
 
