@@ -18,7 +18,6 @@ from ..errors import LiteDetrError
 from ..model.paper import PUBLISHED
 from ..ops import native
 from ..runtime.tensorrt import read_record
-from ..verify.inputs import feed_any
 from ..verify.probes import feed
 from ..verify.reference import BOXES, INDICES, LOGITS, SCORES, Weights
 from . import timing
@@ -172,6 +171,8 @@ class _OnnxRuntime(Engine):
         names = {value.name for value in self._session.get_inputs()}
         self._feed = self.feed(names)
         if names - self._feed.keys():  # a model of others
+            from ..verify.inputs import feed_any
+
             self._feed = feed_any(load_onnx(self.file, weights=False), self.pixels)
         self._run = functools.partial(self._session.run, None, self._feed)
         if self.spec.device == "cuda":
