@@ -241,7 +241,11 @@ cudaError_t cudaFree(void* data) {
   const auto found = allocations.find(static_cast<char*>(data));
   if (found == allocations.end()) return cudaErrorInvalidValue;
   const Allocation& allocation = found->second;
-  ASAN_UNPOISON_MEMORY_REGION(allocation.mapping, allocation.mapped);
+  /* What cudaMalloc poisoned, and no more: a large tensor's shadow would take memory. */
+  char* const start = found->first;
+  ASAN_UNPOISON_MEMORY_REGION(allocation.mapping, start - allocation.mapping);
+  ASAN_UNPOISON_MEMORY_REGION(start + allocation.bytes,
+                              allocation.mapping + allocation.mapped - start - allocation.bytes);
   munmap(allocation.mapping, allocation.mapped + static_cast<size_t>(sysconf(_SC_PAGESIZE)));
   allocations.erase(found);
   return cudaSuccess;
