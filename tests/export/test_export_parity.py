@@ -22,13 +22,14 @@ def run_probed(path, golden: Golden) -> dict[str, np.ndarray]:
     sizes = golden.outputs["target_sizes"][:, ::-1]  # official: (height, width)
     feed = {"images": golden.images * std + mean, "orig_target_sizes": sizes, "pixel_mask": golden.pixel_mask}
     names = [*OUTPUTS, *PROBES]
-    return dict(zip(names, ld.create_session(model.SerializeToString()).run(names, feed)))
+    return dict(zip(names, ld.create_session(model.SerializeToString(), threads=1).run(names, feed)))
 
 
 # Exports take most of the tests' time: the schedule (6+1)x1 is checked with the op alone, whose graph differs from
-# that of (2+1)x3 only in which layers are F; and GridSample with that schedule alone.
-GATHERED = [case for case in CASES if "6p1x1" not in case[0]]
-SAMPLED = [case for case in CASES if "2p1x3" in case[0]]
+# that of (2+1)x3 only in which layers are F; in standard ops the padded batch stands for a single image, and GridSample
+# is checked with that schedule alone.
+GATHERED = [case for case in CASES if "6p1x1" not in case[0] and case[1] == "batch2"]
+SAMPLED = [case for case in GATHERED if "2p1x3" in case[0]]
 
 
 def slow(case, attention) -> list:
