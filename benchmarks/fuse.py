@@ -55,7 +55,9 @@ def measure(folder: Path, name: str) -> tuple[int, dict[int, list[float]]]:
     _, size, model = MODELS[name]
     original, fused = folder / f"{name}.onnx", folder / f"{name}-fused.onnx"
     if not original.is_file():
-        zoo.write(original, zoo.Wrapped(name, zoo.randomised(model(), ATTENTION)).eval(), size)
+        wrapped = zoo.Wrapped(name, zoo.randomised(model(), ATTENTION)).eval()
+        # With a fixed batch TorchScript leaves grids in float64, which ONNX Runtime does not load.
+        zoo.write(original, wrapped, size, batch=True)
     if not fused.is_file():
         ld.fuse_onnx(original, fused)
     report = folder / f"{name}-latency"
