@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -30,6 +31,7 @@ def computes_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(describe_cpu()[1])
 
 
+@functools.cache  # every session asks, and Linux takes its time to list many cores
 def has_vnni() -> bool:
     """Return whether the processor sums products of INT8 in 32 bits: AVX512-VNNI or AVX-VNNI.  False where Linux does
     not say so."""

@@ -14,7 +14,7 @@ from ..evaluate.data import Dataset
 from ..evaluate.evaluate import Evaluation, Options, evaluate
 from ..evaluate.match import compare_detections
 from ..export.export import export_onnx
-from ..export.limits import Int8
+from ..export.limits import INT8_ON_CPU, Int8, split
 from ..machine import computes_bfloat16, installed_version
 from ..model.deployed import TorchSession
 from ..model.detector import Detector
@@ -24,7 +24,6 @@ from ..verify.typed import float_twin
 from . import harness, report, timing
 
 PACKAGES = ("litedetr-deploy", "torch", "onnxruntime", "openvino", "onnx", "numpy")
-ON_CPU = "int8-cpu"  # the precision 'int8' for the target 'cpu'
 COLUMNS = (
     "attention", "precision", "runs in", "MB", "INT8 nodes", "half nodes", "casts", "AP", "AP lost", "score differs",
     "unmatched", "ms", "ratio", "verified",
@@ -33,7 +32,7 @@ HOW = (
     "'AP lost' is PyTorch's in FP32 less this one's; 'score differs' is the largest difference of detections that "
     "match (label, IoU 0.5, score 0.05), 'unmatched' are those that do not, of both; milliseconds are medians of one "
     "image on the CPU. ONNX Runtime lacks bfloat16 kernels: that AP is computed in FP32 from rounded values. "
-    f"{ON_CPU!r} is INT8 with --target cpu; all but it and fp32 are for GPUs."
+    f"{INT8_ON_CPU!r} is INT8 with --target cpu; all but it and fp32 are for GPUs."
 )
 
 
@@ -48,15 +47,10 @@ class _Session(harness.Contender):
         return self._session.run(self._feed)
 
 
-def split(precision: str) -> tuple[str, str]:
-    """Return the precision and the target of the export that `precision`, one of the table's, stands for."""
-    return ("int8", "cpu") if precision == ON_CPU else (precision, "gpu")
-
-
 def _runtimes(precision: str) -> dict[str, dict]:
     """Return what runs such a model on this CPU, by the name in the table, as options of `open_session`."""
     runtimes: dict[str, dict] = {"onnxruntime": {}}
-    if precision in ("fp32", ON_CPU) and installed_version("openvino"):
+    if precision in ("fp32", INT8_ON_CPU) and installed_version("openvino"):
         runtimes["openvino"] = {"runtime": "openvino"}
         if computes_bfloat16():
             runtimes["openvino bf16"] = {"runtime": "openvino", "precision": "bf16"}
@@ -71,8 +65,8 @@ def measure(
     """Export `model` into `folder` in every precision and attention; return PyTorch's evaluation in FP32, and, as JSON
     types, the figures of each in every runtime that has kernels for it: `median` in seconds, None where none has.
 
-    precisions: those of an export, and ON_CPU; calibration: images for INT8, as `Int8` takes them; seconds: of timed
-    calls, for each; progress: as of `evaluate`.
+    precisions: those of an export, and INT8_ON_CPU; calibration: images for INT8, as `Int8` takes them; seconds: of
+    timed calls, for each; progress: as of `evaluate`.
     """
 
     def say(what: str) -> Callable[[str], None]:

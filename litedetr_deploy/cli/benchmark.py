@@ -179,8 +179,8 @@ def precision(
     calibration: Annotated[Path | None, typer.Option(
         help="Directory of images to calibrate INT8 on; needed with --data.")] = None,
     precisions: Annotated[str, typer.Option(
-        help=f"Separated by commas: {', '.join(limits.PRECISIONS)}; and int8-cpu, INT8 with --target cpu.",
-    )] = ",".join((*limits.PRECISIONS, "int8-cpu")),
+        help=f"Separated by commas: {', '.join(limits.PRECISIONS)}; and {limits.INT8_ON_CPU}, INT8 with --target cpu.",
+    )] = ",".join((*limits.PRECISIONS, limits.INT8_ON_CPU)),
     attentions: Annotated[str, typer.Option(help="Separated by commas: op, gather, gridsample.")] = "op,gather",
     image_size: _options.ImageSize = "256x256",
     count: _options.Count = None,
@@ -196,9 +196,10 @@ def precision(
     """
     wanted, size = (names(precisions), names(attentions)), _checks.image_sizes(image_size)[0]
     for kind, attention in itertools.product(*wanted):
-        limits.check(attention, kind.removesuffix("-cpu"), size, "detections", limits.FIRST_OPSET)
+        export_precision, target = limits.split(kind)
+        limits.check(attention, export_precision, size, "detections", limits.FIRST_OPSET, target=target)
     check_threads([threads])
-    if data and any(kind.startswith("int8") for kind in wanted[0]) and calibration is None:
+    if data and "int8" in {limits.split(kind)[0] for kind in wanted[0]} and calibration is None:
         raise LiteDetrError(
             "INT8 needs images like those of --data to calibrate on: give a directory of them with --calibration, or "
             "leave int8 out of --precisions."

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ..artifact import check_file
-from ..errors import LiteDetrError, nearest, printable
+from ..errors import LiteDetrError, printable
+from ..export.limits import check_choice
 from ..fuse.limits import ATTENTIONS
 from . import _checks
 from ._console import Stages, escaped, finish, new_table, print_verdict, stdout_console
@@ -19,9 +20,7 @@ def fuse(
     as_json: bool = False,
 ):
     """Replace the deformable attentions of any ONNX model and prove the result equal."""
-    if attention not in ATTENTIONS:
-        known = " or ".join(map(repr, ATTENTIONS)) + "." + nearest(attention, ATTENTIONS)
-        raise LiteDetrError(f"The attention is {attention!r}; it must be {known}")
+    check_choice("attention", attention, ATTENTIONS)
     check_file(model, "an ONNX model")
     if output.suffix.lower() != ".onnx":
         raise LiteDetrError(f"The output is {output}; its name must end in .onnx.")

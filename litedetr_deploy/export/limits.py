@@ -13,6 +13,7 @@ from ..errors import LiteDetrError, Notice, nearest
 ATTENTIONS = ("op", "gather", "gridsample")
 OUTPUTS = ("detections", "raw")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+INT8_ON_CPU = "int8-cpu"  # in one word the precision 'int8' for the target 'cpu'
 TARGETS = ("gpu", "cpu")
 CALIBRATION_IMAGES = 128  # of a larger folder, where no number is asked for
 # The first where none is asked for: percentiles cost lite-dino-shapes less than 0.01 AP, extremes a little more;
@@ -48,7 +49,7 @@ class Int8:
 
     def check(self) -> None:
         """Raise LiteDetrError for values that are not allowed, with the value and what it may be."""
-        _check_choice("calibration method", self.method, CALIBRATION_METHODS)
+        check_choice("calibration method", self.method, CALIBRATION_METHODS)
         if self.count is not None and self.count < 1:
             raise LiteDetrError(f"the number of calibration images is {self.count}; it must be 1 or more.")
         if self.images is None and (self.ranks or self.count is not None):
@@ -101,10 +102,10 @@ def check(
     target: str = "gpu",
 ) -> None:  # fmt: skip
     """Raise LiteDetrError for options that are not allowed, with the value and what it may be."""
-    _check_choice("attention", attention, ATTENTIONS)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_choice("outputs", outputs, OUTPUTS)
-    _check_choice("target", target, TARGETS)
+    check_choice("attention", attention, ATTENTIONS)
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("outputs", outputs, OUTPUTS)
+    check_choice("target", target, TARGETS)
     if target == "cpu" and precision in ("fp16", "bf16"):
         raise LiteDetrError(
             f"precision is {precision!r} and target 'cpu', which lacks kernels for it. Choose 'fp32' or 'int8'; "
@@ -159,7 +160,12 @@ def check_tokens(height: int, width: int, num_queries: int, num_levels: int) -> 
         )
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def split(precision: str) -> tuple[str, str]:
+    """Return the precision and the target of an export that `precision`, of PRECISIONS or INT8_ON_CPU, stands for."""
+    return ("int8", "cpu") if precision == INT8_ON_CPU else (precision, "gpu")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         choices = " or ".join(map(repr, allowed))
         raise LiteDetrError(f"{name} is {value!r}; it must be {choices}.{nearest(value, allowed)}")

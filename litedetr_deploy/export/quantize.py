@@ -227,14 +227,15 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], targe
             users = list(given.uses())
             # Where OpenVINO asks such an output for its shape, it gives all channels the bias of the first one, unless
             # the bias is added to what was quantized.  Sums of the backbone read INT8, and are not asked.
-            is_apart = bias is not None and _gives_quantized(node) and users[0][0].op_type != "Add"
+            gives_quantized = _gives_quantized(node)
+            is_apart = bias is not None and gives_quantized and users[0][0].op_type != "Add"
             if is_apart:
                 node.resize_inputs(2)
                 largest = float(np.abs(bias.const_value.numpy()).max())
                 ranges = ranges | {given.name: ranges[given.name] + largest}
             elif bias is not None:
                 node.replace_input_with(2, bias_of(node, bias, data, steps))
-            if _gives_quantized(node):
+            if gives_quantized:
                 result = rounded(given, users[0][0])
                 if is_apart:
                     columns = constant(graph, f"{bias.name}_column", bias.const_value.numpy().reshape(-1, 1, 1))

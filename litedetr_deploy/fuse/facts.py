@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from ..runtime.session import create_session
+from .types import unoptimised
 
 _SEQUENCES = {"SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SplitToSequence"}
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
@@ -69,9 +70,8 @@ def _run(proto: onnx.ModelProto, names: list[str], feed: Mapping[str, np.ndarray
         graph.output.append(onnx.ValueInfoProto(name=name))
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
     # What is asked for is nearly every value: to optimise costs more than it saves.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = unoptimised()
     # Shapes first: otherwise every value waits in memory for its own.
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     arrays = create_session(probed.SerializeToString(), options=options).run(None, dict(feed))

@@ -16,7 +16,8 @@ from onnx_ir.passes import common
 
 from .. import __version__
 from ..artifact import CANNOT_TELL, FAILED, METADATA_KEY, NO_DIGEST, load_onnx, parse_metadata, seal, sha256
-from ..errors import CheckFailed, LiteDetrError, nearest
+from ..errors import CheckFailed, LiteDetrError
+from ..export.limits import check_choice
 from ..files import replaced_when_done
 from ..ops import schema
 from ..verify.inputs import make
@@ -78,9 +79,7 @@ def fuse_onnx(
         CheckFailed: nothing was fused; the message says why.
         LiteDetrError: the file is no ONNX model, does not load, or is fused already; or bad options.
     """
-    if attention not in ATTENTIONS:
-        known = " or ".join(map(repr, ATTENTIONS)) + "." + nearest(attention, ATTENTIONS)
-        raise LiteDetrError(f"attention is {attention!r}; it must be {known}")
+    check_choice("attention", attention, ATTENTIONS)
     start, path = time.monotonic(), Path(path)
     progress("read the model")
     proto = load_onnx(model)

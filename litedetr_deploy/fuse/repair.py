@@ -43,12 +43,8 @@ def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _why_not(proto: onnx.ModelProto) -> str | None:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        create_session(proto.SerializeToString(), options=options)
+        create_session(proto.SerializeToString(), options=types.unoptimised())
     except LiteDetrError as error:
         cause = error.__cause__
         return f"{str(cause or error).strip().rstrip('.')}."

@@ -15,6 +15,15 @@ _NAMES = {"float": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16"
           "double": TensorProto.DOUBLE, "int64": TensorProto.INT64, "int32": TensorProto.INT32}  # fmt: skip
 
 
+def unoptimised():
+    """Return options of sessions that serve to ask something of a graph as it is."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
 def as_float(proto: onnx.ModelProto, kinds: Iterable[int]) -> onnx.ModelProto:
     """Return the same graph with float32 wherever it has one of these element types."""
     changed = onnx.ModelProto()
@@ -62,8 +71,6 @@ def _retype_tensor(tensor: TensorProto, kinds: set[int]) -> None:
 
 def of_values(proto: onnx.ModelProto, names: Iterable[str]) -> dict[str, int]:
     """Return the element types of values as ONNX Runtime infers them."""
-    import onnxruntime
-
     probed = onnx.ModelProto()
     probed.CopyFrom(proto)
     del probed.metadata_props[:]
@@ -74,10 +81,8 @@ def of_values(proto: onnx.ModelProto, names: Iterable[str]) -> dict[str, int]:
     asked = [name for name in names if name not in own]
     del probed.graph.output[:]
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     found = {}
     if asked:
-        for value in create_session(probed.SerializeToString(), options=options).get_outputs():
+        for value in create_session(probed.SerializeToString(), options=unoptimised()).get_outputs():
             found[value.name] = _NAMES.get(value.type.removeprefix("tensor(").removesuffix(")"), 0)
     return {name: own.get(name, found.get(name, 0)) for name in names}
