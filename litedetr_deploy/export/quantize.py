@@ -50,7 +50,7 @@ EXCLUDED = (
 # For a CPU also the stem: its input needs the steps of 8-bit pixels, and few channels gain little.  But not the values
 # of the decoder's cross-attentions, which are of all tokens.
 EXCLUDED_ON_CPU = ("detector.backbone.conv1",)
-INCLUDED_ON_CPU = ("detector.decoder.layers.*.cross_attn.value_proj",)
+INCLUDED_ON_CPU = ("detector.decoder.layers.*.cross_attn.value_proj", "detector.decoder.layers.*.linear?")
 SENSITIVITY_IMAGES = 4
 # What a calibration table is of, by key.
 _ITEMS = {"model": "model", "method": "method", "images": "number of images", "digest": "set of images"}
