@@ -109,8 +109,12 @@ def on_cpu(images, tmp_path_factory):
 def test_what_is_quantized_for_a_cpu(on_cpu, names):
     chosen, ranges, model, _ = on_cpu
     layers = traced()[0].config.decoder_layers
-    values = {f"detector.decoder.layers.{i}.cross_attn.value_proj/MatMul" for i in range(layers)}
-    assert set(chosen) == set(names) - {"detector.backbone.conv1/Conv"} | values
+    of_decoder = {
+        f"detector.decoder.layers.{i}.{name}/MatMul"
+        for i in range(layers)
+        for name in ("cross_attn.value_proj", "linear1", "linear2")
+    }
+    assert set(chosen) == set(names) - {"detector.backbone.conv1/Conv"} | of_decoder
     sums = [node.name for node in model.graph if node.op_type == "Add" and "backbone.layer" in node.name]
     assert precision.count(model) == precision.count(model) | {"half": 0, "int8": len(chosen) + len(sums), "casts": 0}
     constants = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
