@@ -70,10 +70,10 @@ int detect(const Options& options) {
     throw std::runtime_error("the plugin library " + options.library + " cannot be loaded: " + logger.last);
   const std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (!engine)
-    throw std::runtime_error(
-        "the engine " + options.model + " cannot be loaded: " + logger.last + ". An engine runs with the version of " +
-        "TensorRT and on the kind of GPU that it was built for" +
-        (options.library.empty() ? ", and one with the attention op needs --plugin" : ""));
+    throw std::runtime_error("the engine " + options.model + " cannot be loaded: " + logger.last +
+                             ". An engine runs with the version of " +
+                             "TensorRT and on the kind of GPU that it was built for" +
+                             (options.library.empty() ? ", and one with the attention op needs --plugin" : ""));
   for (const char* name : {"images", "orig_target_sizes", "labels", "boxes", "scores"})
     if (engine->getTensorIOMode(name) == nvinfer1::TensorIOMode::kNONE)
       throw std::runtime_error(options.model + " is no detector that this program runs: it has no " + name);

@@ -1,5 +1,5 @@
-// Reads an image and makes of it what a model of litedetr takes: the same numbers as the Python package, whose resize is
-// Pillow's.  Binary PPM always; JPEG where the program is built with libjpeg (the EXIF orientation is not applied).
+// Reads an image and makes of it what a model of litedetr takes: the same numbers as the Python package, whose resize
+// is Pillow's.  Binary PPM always; JPEG where the program is built with libjpeg (the EXIF orientation is not applied).
 #pragma once
 
 #include <algorithm>

@@ -37,11 +37,16 @@ inline Options parse(int count, char** arguments, const std::string& library) {
     }
     if (++i == count) throw std::invalid_argument(name + " wants a value");
     const std::string value = arguments[i];
-    if (name == library) options.library = value;
-    else if (name == "--labels") options.labels = value;
-    else if (name == "--threshold") options.threshold = number(name, value, 0, 1);
-    else if (name == "--threads") options.threads = int(number(name, value, 1, 4096));
-    else throw std::invalid_argument("there is no option " + name);
+    if (name == library)
+      options.library = value;
+    else if (name == "--labels")
+      options.labels = value;
+    else if (name == "--threshold")
+      options.threshold = number(name, value, 0, 1);
+    else if (name == "--threads")
+      options.threads = int(number(name, value, 1, 4096));
+    else
+      throw std::invalid_argument("there is no option " + name);
   }
   if (files.size() < 2) throw std::invalid_argument("a model and at least one image are wanted");
   options.model = files[0];
