@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import transformers
 
 import litedetr_deploy as ld
@@ -50,18 +51,24 @@ THREADS = (1, 2)
 ATTENTION = "sampling_offsets|attention_weights"  # which begin as zeros, and would not tell right from wrong
 
 
-def measure(folder: Path, name: str) -> tuple[int, dict[int, list[float]]]:
-    """Return how many attentions of a model are fused, and by threads the medians before and after, milliseconds."""
+def files(folder: Path, name: str) -> tuple[Path, Path]:
+    """Return a model's file before and after, which are made where they are missing."""
     _, size, model = MODELS[name]
     original, fused = folder / f"{name}.onnx", folder / f"{name}-fused.onnx"
     if not original.is_file():
         wrapped = zoo.Wrapped(name, zoo.randomised(model(), ATTENTION)).eval()
         # With a fixed batch TorchScript leaves grids in float64, which ONNX Runtime does not load.
         zoo.write(original, wrapped, size, batch=True)
-    if not fused.is_file():
-        ld.fuse_onnx(original, fused)
-    report = folder / f"{name}-latency"
-    options = ["--unchecked", "--threads", ",".join(map(str, THREADS)), "--image-size", "x".join(map(str, size))]
+    if not fused.is_file():  # one image: the batches that it would be compared on otherwise take minutes
+        ld.fuse_onnx(original, fused, inputs={"images": np.random.default_rng(0).random((1, 3, *size), np.float32)})
+    return original, fused
+
+
+def measure(folder: Path, name: str) -> tuple[int, dict[int, list[float]]]:
+    """Return how many attentions of a model are fused, and by threads the medians before and after, milliseconds."""
+    original, fused = files(folder, name)
+    report, size = folder / f"{name}-latency", "x".join(map(str, MODELS[name][1]))
+    options = ["--unchecked", "--threads", ",".join(map(str, THREADS)), "--image-size", size]
     try:
         main(["benchmark", "latency", str(original), str(fused), *options, "-o", str(report)])
     except SystemExit as ended:
