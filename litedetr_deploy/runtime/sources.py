@@ -135,11 +135,9 @@ def _matching(pattern: str) -> list[Path]:
 def _camera(number: int) -> Source:
     device = f"/dev/video{number}"
     if not os.path.exists(device):
-        known = ", ".join(sorted(glob.glob("/dev/video*"))) or "no camera at all"
-        raise LiteDetrError(
-            f"The camera {number} does not exist: there is no {device} here, but {known}. Connect it, or give another "
-            "number."
-        )
+        known = ", ".join(sorted(glob.glob("/dev/video*")))
+        there = f"the cameras here are {known}" if known else "there is no camera here"
+        raise LiteDetrError(f"The camera {number} does not exist: {device} is missing, and {there}. Connect it first.")
     return Source(device, "video", lambda: read_video(device, device, True, "v4l2"))
 
 

@@ -87,7 +87,7 @@ def read_video(
                 return
             said = "it ended"
         except (av.error.FFmpegError, OSError) as error:
-            if length is not None and last >= length - 1 and count:
+            if count and length is not None and last + 2 / rate >= length:
                 return  # some servers end with an error
             said = getattr(error, "strerror", None) or str(error)
         if not is_stream:
@@ -121,7 +121,9 @@ def _decode(av, container, stream) -> Iterator[Any]:
                 yield from packet.decode()
     except av.error.FFmpegError:
         with contextlib.suppress(av.error.FFmpegError):
-            yield from stream.codec_context.decode(None)
+            for picture in stream.codec_context.decode(None):
+                picture.time_base = stream.time_base  # PyAV takes it from the packet, and there is none
+                yield picture
         raise
 
 
@@ -133,7 +135,7 @@ def _upright(picture) -> Image.Image:
 
 class VideoWriter:
     """Writes frames into the video file `path`, of a suffix in WRITTEN: H.264 (MPEG-4 Part 2 where PyAV has no
-    encoder for it) or GIF.  The file has its name only after `close`; sizes that are odd get a row or column more."""
+    encoder for it) or GIF.  The file has its name only after `close`; an odd size gets a row or column more for H.264."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float):
         av = import_av()
@@ -146,7 +148,8 @@ class VideoWriter:
             self._container = self._open.enter_context(av.open(str(temporary), "w", format=WRITTEN[suffix]))
             options = {"preset": "veryfast"} if codec == "libx264" else {}
             self._stream = self._container.add_stream(codec, Fraction(rate).limit_denominator(1001), options)
-            self._stream.width, self._stream.height = (side + side % 2 for side in size)
+            self._added = (0, 0) if codec == "gif" else (size[0] % 2, size[1] % 2)
+            self._stream.width, self._stream.height = size[0] + self._added[0], size[1] + self._added[1]
             self._stream.pix_fmt, self._stream.codec_context.time_base = layout, _TICK
             if codec == "mpeg4":
                 self._stream.bit_rate = 4 * size[0] * size[1]  # bit/s; its own 200 kbit/s are not enough for anything
@@ -155,8 +158,8 @@ class VideoWriter:
         """Append an RGB image, to be shown from `seconds` after the first one; one of another size is resized."""
         if image.size != self._size:
             image = image.resize(self._size)
-        width, height = self._size
-        pixels = np.pad(np.asarray(image), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        columns, rows = self._added
+        pixels = np.pad(np.asarray(image), ((0, rows), (0, columns), (0, 0)), mode="edge")
         frame = self._av.VideoFrame.from_ndarray(pixels, "rgb24")
         frame.time_base, frame.pts = _TICK, max(round(seconds / _TICK), self._last + 1)
         self._last = frame.pts
