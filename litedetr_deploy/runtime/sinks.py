@@ -26,6 +26,8 @@ from .video import WRITTEN, VideoWriter, import_av
 FORMATS = ("pictures", "jsonl", "coco", "csv", "yolo")
 TEXT_SUFFIXES = {".jsonl": "jsonl", ".json": "coco", ".csv": "csv"}
 CSV_COLUMNS = ("path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
+# What stands before, between and after the lines.
+_AROUND = {"jsonl": ("", "", ""), "coco": ("[\n", ",\n", "\n]\n"), "csv": (",".join(CSV_COLUMNS) + "\n", "", "")}
 
 
 class Sink(Protocol):
@@ -185,10 +187,7 @@ class _Text:
 
     def __init__(self, output: Path | None, format: str, sources: Sequence[Source]):
         self._output, self._lines = output, {"jsonl": _json_line, "coco": self._coco_lines, "csv": _csv_lines}[format]
-        self._before, self._after = {"coco": ("[\n", "\n]\n"), "csv": (_csv_line(CSV_COLUMNS), "")}.get(
-            format, ("", "")
-        )
-        self._between = ",\n" if format == "coco" else ""
+        self._before, self._between, self._after = _AROUND[format]
         self._open = contextlib.ExitStack()
         self._file: TextIO | None = None
         self._count = 0
@@ -234,15 +233,11 @@ def _json_line(record: dict) -> Iterator[str]:
 
 
 def _csv_lines(record: dict) -> Iterator[str]:
-    for one in record["detections"]:
-        place = record["path"], record.get("frame"), record.get("time")
-        yield _csv_line((*place, one["label"], one["name"], one["score"], *one["box"]))
-
-
-def _csv_line(values: Iterable) -> str:
+    place = record["path"], record.get("frame"), record.get("time")
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
+    rows = ((*place, one["label"], one["name"], one["score"], *one["box"]) for one in record["detections"])
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    yield text.getvalue()
 
 
 class _Yolo:
@@ -273,8 +268,8 @@ def _stem(source: Source) -> str:
     if source.file:
         return source.file.stem
     parts = urllib.parse.urlsplit(source.name)
-    name = Path(urllib.parse.unquote(parts.path)).stem or parts.hostname or "source"
-    return re.sub(r"[^\w.-]+", "-", name)
+    name = Path(urllib.parse.unquote(parts.path)).stem or parts.hostname or ""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "source"  # never '..'
 
 
 def _check_originals(targets: Iterable[Path], sources: Sequence[Source]) -> None:

@@ -134,8 +134,11 @@ def _upright(picture) -> Image.Image:
 
 
 class VideoWriter:
-    """Writes frames into the video file `path`, of a suffix in WRITTEN: H.264 (MPEG-4 Part 2 where PyAV has no
-    encoder for it) or GIF.  The file has its name only after `close`; an odd size gets a row or column more for H.264."""
+    """Writes frames into the video file `path`, of a suffix in WRITTEN.
+
+    It is H.264 (MPEG-4 Part 2 where PyAV has no encoder for it), for which an odd size gets a row or column more, or
+    GIF.  The file has its name only after `close`.
+    """
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float):
         av = import_av()

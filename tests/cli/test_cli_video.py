@@ -124,8 +124,8 @@ def test_an_interruption_finishes_the_video(model, tmp_path, sent):
         "import time, litedetr_deploy.runtime.session as session; from litedetr_deploy.cli import main; "
         "run, count = session.OnnxSession.run, []; "
         "wait = lambda: (print('waiting', flush=True), time.sleep(60)); "
-        "session.OnnxSession.run = lambda self, feed: (count.append(1), len(count) > 3 and wait(), run(self, feed))[2]; "
-        "main()"
+        "slow = lambda self, feed: (count.append(1), len(count) > 3 and wait(), run(self, feed))[2]; "
+        "session.OnnxSession.run = slow; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "predict", model, clip, "-o", tmp_path / "found.mp4"],

@@ -1,5 +1,6 @@
 """Video in and out: frames, times, streams that break."""
 
+import contextlib
 import http.server
 import os
 import struct
@@ -38,10 +39,8 @@ class Server:
                 if has_length:
                     handler.send_header("Content-Length", str(len(content)))
                 handler.end_headers()
-                try:
+                with contextlib.suppress(OSError):  # the reader has gone
                     handler.wfile.write(content[: int(len(content) * share)] if number <= broken else content)
-                except OSError:  # the reader has gone
-                    pass
 
             def log_message(self, *arguments):
                 pass
@@ -116,7 +115,11 @@ def test_without_an_encoder_for_h264(tmp_path, monkeypatch):
 
 def test_animated_gifs_are_videos_and_still_ones_images(tmp_path):
     frames = read(save_gif(tmp_path / "a.gif"))
-    assert [index_of(frame.image) for frame in frames] == [0, 1, 2] and [frame.time for frame in frames] == [0, 0.2, 0.4]
+    assert [index_of(frame.image) for frame in frames] == [0, 1, 2] and [frame.time for frame in frames] == [
+        0,
+        0.2,
+        0.4,
+    ]
     assert frames[0].rate == pytest.approx(5) and frames[0].count == 3
     grey(0).save(tmp_path / "b.gif")
     [frame] = read(tmp_path / "b.gif")
@@ -137,12 +140,13 @@ def test_videos_of_phones_are_turned_upright(tmp_path):
     (tmp_path / "b.mp4").write_bytes(content[:place] + quarter + content[place + len(quarter) :])
     [frame] = read(tmp_path / "b.mp4")
     pixels = np.asarray(frame.image)
-    assert frame.image.size == (48, 64) and pixels[:28].min() > 200 and pixels[36:].max() < 50  # what was left is on top
+    assert (
+        frame.image.size == (48, 64) and pixels[:28].min() > 200 and pixels[36:].max() < 50
+    )  # what was left is on top
 
 
 @pytest.mark.parametrize(
-    "content, message",
-    [(b"text", "a.mp4 cannot be read as a video: Invalid data"), (None, "a.mp4 holds no video")],
+    "content, message", [(b"text", "a.mp4 cannot be read as a video: Invalid data"), (None, "a.mp4 holds no video")]
 )
 def test_files_that_hold_no_video(tmp_path, content, message):
     if content is None:
@@ -188,7 +192,10 @@ def test_the_tries_to_take_up_a_stream_are_bounded(serve):
 
 def test_a_server_that_goes_away(serve):
     server = serve(encode("mpegts", "mpeg2video"), broken=1, gone=1, kind="video/mp2t")
-    with pytest.warns(Notice), pytest.raises(LiteDetrError, match="it broke after .*5 tries to take it up again failed"):
+    with (
+        pytest.warns(Notice),
+        pytest.raises(LiteDetrError, match="it broke after .*5 tries to take it up again failed"),
+    ):
         list(read_video(f"http://{server.host}/a.ts", "it", is_stream=True))
     assert len(server.requests) == 6
 
