@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -50,7 +50,7 @@ class Detections:
             raise LiteDetrError(
                 f"to_supervision() needs supervision, which fails to import ({error}). {fix}"
             ) from error
-        data = {} if self.names is None else {"class_name": np.array(self.names, str)}
+        data: dict[str, Any] = {} if self.names is None else {"class_name": np.array(self.names, str)}
         labels = self.labels.astype(int)
         return supervision.Detections(xyxy=self.boxes, confidence=self.scores, class_id=labels, data=data)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ..errors import LiteDetrError, printable
@@ -19,7 +19,7 @@ SHOWN = 8  # objects that a line names
 def predict(
     detector: Detector, sources: Sequence[Source], sink: Sink | None, threshold: float, resize: str | None = None,
     batch_size: int = 1, classes: Iterable[int | str] | None = None, max_detections: int | None = None,
-) -> Iterator[dict]:  # fmt: skip
+) -> Generator[dict, None, None]:  # fmt: skip
     """Detect objects on each frame of the sources, write it to the sink, and yield its record.
 
     A record has path, size (width, height), seconds that it took from the decoded image to its detections, saved (the

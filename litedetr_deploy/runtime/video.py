@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,12 @@ _TICK = Fraction(1, 60000)  # s; MPEG-4 takes nothing finer than 1/65535
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
+class Readable(Protocol):
+    """What is enough of a binary file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 def import_av():
     """Return the `av` module, PyAV; raise LiteDetrError when it cannot be imported."""
     try:
@@ -42,7 +48,7 @@ def import_av():
 
 
 def read_video(
-    file: str | BinaryIO, name: str, is_stream: bool = False, container_format: str | None = None
+    file: str | Readable, name: str, is_stream: bool = False, container_format: str | None = None
 ) -> Iterator[Frame]:
     """Yield the frames of a video.
 
