@@ -107,8 +107,8 @@ class Stages:
 
         class Done(ProgressColumn):
             def render(self, task):
-                if task.total is None:
-                    return Text("")
+                if task.total is None:  # a stream has a number of frames, but no end
+                    return Text(f"{task.completed:.0f}, {task.speed or 0:.1f}/s" if task.completed else "")
                 if task.total <= 1:
                     return Text(f"{task.percentage:.0f} %")
                 rate = f", {task.speed:.1f}/s" if task.speed else ""

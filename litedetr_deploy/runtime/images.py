@@ -1,6 +1,10 @@
 """Images in: files and arrays to RGB images, and those to what a detector takes."""
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +19,18 @@ RESIZE_MODES = ("shortest_edge", "stretch", "letterbox")
 SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels, of the official evaluation
 # The detectors subtract this mean, so that padding filled with it is 0 after normalisation, as it is in training.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+
+
+@dataclass
+class Frame:
+    """One image of a source: a still one, or a frame of a video."""
+
+    image: Image.Image  # RGB, upright
+    path: str  # of its source, as messages and records name it
+    index: int | None = None  # in its video, from 0; None for a still image
+    time: float | None = None  # seconds from the first frame of its video
+    rate: float | None = None  # frames per second of its video
+    count: int | None = None  # frames of its video, where they are known beforehand
 
 
 def find_images(paths) -> list[Path]:
@@ -51,18 +67,62 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
         return _to_rgb(source, "the PIL image")
     path = Path(source)
     check_file(path, "an image")
+    with _decoding(path, str(path)) as image:
+        image.load()
+        return _to_rgb(image, str(path))
+
+
+def read_frames(content: str | os.PathLike | bytes, name: str) -> Iterator[Frame]:
+    """Yield the one frame of an image, or those of an animated GIF.
+
+    content: the image's file, or its bytes.
+
+    Raises LiteDetrError, which calls it `name`, where it cannot be read.
+    """
+    with _decoding(io.BytesIO(content) if isinstance(content, bytes) else content, name) as image:
+        if not _is_animated(image):
+            image.load()
+            yield Frame(_to_rgb(image, name), name)
+            return
+        count, seconds = image.n_frames, []
+        for index in range(count):
+            image.seek(index)
+            # Browsers take a hundredth of a second and less for a tenth.
+            seconds.append(duration / 1000 if (duration := image.info.get("duration", 0)) > 10 else 0.1)
+        rate, time = count / sum(seconds), 0.0
+        for index in range(count):
+            image.seek(index)
+            yield Frame(_to_rgb(image, name), name, index, time, rate, count)
+            time += seconds[index]
+
+
+def is_animated(path: str | os.PathLike) -> bool:
+    """Return whether a file is a GIF of several frames."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return _to_rgb(image, str(path))
+            return _is_animated(image)
+    except Exception:  # it will be named when it is read
+        return False
+
+
+def _is_animated(image):
+    return image.format == "GIF" and image.is_animated
+
+
+@contextlib.contextmanager
+def _decoding(file, name: str):
+    """Give the PIL image in `file`; what goes wrong with it becomes a LiteDetrError."""
+    try:
+        with Image.open(file) as image:
+            yield image
     except (LiteDetrError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         fix = "Give a JPEG, PNG, WebP, BMP or TIFF file."
-        raise LiteDetrError(f"{path} is not an image that can be read. {fix}") from error
+        raise LiteDetrError(f"{name} is not an image that can be read. {fix}") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
         fix = "It may be damaged or incomplete: save it again, or leave it out."
-        raise LiteDetrError(f"The image {path} cannot be read: {error}. {fix}") from error
+        raise LiteDetrError(f"The image {name} cannot be read: {error}. {fix}") from error
 
 
 def _to_rgb(image, name):

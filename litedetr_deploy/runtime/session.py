@@ -54,6 +54,14 @@ def create_session(
         session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's classes share no base, and their names are not public
         raise _explain(name, str(error), no_library) from error
+    if (
+        "CUDAExecutionProvider" in map(_provider_name, providers)
+        and "CUDAExecutionProvider" not in session.get_providers()
+    ):
+        raise LiteDetrError(  # ONNX Runtime itself only warns and then runs on the CPU
+            "ONNX Runtime cannot start CUDA here: a GPU, its driver, or the libraries of CUDA and cuDNN that it was "
+            "built for are missing. `litedetr doctor` says what is there; the device 'cpu' needs none of them."
+        )
     metadata = read_metadata(session)
     check_op_version(name, metadata)
     inputs, outputs = ({v.name: v.shape for v in values} for values in (session.get_inputs(), session.get_outputs()))
@@ -66,13 +74,14 @@ RUNTIMES = ("onnxruntime", "openvino")
 
 def open_session(
     artifact: str | os.PathLike | bytes, providers: Sequence | None = None, threads: int | None = None,
-    runtime: str | None = None, precision: str | None = None, throughput: bool = False,
+    runtime: str | None = None, precision: str | None = None, throughput: bool = False, device: str | None = None,
 ):  # fmt: skip
     """Return the session that runs `artifact`: a TensorRT engine (.plan, .engine), else an ONNX model.
 
     providers, threads: of ONNX Runtime, as `create_session` takes them; OpenVINO has threads, an engine neither.
     runtime: what runs an ONNX model, of RUNTIMES; ONNX Runtime when not given.
     precision, throughput: of OpenVINO, as `OpenVinoSession` takes them.
+    device: 'cpu', 'cuda' or 'cuda:1', instead of `providers`.  OpenVINO runs on the CPU, an engine on the first GPU.
 
     Raises LiteDetrError for options that the runtime does not have, and for what the session raises it.
     """
@@ -82,6 +91,11 @@ def open_session(
         raise LiteDetrError(f"runtime is {runtime!r}; an ONNX model runs in {known}")
     if is_engine and runtime is not None:
         raise LiteDetrError(f"runtime is {runtime!r}, and TensorRT runs the engine {artifact!r}. Leave it out.")
+    if device is not None:
+        if providers:
+            raise LiteDetrError(f"device is {device!r}, and execution providers are given as well. Leave one out.")
+        runner = "TensorRT" if is_engine else "OpenVINO" if runtime == "openvino" else "ONNX Runtime"
+        providers = _check_device(device, runner)
     if runtime == "openvino":
         if providers:
             raise LiteDetrError("execution providers are ONNX Runtime's: OpenVINO runs on the CPU. Leave them out.")
@@ -96,6 +110,31 @@ def open_session(
 
         return TensorRTSession(artifact)
     return OnnxSession(artifact, providers, threads)
+
+
+def _check_device(device: str, runner: str) -> list | None:
+    """Return the execution providers for a device, None where `runner` has none; raise LiteDetrError where it cannot
+    run there."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device, re.ASCII)
+    if not match:
+        raise LiteDetrError(f"device is {device!r}; it must be 'cpu', 'cuda', or a GPU by its number, as in 'cuda:1'.")
+    number = int(match[1] or 0)
+    if runner == "TensorRT" and (device == "cpu" or number):
+        fix = "Leave it out; to choose another GPU, set CUDA_VISIBLE_DEVICES to its number."
+        raise LiteDetrError(f"device is {device!r}, and an engine runs on the GPU that CUDA numbers 0. {fix}")
+    if runner == "OpenVINO" and device != "cpu":
+        raise LiteDetrError(f"device is {device!r}, and OpenVINO runs on the CPU here. Leave it out.")
+    if runner != "ONNX Runtime":
+        return None
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    available = import_onnxruntime().get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise LiteDetrError(
+            f"device is {device!r}, and the ONNX Runtime here has no CUDA; it has {', '.join(available)}. Install "
+            "onnxruntime-gpu in place of onnxruntime, or choose the device 'cpu'."
+        )
+    return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
 
 
 def import_onnxruntime():
@@ -157,13 +196,17 @@ def _empty(value) -> np.ndarray:
 def _check_providers(ort, providers):
     providers = list(providers or ["CPUExecutionProvider"])
     available = ort.get_available_providers()
-    for provider in (one if isinstance(one, str) else one[0] for one in providers):
+    for provider in map(_provider_name, providers):
         if provider not in available:  # ONNX Runtime itself only warns and then runs on the CPU
             raise LiteDetrError(
                 f"ONNX Runtime has no execution provider {provider!r} here; it has {', '.join(available)}. Choose one "
                 "of these, or install the onnxruntime package that brings the one you want."
             )
     return providers
+
+
+def _provider_name(provider) -> str:
+    return provider if isinstance(provider, str) else provider[0]
 
 
 def read_data(name: str) -> dict:

@@ -143,6 +143,8 @@ def test_a_terminal_of_ascii(tmp_path, command):
         (["evaluate", "{}/m.onnx", "--shapes", "--count", "1"], "pycocotools", "evaluate"),
         (["evaluate", "{}/m.onnx", "--shapes", "--count", "1"], "onnxruntime", "onnxruntime"),
         (["predict", "{}/m.onnx", "{}/a.png"], "onnxruntime", "onnxruntime"),
+        (["predict", "{}/m.onnx", "{}/a.mp4", "-o", "{}/b.mp4"], "av", "video"),
+        (["predict", "{}/m.onnx", "rtsp://127.0.0.1:9/a"], "av", "video"),
         (["build", "{}/m.onnx", "-o", "{}/m.plan"], "onnx", "export"),
         (["build", "lite-dino-shapes", "-o", "{}/m.plan", "--backend", "tensorrt-rtx"], "torch", "export"),
         (["benchmark", "gflops"], "torch", "export"),
@@ -150,6 +152,7 @@ def test_a_terminal_of_ascii(tmp_path, command):
 )
 def test_a_slim_installation_names_the_extra(image, tmp_path, arguments, module, extra):
     save_detector(tmp_path / "m.onnx")
+    (tmp_path / "a.mp4").write_bytes(b"")
     if "build" in arguments and module == "torch":
         pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
     code = f"import sys; sys.modules[{module!r}] = None; from litedetr_deploy.cli import main; main(sys.argv[1:])"

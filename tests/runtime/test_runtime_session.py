@@ -9,7 +9,7 @@ import litedetr_deploy as ld
 from litedetr_deploy.errors import Notice
 from litedetr_deploy.machine import usable_cores
 from litedetr_deploy.ops import native
-from litedetr_deploy.runtime.session import OnnxSession, read_metadata
+from litedetr_deploy.runtime.session import OnnxSession, open_session, read_metadata
 
 from .tiny_artifact import save_detector, save_raw_detector, save_with_attention_op
 
@@ -177,3 +177,18 @@ def test_metadata_of_any_kind_gives_a_session_or_says_what_is_wrong(tmp_path, ke
     with contextlib.suppress(ld.LiteDetrError), warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
         ld.Detector(path).predict(np.zeros((9, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "artifact, options, message",
+    [
+        ("m.plan", {"device": "cpu"}, "an engine runs on the GPU that CUDA numbers 0"),
+        ("m.plan", {"device": "cuda:1"}, "set CUDA_VISIBLE_DEVICES"),
+        ("m.onnx", {"device": "cuda", "providers": ["CPUExecutionProvider"]}, "Leave one out"),
+        ("m.onnx", {"device": "cuda:x"}, "must be 'cpu', 'cuda', or a GPU by its number"),
+        ("m.onnx", {"device": "cuda", "runtime": "openvino"}, "OpenVINO runs on the CPU here"),
+    ],
+)
+def test_devices_that_a_runtime_does_not_have(artifact, options, message):
+    with pytest.raises(ld.LiteDetrError, match=message):
+        open_session(artifact, **options)
