@@ -1,5 +1,6 @@
 """Images in: files and arrays to RGB images, and those to what a detector takes."""
 
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +38,11 @@ def find_images(paths) -> list[Path]:
     return found
 
 
-def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+def load_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> Image.Image:
     """Return `source` as an RGB PIL image, turned upright as its EXIF orientation says.
 
-    source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
-    first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
+    source: a path; the bytes of a file; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of
+    an animation the first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
 
     Raises LiteDetrError, which names the file, or the array's shape and type.
     """
@@ -49,20 +50,23 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
-    path = Path(source)
-    check_file(path, "an image")
+    if isinstance(source, bytes):
+        name, file = f"a file of {len(source)} bytes", io.BytesIO(source)
+    else:
+        name, file = str(source), Path(source)
+        check_file(file, "an image")
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
-            return _to_rgb(image, str(path))
+            return _to_rgb(image, name)
     except (LiteDetrError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         fix = "Give a JPEG, PNG, WebP, BMP or TIFF file."
-        raise LiteDetrError(f"{path} is not an image that can be read. {fix}") from error
+        raise LiteDetrError(f"{name} is not an image that can be read. {fix}") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
         fix = "It may be damaged or incomplete: save it again, or leave it out."
-        raise LiteDetrError(f"The image {path} cannot be read: {error}. {fix}") from error
+        raise LiteDetrError(f"{name} cannot be read: {error}. {fix}") from error
 
 
 def _to_rgb(image, name):
