@@ -58,6 +58,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	OpenVINO_DIR=$$($(BIN)/python -c "import openvino; print(openvino.__path__[0])")/cmake $(PIP) --no-deps --editable .
 	@# What it depends on is TensorRT itself, gigabytes that a type check does not need.
 	$(PIP) --no-deps 'tensorrt-stubs>=10.13,<11'
+	@# Triton's server, for the tests; its Python package, which they leave alone, wants NumPy 1.
+	[ "$$(uname -m)" != x86_64 ] || $(PIP) --no-deps 'nvidia-pytriton>=0.7,<0.8'
 	touch $@
 
 $(VENV)/.installed-benchmark: $(VENV)/.installed

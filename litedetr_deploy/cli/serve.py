@@ -42,8 +42,9 @@ def _print(report):
     print(f"{', '.join(report['models'])}: back end {report['backend']}, {batches}, {copies}")
     if report["op_library"]:
         print(f"op library: the server looks for it at {printable(report['op_library'])}")
-    if report["python_packages"]:
-        print(f"the server's Python needs: {', '.join(report['python_packages'])}")
+    if report["requirements"]:
+        packages = [text.partition(">")[0] for text in report["requirements"]]
+        print(f"the server's Python needs {', '.join(packages)}: requirements.txt in the repository")
     print(f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, made in {report['seconds']:.1f} s")
     print(f"start a server: {printable(shlex.join(report['command']))}")
 

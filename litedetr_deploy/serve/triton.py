@@ -37,8 +37,10 @@ _TYPES = {
     "FLOAT": "FP32", "FLOAT16": "FP16", "HALF": "FP16", "BFLOAT16": "BF16", "BF16": "BF16", "DOUBLE": "FP64",
     "BOOL": "BOOL", "INT8": "INT8", "UINT8": "UINT8", "INT32": "INT32", "INT64": "INT64",
 }  # fmt: skip
-# What of this package the Python back end imports; it needs NumPy, Pillow and ONNX Runtime.
+# What of this package the Python back end imports, and what that needs; a test compares it with pyproject.toml.
 _ROOMS = ("__init__.py", "artifact.py", "errors.py", "files.py", "machine.py", "ops", "runtime")
+_REQUIREMENTS = ["numpy>=1.26,<3", "pillow>=10.1,<14", "tomli>=2,<3; python_version < '3.11'"]
+_RUNTIMES = {"cpu": "onnxruntime>=1.19,<2", "gpu": "onnxruntime-gpu>=1.19,<2"}
 _PACKAGE = Path(__file__).parents[1]
 _START = """\
 #!/bin/sh
@@ -62,7 +64,7 @@ class RepositoryReport:
     instances: int
     metadata: dict  # of the artifact
     command: list[str]  # that starts a server; start.sh in the repository does the same
-    python_packages: list[str] = field(default_factory=list)  # that the server's Python needs
+    requirements: list[str] = field(default_factory=list)  # of the server's Python; requirements.txt has them too
     op_library: str | None = None  # where the ONNX Runtime back end looks for it
     warnings: list[str] = field(default_factory=list)
     size_bytes: int = 0
@@ -119,16 +121,17 @@ def write_repository(
     progress("write the repository")
     with folder_beside(path) as folder:
         repository = folder / "repository"
-        flags = _write_detector(source, report, repository / name, op_library, path.absolute() / name, uses_op)
+        flags = ['--model-repository="$repository"']
+        flags += _write_detector(source, report, repository / name, op_library, path.absolute() / name, uses_op)
         if source.is_detector:
             _write_jpeg(source, report, repository)
-        where = '--model-repository="$repository"'
+        if report.requirements:
+            (repository / "requirements.txt").write_text("".join(f"{one}\n" for one in report.requirements))
         start_script = repository / "start.sh"
-        start_script.write_text(_START.format(flags=" ".join([where, *flags])))
+        start_script.write_text(_START.format(flags=" ".join(flags)))
         start_script.chmod(start_script.stat().st_mode | 0o111)
-        repository_here = str(path.absolute())
-        words = ["--model-repository=$repository", *(flag.replace('"', "") for flag in flags)]
-        report.command = ["tritonserver", *(word.replace("$repository", repository_here) for word in words)]
+        words = [flag.replace('"$repository"', str(path.absolute())) for flag in flags]
+        report.command = ["tritonserver", *words]
         report.size_bytes = sum(file.stat().st_size for file in repository.rglob("*") if file.is_file())
         os.rename(repository, path)
     report.seconds = round(time.monotonic() - start, 1)
@@ -141,15 +144,17 @@ def _check(model: Path, path: Path, backend: str, name: str, instances: int, dev
         if value not in known:
             words = " or ".join(map(repr, known)) + "." + nearest(value, known)
             raise LiteDetrError(f"{what} is {value!r}; it must be {words}")
-    check_file(model, "an ONNX model, for instance one that `litedetr export` made, or of an engine of `litedetr build`")
+    check_file(
+        model, "an ONNX model, for instance one that `litedetr export` made, or of an engine of `litedetr build`"
+    )
     suffix = model.suffix.lower()
     if suffix not in (".onnx", *ENGINE_SUFFIXES):
         raise LiteDetrError(f"the model is {model}; its name must end in .onnx, {' or '.join(ENGINE_SUFFIXES)}.")
     if (backend == "tensorrt") != (suffix in ENGINE_SUFFIXES):
         fix = "Build an engine with `litedetr build`" if backend == "tensorrt" else "Give the engine's ONNX model"
         raise LiteDetrError(
-            f"Triton's back end {backend!r} takes {BACKENDS[backend]} files, and the model is {model}. {fix}, or choose "
-            "another --backend."
+            f"Triton's back end {backend!r} takes {BACKENDS[backend]} files, and the model is {model}. {fix}, or "
+            "choose another --backend."
         )
     if backend == "tensorrt" and device == "cpu":
         raise LiteDetrError("device is 'cpu', and TensorRT's engines run on GPUs. Leave it out, or give an ONNX model.")
@@ -159,7 +164,9 @@ def _check(model: Path, path: Path, backend: str, name: str, instances: int, dev
     if instances < 1:
         raise LiteDetrError(f"instances is {instances}; it must be 1 or more.")
     if path.exists() or path.is_symlink():
-        raise LiteDetrError(f"{path} exists, and a repository is not written over. Remove it, or choose another folder.")
+        raise LiteDetrError(
+            f"{path} exists, and a repository is not written over. Remove it, or choose another folder."
+        )
     check_writable(path.absolute().parent)
 
 
@@ -336,7 +343,7 @@ def _write_detector(
         _copy_python("triton_detector.py", version)
         if uses_op:
             _copy_library("onnxruntime", version)
-        report.python_packages = ["numpy", "pillow", "onnxruntime-gpu" if report.device == "gpu" else "onnxruntime"]
+        report.requirements = [*_REQUIREMENTS, _RUNTIMES[report.device]]
     names = source.metadata.get("class_names")
     labels = next((output for output in config["output"] if output["name"] == "labels"), None)
     if names and labels:
@@ -424,7 +431,7 @@ def _write_jpeg(source: _Source, report: RepositoryReport, repository: Path) -> 
         (folder / "config.pbtxt").write_text(to_text(config), "utf-8")
         report.models.append(config["name"])
     _copy_python("triton_preprocess.py", repository / preprocess / "1")
-    report.python_packages = report.python_packages or ["numpy", "pillow"]
+    report.requirements = report.requirements or _REQUIREMENTS
 
 
 def _copy_python(model: str, version: Path) -> None:

@@ -1,6 +1,6 @@
 """model.py of Triton's Python back end: a detector in ONNX Runtime.
 
-`litedetr serve triton` copies this file beside model.onnx, the op library and the modules of this package that it needs.
+`litedetr serve triton` copies this file beside model.onnx, the op library and what it imports of this package.
 """
 
 import json

@@ -1,6 +1,6 @@
 """model.py of Triton's Python back end: JPEG and other image files to what a detector takes.
 
-`litedetr serve triton` copies this file beside the modules of this package that it needs.
+`litedetr serve triton` copies this file beside what it imports of this package.
 """
 
 import json
@@ -8,8 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+HERE = Path(__file__).parent
 # As in the detector's model.py.
-sys.path = [str(Path(__file__).parent), *sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+sys.path = [str(HERE), *sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
