@@ -43,23 +43,23 @@ def measure(server, protocol: str, model: str, files: list[bytes], wanted, reque
     lost: list[str] = []
     numbers, lock = iter(range(requests)), threading.Lock()
 
+    def take():
+        with lock:
+            return next(numbers, None)
+
     def work():
-        client = Client(server, protocol)
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            began = time.perf_counter()
-            try:
-                answer = client.detect(model, {"image": np.array([[files[number % len(files)]]], object)})
-                difference = largest_difference(answer, wanted[number % len(files)])
-                wrong = "" if difference < TOLERANCE else f"request {number} differs by {difference:.1e}"
-            except Exception as error:
-                wrong = f"request {number}: {error}"
-            with lock:
-                seconds.append(time.perf_counter() - began)
-                lost.extend([wrong] if wrong else [])
+        with Client(server, protocol) as client:
+            while (number := take()) is not None:
+                began, wrong = time.perf_counter(), ""
+                try:
+                    answer = client.detect(model, {"image": np.array([[files[number % len(files)]]], object)})
+                    seconds.append(time.perf_counter() - began)
+                    if (difference := largest_difference(answer, wanted[number % len(files)])) > TOLERANCE:
+                        wrong = f"request {number} differs by {difference:.1e}"
+                except Exception as error:
+                    wrong = f"request {number}: {error}"
+                if wrong:
+                    lost.append(wrong)
 
     threads = [threading.Thread(target=work) for _ in range(clients)]
     began = time.perf_counter()
@@ -69,7 +69,7 @@ def measure(server, protocol: str, model: str, files: list[bytes], wanted, reque
         thread.join()
     whole = time.perf_counter() - began
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
-    return {"rate": requests / whole, "p50": p50, "p99": p99, "answers": len(seconds) - len(lost), "lost": lost}
+    return {"rate": requests / whole, "p50": p50, "p99": p99, "answers": requests - len(lost), "lost": lost}
 
 
 def main() -> None:

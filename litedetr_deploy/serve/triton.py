@@ -39,7 +39,8 @@ _TYPES = {
 }  # fmt: skip
 # What of this package the Python back end imports, and what that needs; a test compares it with pyproject.toml.
 _ROOMS = ("__init__.py", "artifact.py", "errors.py", "files.py", "machine.py", "ops", "runtime")
-_REQUIREMENTS = ["numpy>=1.26,<3", "pillow>=10.1,<14", "tomli>=2,<3; python_version < '3.11'"]
+# The Python back end of Triton's release 24.10 takes the arrays of NumPy 2 for empty ones.
+_REQUIREMENTS = ["numpy>=1.26,<2", "pillow>=10.1,<14", "tomli>=2,<3; python_version < '3.11'"]
 _RUNTIMES = {"cpu": "onnxruntime>=1.19,<2", "gpu": "onnxruntime-gpu>=1.19,<2"}
 _PACKAGE = Path(__file__).parents[1]
 _START = """\

@@ -23,6 +23,8 @@ from litedetr_deploy.runtime.session import OnnxSession  # noqa: E402
 
 class TritonPythonModel:
     def initialize(self, args):
+        if int(np.__version__.partition(".")[0]) > 1:  # whose arrays a back end of NumPy 1 takes for empty ones
+            raise RuntimeError(f"NumPy {np.__version__} is installed; Triton's Python back end takes NumPy 1.26.")
         config = json.loads(args["model_config"])
         instances = int(config["instance_group"][0]["count"])
         providers = None

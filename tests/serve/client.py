@@ -10,11 +10,17 @@ TYPES = {"float32": "FP32", "int64": "INT64", "bool": "BOOL", "object": "BYTES"}
 
 
 class Client:
-    """Not for several threads at a time."""
+    """A context manager: the server waits for open connections when it ends.  Not for several threads at a time."""
 
     def __init__(self, server, protocol: str):
         self._module = importlib.import_module(f"tritonclient.{protocol}")
         self.raw = self._module.InferenceServerClient(getattr(server, protocol))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.raw.close()
 
     def detect(self, model: str, feed: dict[str, np.ndarray], outputs=("labels", "boxes", "scores")) -> dict:
         """Return the outputs of one request, a dict of name -> array."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PORTS = "http", "grpc", "metrics"
+# nvidia-pytriton and the NumPy 1 that its Python back end takes, apart from this environment's.
+PACKAGES = Path(sys.prefix) / "triton"
+PYTHON_PATH = os.pathsep.join([str(PACKAGES), sysconfig.get_path("purelib")])
 
 
 @dataclass
@@ -39,10 +42,9 @@ class Server:
         return sum(int(line.split()[1]) * 1024 for line in lines)
 
 
-def installed() -> Path | None:
-    """Return the folder of nvidia-pytriton, None where it is not installed."""
-    found = importlib.util.find_spec("pytriton")
-    return Path(found.origin).parent if found and found.origin else None
+def installed() -> bool:
+    """Return whether `make` has installed nvidia-pytriton."""
+    return (PACKAGES / "pytriton").is_dir()
 
 
 def free_ports() -> dict[str, int]:
@@ -53,20 +55,18 @@ def free_ports() -> dict[str, int]:
         return {name: one.getsockname()[1] for name, one in zip(PORTS, sockets)}
 
 
-def start(repository: Path, folder: Path, ports: dict[str, int] | None = None) -> Server:
+def start(
+    repository: Path, folder: Path, ports: dict[str, int] | None = None, python_path: str = PYTHON_PATH
+) -> Server:
     """Start `repository`/start.sh on the loopback; `folder` takes the server's log and its back ends."""
-    package = installed()
-    assert package is not None, "nvidia-pytriton is not installed"
-    backends = folder / "backends"
-    shutil.copytree(package / "tritonserver" / "backends", backends)
+    triton, backends = PACKAGES / "pytriton" / "tritonserver", folder / "backends"
+    shutil.copytree(triton / "backends", backends)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = package / "tritonserver" / "python_backend_stubs" / python / "triton_python_backend_stub"
-    shutil.copy(stub, backends / "python")
-    site = package.parent
+    shutil.copy(triton / "python_backend_stubs" / python / "triton_python_backend_stub", backends / "python")
     environment = os.environ | {
-        "TRITONSERVER": str(package / "tritonserver" / "bin" / "tritonserver"),
-        "LD_LIBRARY_PATH": str(site / "nvidia_pytriton.libs"),
-        "PYTHONPATH": str(site),
+        "TRITONSERVER": str(triton / "bin" / "tritonserver"),
+        "LD_LIBRARY_PATH": str(PACKAGES / "nvidia_pytriton.libs"),
+        "PYTHONPATH": python_path,
     }
     ports = ports or free_ports()
     options = [f"--backend-directory={backends}"]
@@ -90,13 +90,13 @@ def serving(repository: Path, folder: Path) -> Iterator[Server]:
         with contextlib.closing(tritonclient.http.InferenceServerClient(server.http)) as client:
             for _ in range(600):
                 if server.process.poll() is not None:
-                    raise RuntimeError(f"the server has ended:\n{server.log.read_text()[-19000:]}")
+                    raise RuntimeError(f"the server has ended:\n{server.log.read_text()[-4000:]}")
                 with contextlib.suppress(Exception):  # it is not there yet
                     if client.is_server_ready():
                         break
                 time.sleep(0.2)
             else:
-                raise RuntimeError(f"the server does not become ready:\n{server.log.read_text()[-19000:]}")
+                raise RuntimeError(f"the server does not become ready:\n{server.log.read_text()[-4000:]}")
         yield server
     finally:
         server.process.terminate()

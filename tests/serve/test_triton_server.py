@@ -3,6 +3,7 @@
 import io
 import shutil
 import socket
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,17 +11,19 @@ import pytest
 
 import litedetr_deploy as ld
 from litedetr_deploy.assets import shapes
-from litedetr_deploy.runtime.images import prepare
+from litedetr_deploy.runtime.images import load_image, prepare
 from litedetr_deploy.serve.triton import write_repository
 
 from ..runtime.tiny_artifact import save_detector
 from .client import Client, largest_difference
 from .server import free_ports, installed, serving, start
 
-pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
+pytest.importorskip("tritonclient", reason="tritonclient is not installed")
+from tritonclient.utils import InferenceServerException  # noqa: E402
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(installed() is None, reason="nvidia-pytriton is not installed"),
+    pytest.mark.skipif(not installed(), reason="nvidia-pytriton is not installed"),
     pytest.mark.xdist_group("triton"),
 ]
 
@@ -67,7 +70,8 @@ def server(model, tmp_path_factory):
 
 @pytest.fixture(params=["http", "grpc"])
 def client(request, server):
-    return Client(server, request.param)
+    with Client(server, request.param) as one:
+        yield one
 
 
 def jpeg(*files):
@@ -83,19 +87,13 @@ def test_one_file(client, files, wanted):
 
 
 def test_tensors_in_a_batch(client, files, wanted):
-    prepared = [prepare(ld_image, "stretch", SIZE) for ld_image in map(load, files[:3])]
+    prepared = [prepare(load_image(file), "stretch", SIZE) for file in files[:3]]
     feed = {
         "images": np.stack([one.pixels for one in prepared]),
         "orig_target_sizes": np.array([one.original_size for one in prepared], np.int64),
     }
     answer = client.detect("shapes", feed)
     assert max(largest_difference(answer, wanted[i], i) for i in range(3)) < TOLERANCE
-
-
-def load(file):
-    from litedetr_deploy.runtime.images import load_image
-
-    return load_image(file)
 
 
 def test_files_in_a_batch(client, files, wanted):
@@ -106,7 +104,8 @@ def test_files_in_a_batch(client, files, wanted):
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_in_parallel(server, files, wanted, protocol):
     def ask(number):
-        answer = Client(server, protocol).detect("shapes_jpeg", jpeg(files[number % 6]))
+        with Client(server, protocol) as one:
+            answer = one.detect("shapes_jpeg", jpeg(files[number % 6]))
         return largest_difference(answer, wanted[number % 6])
 
     with ThreadPoolExecutor(6) as pool:
@@ -115,10 +114,11 @@ def test_in_parallel(server, files, wanted, protocol):
 
 def test_a_file_that_is_no_image_fails_alone(server, files, wanted):
     def ask(file):
-        try:
-            return Client(server, "http").detect("shapes_jpeg", jpeg(file))
-        except Exception as error:  # of the client, whose class depends on the protocol
-            return str(error)
+        with Client(server, "http") as one:
+            try:
+                return one.detect("shapes_jpeg", jpeg(file))
+            except InferenceServerException as error:
+                return str(error)
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, [files[0], b"nothing", files[1], files[2][:1000], files[3]]))
@@ -133,23 +133,23 @@ def test_dynamic_sizes(client, files, server):
     answer = client.detect("dynamic_jpeg", jpeg(files[1]))
     [found] = ld.Detector(server.log.parent / "dynamic.onnx").stream([files[1]], clip=False)
     assert largest_difference(answer, found) < TOLERANCE
-    with pytest.raises(Exception, match="Send each in a request of its own"):
+    with pytest.raises(InferenceServerException, match="Send each in a request of its own"):
         client.detect("dynamic_jpeg", jpeg(files[1], files[2]))
 
 
 def test_a_shape_that_does_not_fit_is_refused(client):
     feed = {"images": np.zeros((1, 3, 64, 64), np.float32), "orig_target_sizes": np.zeros((1, 2), np.int64)}
-    with pytest.raises(Exception, match=r"expected \[-1,3,256,256\]"):
+    with pytest.raises(InferenceServerException, match=r"Expected \[-1,3,256,256\]"):
         client.detect("shapes", feed)
-    with pytest.raises(Exception, match="batch-size must be <= 4"):
+    with pytest.raises(InferenceServerException, match="batch-size must be <= 4"):
         client.detect("shapes_jpeg", jpeg(*[b""] * 5))
 
 
 def test_what_the_server_says_of_the_models(server):
-    raw = Client(server, "grpc").raw
-    for model in ("shapes", "shapes_preprocess", "shapes_jpeg"):
-        assert raw.is_model_ready(model)
-    config = raw.get_model_config("shapes").config
+    with Client(server, "grpc") as one:
+        for model in ("shapes", "shapes_preprocess", "shapes_jpeg"):
+            assert one.raw.is_model_ready(model)
+        config = one.raw.get_model_config("shapes").config
     assert (config.backend, config.max_batch_size, config.instance_group[0].count) == ("python", 4, 2)
     assert config.HasField("dynamic_batching") and config.model_warmup[0].batch_size == 1
     assert "not proven" not in server.log.read_text()
@@ -174,3 +174,15 @@ def test_an_unverified_model_is_said_in_the_log(tmp_path):
     write_repository(model, tmp_path / "repository", allow_unverified=True)
     with serving(tmp_path / "repository", tmp_path) as server:
         assert "failed its verification: its results are not proven" in server.log.read_text()
+
+
+def test_numpy_2_is_refused(tmp_path):
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        pytest.skip("NumPy 1 is installed")
+    write_repository(save_detector(tmp_path / "model.onnx"), tmp_path / "repository")
+    server = start(tmp_path / "repository", tmp_path, python_path=sysconfig.get_path("purelib"))
+    try:
+        assert server.process.wait(120) == 1
+    finally:
+        server.process.kill()
+    assert f"NumPy {np.__version__} is installed; Triton's Python back end takes NumPy 1.26" in server.log.read_text()
