@@ -58,6 +58,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	OpenVINO_DIR=$$($(BIN)/python -c "import openvino; print(openvino.__path__[0])")/cmake $(PIP) --no-deps --editable .
 	@# What it depends on is TensorRT itself, gigabytes that a type check does not need.
 	$(PIP) --no-deps 'tensorrt-stubs>=10.13,<11'
+	@# Triton's server, and the NumPy that its Python back end takes: apart, and the tests of it are skipped without.
+	-$(PIP) --no-deps --upgrade --target $(VENV)/triton 'nvidia-pytriton>=0.7,<0.8' 'numpy>=1.26,<2'
 	touch $@
 
 $(VENV)/.installed-benchmark: $(VENV)/.installed

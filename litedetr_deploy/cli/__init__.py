@@ -19,6 +19,7 @@ from .evaluate import evaluate
 from .export import export
 from .fuse import fuse
 from .predict import predict
+from .serve import serve
 from .verify import verify
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 for command in (export, fuse, build, verify, predict, evaluate, doctor):
     app.command()(guarded(described(command)))
 app.add_typer(benchmark, name="benchmark")
+app.add_typer(serve, name="serve")
 
 
 def _print_version(wanted: bool):

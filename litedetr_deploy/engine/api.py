@@ -130,6 +130,13 @@ class Builder:
         given = [{layer.get_output(i).dtype.name for i in range(layer.num_outputs)} for layer in layers]
         return {name: sum(of_trt in types for types in given) for name, of_trt in PRECISIONS.items()}
 
+    def describe_tensors(self) -> dict[str, dict]:
+        """Return type and shape of every input and output of the parsed network; -1 is a size that varies."""
+        network = self._network
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        return {one.name: {"type": one.dtype.name, "shape": list(one.shape)} for one in (*inputs, *outputs)}
+
     def build(self, shapes: dict, options: Options, progress: Callable[[float], None]) -> bytes:
         """Return the serialized engine of the parsed network; raise LiteDetrError where TensorRT fails.
 

@@ -38,6 +38,8 @@ class EngineReport:
     onnx: dict  # name and sha256 of the model it was built from
     metadata: dict  # what `litedetr export` wrote into that; the verdict on the engine is its `verification`
     shapes: dict[str, list]  # input -> smallest, best and largest shape
+    # input or output -> its type, as TensorRT names it, and its shape in the network, -1 where a size varies
+    tensors: dict[str, dict]
     options: dict
     warnings: list[str]  # what is known against this version, or against the model
     gpu: str | None = None  # that it was built on
@@ -144,7 +146,8 @@ def build_engine(
         asked = asdict(options) | {"timing_cache": options.timing_cache and str(options.timing_cache)}
         report = EngineReport(
             str(path), backend, builder.version, {"name": graph.path.name, "sha256": sha256(graph.path)},
-            graph.metadata, shapes, asked, warnings, gpu_name, list(gpus), network_types=types,
+            graph.metadata, shapes, builder.describe_tensors(), asked, warnings, gpu_name, list(gpus),
+            network_types=types,
         )  # fmt: skip
         if uses_plugin:
             library, op_version = builder.plugins, graph.metadata["op_version"]

@@ -53,11 +53,11 @@ def find_images(paths) -> list[Path]:
     return found
 
 
-def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+def load_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> Image.Image:
     """Return `source` as an RGB PIL image, turned upright as its EXIF orientation says.
 
-    source: a path; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of an animation the
-    first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
+    source: a path; the bytes of a file; a PIL image of any integer mode (transparency is dropped, 16 bits become 8, of
+    an animation the first frame counts); or an array, [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16.
 
     Raises LiteDetrError, which names the file, or the array's shape and type.
     """
@@ -65,11 +65,14 @@ def load_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
-    path = Path(source)
-    check_file(path, "an image")
-    with _decoding(path, str(path)) as image:
+    if isinstance(source, bytes):
+        content, name = source, f"(a file of {len(source)} bytes)"
+    else:
+        content, name = Path(source), str(source)
+        check_file(content, "an image")
+    with _decoding(content, name) as image:
         image.load()
-        return _to_rgb(image, str(path))
+        return _to_rgb(image, name)
 
 
 def read_frames(content: str | os.PathLike | bytes, name: str) -> Iterator[Frame]:
@@ -79,7 +82,7 @@ def read_frames(content: str | os.PathLike | bytes, name: str) -> Iterator[Frame
 
     Raises LiteDetrError, which calls it `name`, where it cannot be read.
     """
-    with _decoding(io.BytesIO(content) if isinstance(content, bytes) else content, name) as image:
+    with _decoding(content, name) as image:
         if not _is_animated(image):
             image.load()
             yield Frame(_to_rgb(image, name), name)
@@ -110,10 +113,10 @@ def _is_animated(image):
 
 
 @contextlib.contextmanager
-def _decoding(file, name: str):
-    """Give the PIL image in `file`; what goes wrong with it becomes a LiteDetrError."""
+def _decoding(content: str | os.PathLike | bytes, name: str):
+    """Give the PIL image in a file, or in its bytes; what goes wrong with it becomes a LiteDetrError."""
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             yield image
     except (LiteDetrError, MemoryError):
         raise

@@ -1,0 +1,1 @@
+"""What a server needs to run an artifact: folders for Triton."""
