@@ -31,10 +31,30 @@ def triton(
         report = write_repository(
             model, output, backend, name, max_batch_size, instances, device, op_library, allow_unverified, stage
         ).to_dict()
-    finish(report, as_json, True, _print)
+    finish(report, as_json, True, _print_triton)
 
 
-def _print(report):
+def deepstream(
+    engine: Path, output: Path, threshold: float = 0.3, allow_unverified: bool = False, as_json: bool = False
+):
+    """Write a folder that DeepStream's nvinfer runs: engine, configuration, labels and libraries."""
+    from ..serve.deepstream import write_folder
+
+    with Stages() as stage:
+        report = write_folder(engine, output, threshold, allow_unverified, stage).to_dict()
+    finish(report, as_json, True, _print_deepstream)
+
+
+def _print_deepstream(report):
+    for warning in report["warnings"]:
+        print(f"warning: {printable(warning)}")
+    height, width = report["image_size"]
+    print(f"frames are scaled to {height}x{width} (height x width), batches of up to {report['batch_size']}")
+    print(f"{printable(report['path'])}: {report['size_bytes'] / 1e6:.1f} MB, made in {report['seconds']:.1f} s")
+    print(f"show a video: {printable(' '.join(report['command']))}")
+
+
+def _print_triton(report):
     for warning in report["warnings"]:
         print(f"warning: {printable(warning)}")
     batches = f"batches of up to {report['max_batch_size']}" if report["max_batch_size"] else "no batches"
@@ -49,4 +69,5 @@ def _print(report):
     print(f"start a server: {printable(shlex.join(report['command']))}")
 
 
-serve.command()(guarded(described(triton)))
+for command in (triton, deepstream):
+    serve.command()(guarded(described(command)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 LIBRARIES = {
     "core": "liblitedetr_kda.so",
+    "deepstream": "liblitedetr_deepstream.so",
     "onnxruntime": "liblitedetr_onnxruntime.so",
     "openvino": "liblitedetr_openvino.so",
     "tensorrt": "liblitedetr_tensorrt.so",

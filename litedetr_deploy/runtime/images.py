@@ -66,7 +66,7 @@ def load_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> 
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
     if isinstance(source, bytes):
-        content, name = source, f"(a file of {len(source)} bytes)"
+        content, name = source, f"a file of {len(source)} bytes"
     else:
         content, name = Path(source), str(source)
         check_file(content, "an image")

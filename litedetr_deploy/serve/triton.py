@@ -12,31 +12,23 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .. import artifact
 from ..artifact import ENGINE_SUFFIXES, check_file
 from ..errors import LiteDetrError, nearest
 from ..files import check_writable, folder_beside
-from ..ops import native, schema
+from ..ops import native
 from ..runtime.detector import Detector
-from ..runtime.images import LONGEST_EDGE, SHORTEST_EDGE
-from ..runtime.session import check_op_version
-from ..runtime.tensorrt import read_record, record_path
+from ..runtime.tensorrt import record_path
 from .pbtxt import Word, to_text
+from .source import Source, Tensor, copy_library, doubts, read_engine, read_onnx
 
 BACKENDS = {"python": ".onnx", "onnxruntime": ".onnx", "tensorrt": ".plan"}  # back end -> suffix of what it runs
 DEVICES = ("cpu", "gpu")
-MAX_BATCH_SIZE = 8  # where the model says nothing
-# As ONNX or TensorRT name them.
-_TYPES = {
-    "FLOAT": "FP32", "FLOAT16": "FP16", "HALF": "FP16", "BFLOAT16": "BF16", "BF16": "BF16", "DOUBLE": "FP64",
-    "BOOL": "BOOL", "INT8": "INT8", "UINT8": "UINT8", "INT32": "INT32", "INT64": "INT64",
-}  # fmt: skip
 # What of this package the Python back end imports, and what that needs; a test compares it with pyproject.toml.
 _ROOMS = ("__init__.py", "artifact.py", "errors.py", "files.py", "machine.py", "ops", "runtime")
 # The Python back end of Triton's release 24.10 takes the arrays of NumPy 2 for empty ones.
@@ -106,18 +98,15 @@ def write_repository(
     name = name or model.stem
     _check(model, path, backend, name, instances, device)
     progress("read the model")
-    source = _read_engine(model) if is_engine else _read_onnx(model)
-    doubt = artifact.distrust(model, source.metadata)
-    if doubt and not allow_unverified:
-        fix = "Make it again with its verification, or serve it with --allow-unverified (allow_unverified=True)."
-        raise LiteDetrError(f"{model} {doubt}, so no repository is made of it. {fix}")
-    uses_op = source.metadata.get("attention") == "op"
+    source = read_engine(model) if is_engine else read_onnx(model)
+    warnings = doubts(source, allow_unverified)
+    uses_op = source.uses_op
     if op_library is not None:
         _check_op_library(op_library, backend, uses_op)
     largest = source.largest_batch(max_batch_size)
     report = RepositoryReport(
         str(path), name, backend, device, [name], largest, instances, source.metadata, [],
-        warnings=[f"{model} {doubt}: its results are not proven"] if doubt else [],
+        warnings=warnings,
     )  # fmt: skip
     progress("write the repository")
     with folder_beside(path) as folder:
@@ -182,140 +171,8 @@ def _check_op_library(op_library: str, backend: str, uses_op: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of a model."""
-
-    name: str
-    kind: str  # Triton's, as in FP32
-    shape: tuple[int, ...]  # -1 where a size varies
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What of an artifact a configuration says."""
-
-    path: Path
-    metadata: dict
-    inputs: Sequence[Tensor]
-    outputs: Sequence[Tensor]
-    # Of an engine: its record, with the smallest, best and largest shape of each input.
-    record: dict = field(default_factory=dict)
-    beside: Sequence[str] = ()  # files with weights, relative to the model's folder
-
-    @property
-    def batched(self) -> bool:
-        return all(tensor.shape[:1] == (-1,) for tensor in (*self.inputs, *self.outputs))
-
-    @property
-    def is_detector(self) -> bool:
-        """Whether images go in and detections come out, as `litedetr export` makes both."""
-        names = {tensor.name for tensor in self.inputs} - {"pixel_mask"}, {tensor.name for tensor in self.outputs}
-        ours = names == ({"images", "orig_target_sizes"}, {"labels", "boxes", "scores"})
-        return ours and self.batched and "fused_from" not in self.metadata
-
-    def largest_batch(self, wanted: int | None) -> int:
-        """Return Triton's max_batch_size; raise LiteDetrError where the model does not take what is wanted."""
-        if wanted is not None and wanted < 1:
-            raise LiteDetrError(f"max_batch_size is {wanted}; it must be 1 or more.")
-        if not self.batched:
-            if wanted is None:
-                return 0
-            fixed = next(one for one in (*self.inputs, *self.outputs) if one.shape[:1] != (-1,))
-            raise LiteDetrError(
-                f"max_batch_size is {wanted}, and {fixed.name!r} of {self.path} has the fixed shape "
-                f"{list(fixed.shape)}. Leave it out, or export the model with a dynamic batch."
-            )
-        if not self.record:
-            return wanted or MAX_BATCH_SIZE
-        smallest, _, largest = (shape[0] for shape in self.record["shapes"][self.inputs[0].name])
-        if smallest > 1:
-            raise LiteDetrError(
-                f"{self.path} takes batches of {smallest} to {largest}, and Triton sends any from 1 on. Build the "
-                f"engine with `litedetr build --batch 1,{smallest},{largest}`."
-            )
-        if wanted is not None and wanted > largest:
-            fix = f"Give at most that, or build the engine with `litedetr build --batch 1,1,{wanted}`."
-            raise LiteDetrError(f"max_batch_size is {wanted}, and {self.path} takes batches of up to {largest}. {fix}")
-        return wanted or largest
-
-    def dims(self, tensor: Tensor) -> list[int]:
-        """Return a tensor's shape as Triton's configuration has it."""
-        return list(tensor.shape[1:] if self.batched else tensor.shape)
-
-    def warmup_dims(self, tensor: Tensor) -> list[int] | None:
-        """Return a shape of an input that the model takes; None where it is not known."""
-        if self.record:
-            return list(self.record["shapes"][tensor.name][1][1 if self.batched else 0 :])
-        dims, sides = self.dims(tensor), [SHORTEST_EDGE, LONGEST_EDGE]
-        if "fused_from" not in self.metadata:
-            filled = {"images": [3, *sides], "pixel_mask": sides}.get(tensor.name, dims)
-            dims = [known if size < 0 else size for size, known in zip(dims, filled)]
-        return None if min(dims, default=0) < 0 else dims
-
-
-def _read_onnx(path: Path) -> _Source:
-    proto = artifact.load_onnx(path, weights=False)
-    artifact.check_external_data(path, proto)
-    metadata = artifact.onnx_metadata(proto, path)
-    check_op_version(path, metadata, artifact.opset_version(path, schema.DOMAIN))
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    beside = {
-        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    from onnx import TensorProto
-
-    def tensors(values) -> list[Tensor]:
-        found = []
-        for value in values:
-            if value.name in weights:  # which older files list among the inputs
-                continue
-            kind = value.type.tensor_type
-            if not kind.HasField("shape"):
-                raise LiteDetrError(f"{path} does not say the shape of {value.name!r}, which Triton needs.")
-            shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
-            found.append(_tensor(path, value.name, TensorProto.DataType.Name(kind.elem_type), shape))
-        return found
-
-    return _Source(path, metadata, tensors(proto.graph.input), tensors(proto.graph.output), beside=sorted(beside))
-
-
-def _read_engine(path: Path) -> _Source:
-    record = read_record(path)
-    if not record:
-        raise LiteDetrError(
-            f"{path} has no {record_path(path).name} beside it, which says what the engine takes and whether it was "
-            "verified. Copy that file as well, or build the engine with `litedetr build`."
-        )
-    if record.get("backend") != "tensorrt":
-        fix = "Build the engine with `litedetr build --backend tensorrt` on the GPU that it is for."
-        raise LiteDetrError(f"{path} is an engine of {record.get('backend')}, for which Triton has no back end. {fix}")
-    check_op_version(path, record["metadata"])
-    try:
-        shapes = record["shapes"]
-        inputs, outputs = [], []
-        for name, one in record["tensors"].items():
-            shape = list(one["shape"])
-            if name in shapes:  # a size that the engine takes only one of is fixed; Triton counts the batch itself
-                limits = zip(shapes[name][0], shapes[name][2])
-                shape[1:] = [low if low == high else -1 for low, high in limits][1:]
-            (inputs if name in shapes else outputs).append(_tensor(path, name, one["type"], shape))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise LiteDetrError(
-            f"{record_path(path)} does not say the inputs and outputs of {path} ({type(error).__name__}: {error}). "
-            "Build the engine again with this version of `litedetr build`."
-        ) from error
-    return _Source(path, record["metadata"], inputs, outputs, record)
-
-
-def _tensor(path: Path, name: str, kind: str, shape: Sequence[int]) -> Tensor:
-    if kind not in _TYPES:
-        raise LiteDetrError(f"{name!r} of {path} has the type {kind}, which Triton does not take. Export it without.")
-    return Tensor(name, _TYPES[kind], tuple(shape))
-
-
 def _write_detector(
-    source: _Source, report: RepositoryReport, folder: Path, op_library: str | None, final: Path, uses_op: bool
+    source: Source, report: RepositoryReport, folder: Path, op_library: str | None, final: Path, uses_op: bool
 ) -> list[str]:
     """Write the model itself, which will lie in `final`; return the server's flags, as words of a shell."""
     version = folder / "1"
@@ -328,8 +185,8 @@ def _write_detector(
         if source.record.get("options", {}).get("version_compatible"):
             flags.append("--backend-config=tensorrt,version-compatible=true")
         if uses_op and not source.record.get("plugin_inside"):
-            _copy_library("tensorrt", folder)
-            register = _copy_library("tensorrt-register", folder)
+            copy_library("tensorrt", folder)
+            register = copy_library("tensorrt-register", folder)
             flags.append(f'--backend-config=tensorrt,plugins="$repository"/{report.name}/{register.name}')
     else:
         shutil.copyfile(source.path, version / "model.onnx")
@@ -337,13 +194,13 @@ def _write_detector(
             (version / location).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path.parent / location, version / location)
     if report.backend == "onnxruntime" and uses_op:
-        copied = _copy_library("onnxruntime", folder)
+        copied = copy_library("onnxruntime", folder)
         report.op_library = op_library or str(final / copied.name)
         config["model_operations"] = {"op_library_filename": report.op_library}
     if report.backend == "python":
         _copy_python("triton_detector.py", version)
         if uses_op:
-            _copy_library("onnxruntime", version)
+            copy_library("onnxruntime", version)
         report.requirements = [*_REQUIREMENTS, _RUNTIMES[report.device]]
     names = source.metadata.get("class_names")
     labels = next((output for output in config["output"] if output["name"] == "labels"), None)
@@ -354,7 +211,7 @@ def _write_detector(
     return flags
 
 
-def _config(name: str, backend: str, source: _Source, report: RepositoryReport) -> dict[str, Any]:
+def _config(name: str, backend: str, source: Source, report: RepositoryReport) -> dict[str, Any]:
     largest = report.max_batch_size
     config: dict[str, Any] = {
         "name": name, "backend": backend, "max_batch_size": largest,
@@ -385,11 +242,11 @@ def _config(name: str, backend: str, source: _Source, report: RepositoryReport) 
     return config
 
 
-def _described(source: _Source, tensor: Tensor) -> dict[str, Any]:
+def _described(source: Source, tensor: Tensor) -> dict[str, Any]:
     return {"name": tensor.name, "data_type": Word(f"TYPE_{tensor.kind}"), "dims": source.dims(tensor)}
 
 
-def _write_jpeg(source: _Source, report: RepositoryReport, repository: Path) -> None:
+def _write_jpeg(source: Source, report: RepositoryReport, repository: Path) -> None:
     """Write the model that makes inputs of image files, and the ensemble of it and the detector."""
     name, preprocess, ensemble = report.name, f"{report.name}_preprocess", f"{report.name}_jpeg"
     shapes = {
@@ -445,11 +302,3 @@ def _copy_python(model: str, version: Path) -> None:
             shutil.copytree(_PACKAGE / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(_PACKAGE / room, target / room)
-
-
-def _copy_library(name: str, folder: Path) -> Path:
-    try:
-        library = native.library(name)
-    except FileNotFoundError as error:
-        raise LiteDetrError(f"the model holds the attention ops, and their library is missing: {error}") from error
-    return Path(shutil.copyfile(library, folder / library.name))

@@ -1,5 +1,11 @@
-"""The parser for DeepStream, called as nvinfer calls it, under AddressSanitizer.  DeepStream itself was never run."""
+"""What DeepStream's nvinfer is given: the parser, called as nvinfer calls it under AddressSanitizer, and the folder.
 
+DeepStream itself was never run.
+"""
+
+import configparser
+import hashlib
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,16 +15,18 @@ import pytest
 
 import litedetr_deploy as ld
 from litedetr_deploy.assets.shapes import CLASS_NAMES, scene
+from litedetr_deploy.serve.deepstream import write_folder
 
 ROOT = Path(__file__).parents[2]
 SIZE = (256, 256)
 THRESHOLD, CLASSES = 0.3, len(CLASS_NAMES)
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.int32): 3, np.dtype(np.int64): 4}
-pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler is installed")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler is installed")
     path = tmp_path_factory.mktemp("deepstream") / "parse"
     tests = ROOT / "plugins" / "tests" / "deepstream"
     command = ["c++", "-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
@@ -138,3 +146,83 @@ def test_the_sizes_input_is_that_of_the_network(program):
     data = b"orig_target_sizes 4 1 2\n" + bytes(16)
     result = subprocess.run([program, "1333", "800", "91", "0.3"], input=data, capture_output=True)
     assert (result.returncode, result.stdout.split()) == (0, [b"1333", b"800", b"1333", b"800"])
+
+
+RECORD = {
+    "backend": "tensorrt", "metadata": {"attention": "op", "op_version": 1, "class_names": ["car", "traffic light"]},
+    "shapes": {"images": [[1, 3, 800, 1344], [1, 3, 800, 1344], [4, 3, 800, 1344]]},
+    "tensors": {
+        "images": {"type": "FLOAT", "shape": [-1, 3, 800, 1344]},
+        "pred_logits": {"type": "FLOAT", "shape": [-1, 900, 2]}, "pred_boxes": {"type": "FLOAT", "shape": [-1, 900, 4]},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """What stands for an engine, with its record, and for the compiled libraries."""
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for name in ("deepstream", "tensorrt", "tensorrt-register"):
+        (libraries / ld.native.LIBRARIES[name]).write_bytes(name.encode())
+    monkeypatch.setenv(ld.native.PATH_VARIABLE, str(libraries))
+    path = tmp_path / "detector.plan"
+    path.write_bytes(b"ftrt" + bytes(100))
+
+    def write(**changes):
+        record = {**json.loads(json.dumps(RECORD)), **changes, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        Path(f"{path}.json").write_text(json.dumps(record))
+        return path
+
+    return write
+
+
+def test_the_folder_has_all_that_nvinfer_needs(engine, tmp_path):
+    report = write_folder(engine(), tmp_path / "out", 0.4, allow_unverified=True)
+    folder = Path(report.path)
+    config = configparser.ConfigParser()
+    config.read(folder / "config_infer.txt")
+    properties = dict(config["property"])
+    for name in ("model-engine-file", "labelfile-path", "custom-lib-path"):  # relative to the configuration's folder
+        assert (folder / properties[name]).is_file()
+    assert (folder / "labels.txt").read_text().split("\n") == ["car", "traffic light", ""]
+    assert properties["num-detected-classes"] == "2" and properties["batch-size"] == "4"
+    assert properties["infer-dims"] == "3;800;1344"
+    assert float(properties["net-scale-factor"]) == 1 / 255
+    assert (properties["network-type"], properties["cluster-mode"], properties["model-color-format"]) == ("0", "4", "0")
+    source = (ROOT / "plugins/deepstream/parser.cpp").read_text()
+    assert f"bool {properties['parse-bbox-func-name']}(" in source
+    assert config["class-attrs-all"]["pre-cluster-threshold"] == "0.4"
+    assert len(list(folder.glob("*.so"))) == 3
+    assert f"config-file-path={folder / 'config_infer.txt'}" in report.command
+    assert "not proven" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "changes,part",
+    [
+        ({"shapes": {"images": [[1, 3, 480, 480], [1, 3, 800, 800], [1, 3, 1333, 1333]]}}, "images of several sizes"),
+        ({"shapes": {"images": [[2, 3, 800, 1344]] * 2 + [[4, 3, 800, 1344]]}}, "takes batches of 2 to 4"),
+        ({"tensors": {name: one for name, one in RECORD["tensors"].items() if name != "pred_boxes"}}, "no detector"),
+        ({"backend": "tensorrt-rtx"}, "is an engine of tensorrt-rtx"),
+    ],
+)
+def test_other_engines_are_refused(engine, tmp_path, changes, part):
+    with pytest.raises(ld.LiteDetrError, match=part):
+        write_folder(engine(**changes), tmp_path / "out", allow_unverified=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_named(engine, tmp_path):
+    path = engine()
+    with pytest.raises(ld.LiteDetrError, match="so it is not served"):
+        write_folder(path, tmp_path / "out")
+    (tmp_path / "libraries" / ld.native.LIBRARIES["deepstream"]).unlink()
+    with pytest.raises(ld.LiteDetrError, match="liblitedetr_deepstream.so"):
+        write_folder(path, tmp_path / "out", allow_unverified=True)
+    Path(f"{path}.json").unlink()
+    with pytest.raises(ld.LiteDetrError, match="has no detector.plan.json beside it"):
+        write_folder(path, tmp_path / "out", allow_unverified=True)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ld.LiteDetrError, match="exists, and a folder is not written over"):
+        write_folder(path, tmp_path / "out")
