@@ -97,8 +97,8 @@ def _size(source: Source) -> tuple[int, int]:
     height, width = next(one.shape[2:] for one in source.inputs if one.name == "images")
     if min(height, width) < 0:
         raise LiteDetrError(
-            f"{source.path} takes images of several sizes, and nvinfer scales every frame to one. Export the model with "
-            "--image-size HEIGHTxWIDTH."
+            f"{source.path} takes images of several sizes, and nvinfer scales every frame to one. Export the model "
+            "with --image-size HEIGHTxWIDTH."
         )
     return height, width
 

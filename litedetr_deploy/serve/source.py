@@ -1,4 +1,4 @@
-"""What a server must know of an artifact: its inputs and outputs, whether it is proven, and the libraries that it needs."""
+"""What a server must know of an artifact: inputs and outputs, whether it is proven, and its libraries."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Source:
         return ours and self.batched and "fused_from" not in self.metadata
 
     def largest_batch(self, wanted: int | None) -> int:
-        """Return the most images that a server may run together; raise LiteDetrError where the model does not take what is wanted."""
+        """Return how many images a server may run together; raise LiteDetrError where the model takes less than wanted."""
         if wanted is not None and wanted < 1:
             raise LiteDetrError(f"max_batch_size is {wanted}; it must be 1 or more.")
         if not self.batched:
