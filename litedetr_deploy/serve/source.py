@@ -59,7 +59,7 @@ class Source:
         return ours and self.batched and "fused_from" not in self.metadata
 
     def largest_batch(self, wanted: int | None) -> int:
-        """Return how many images a server may run together; raise LiteDetrError where the model takes less than wanted."""
+        """Return how many images a server may run together; raise LiteDetrError where `wanted` are too many."""
         if wanted is not None and wanted < 1:
             raise LiteDetrError(f"max_batch_size is {wanted}; it must be 1 or more.")
         if not self.batched:
