@@ -9,35 +9,50 @@ import typer
 
 from ..artifact import check_file
 from ..errors import LiteDetrError, printable
-from ._console import print_json
+from ._console import Stages, print_json
 
 
 def predict(
     model: Path,
-    images: list[Path],
-    output: Path | None = None,
+    images: list[str],
+    output: str | None = None,
     threshold: float = 0.3,
     resize: str | None = None,
     runtime: str | None = None,
     precision: str | None = None,
+    provider: list[str] | None = None,
     threads: int | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
+    workers: int | None = None,
+    batch_size: int = 1,
+    shards: str = "parquet",
+    shard_size: int = 256,
     as_json: bool = False,
 ):
     """Detect objects on images, print them, and save the images with boxes.
 
     An image that cannot be read is reported and left out; the exit status is then 2.
     """
+    if ray:
+        _predict_on_ray(
+            model, images, output, (ray_address, workers), as_json, threshold=threshold, resize=resize, runtime=runtime,
+            precision=precision, format=shards, shard_size=shard_size, batch_size=batch_size,
+            providers=provider or None, threads=threads,
+        )  # fmt: skip
+        return
     from ..runtime.detector import Detector
     from ..runtime.images import find_images
     from ..runtime.sinks import describe, drawing_paths, predict_files
 
     check_file(model, "the model")
     files = find_images(images)
-    drawing_paths(files, output)  # before the model is loaded
+    folder = Path(output) if output else None
+    drawing_paths(files, folder)  # before the model is loaded
     several = runtime == "openvino" and len(files) > 1
-    detector = Detector(model, threads=threads, runtime=runtime, precision=precision, throughput=several)
+    detector = Detector(model, provider or None, threads, runtime=runtime, precision=precision, throughput=several)
     done, errors, began = [], [], time.monotonic()
-    for record in predict_files(detector, files, output, threshold, resize):
+    for record in predict_files(detector, files, folder, threshold, resize):
         if "error" in record:
             errors.append(record["error"])
             print(f"error: {printable(record['error'])}", file=sys.stderr)
@@ -54,3 +69,22 @@ def predict(
         print(f"{len(done)} image{'s' * (len(done) != 1)}, median {median * 1000:.0f} ms each{rate}{saved}")
     if errors:
         raise typer.Exit(LiteDetrError.exit_status)
+
+
+def _predict_on_ray(model, images, output, cluster, as_json, **options):
+    from ..serve.ray import FAILED, Cluster, predict
+
+    if output is None:
+        raise LiteDetrError("A job on a Ray cluster writes shards: give their folder with --output.")
+    with Stages() as stage:
+        report = predict(model, images, output, cluster=Cluster(*cluster), progress=stage, **options)
+    if as_json:
+        print_json(report)
+        return
+    if report["failed"]:
+        print(f"warning: {report['failed']} images failed, listed in {printable(output)}/{FAILED}.", file=sys.stderr)
+    before = f", {report['continued']} of them were done before" if report["continued"] else ""
+    print(
+        f"{report['images']} images in {report['shards']} shards in {printable(output)}{before}; "
+        f"{report['done']} in {report['seconds']:.0f} s"
+    )

@@ -1,0 +1,1 @@
+"""Artifacts as servers and clusters run them."""
