@@ -117,9 +117,9 @@ def predict(
     images = find_images(sources)
     folder = _Folder(os.fspath(output), options, Path(model), images)
     todo = folder.todo()
-    with _connected(cluster.address, progress):
-        if todo:
-            _fill(folder, todo, images, Path(model), options, cluster, progress)
+    if todo:
+        with connected(cluster.address, progress):
+            _fill(folder, todo, Path(model), options, cluster, progress)
     folder.write_failed()  # that of a run which ended before it may name images of shards that were made again
     return {
         "model": os.fspath(model), "output": os.fspath(output), "format": options.format, "images": len(images),
@@ -136,7 +136,7 @@ def evaluator(cluster: Cluster | None = None, progress=_silent) -> Callable:
         if not isinstance(artifact, (str, os.PathLike)):
             raise LiteDetrError("A session cannot be sent to a Ray cluster. Give the path of its model.")
         options = replace(options, threads=options.threads or 1)
-        with _connected(cluster.address, progress):
+        with connected(cluster.address, progress):
             needs = _needs(artifact, options.providers, options.threads, cluster)
             worker = _Evaluator(_Shipped(artifact), options, categories)
             for index, found in _detections(entries, load, worker, options.batch_size, needs):
@@ -264,9 +264,8 @@ class _Folder:
             if self.filesystem.get_file_info(self.path).type == fs.FileType.File:
                 raise LiteDetrError(f"The output {output} is a file, and the shards need a folder. Choose another.")
             self._check_manifest()
-            self.filesystem.create_dir(self.path, recursive=True)
-            self._write_manifest()
-            there = {Path(info.path).name for info in self.filesystem.get_file_info(fs.FileSelector(self.path))}
+            selector = fs.FileSelector(self.path, allow_not_found=True)
+            there = {PurePosixPath(info.path).name for info in self.filesystem.get_file_info(selector)}
             self.done = {number for number, name in enumerate(self.names) if name in there}
             self.failed = [record for record in self._read_failed() if record["shard"] in there]
 
@@ -318,7 +317,10 @@ class _Folder:
                 "continue that one, or choose another output folder."
             )
 
-    def _write_manifest(self) -> None:
+    def begin(self) -> None:
+        """Make the folder and say in it what its shards are made from."""
+        with _explained(self.output):
+            self.filesystem.create_dir(self.path, recursive=True)
         shards = [
             {
                 "file": name,
@@ -418,8 +420,11 @@ def _import_ray():
 
 
 @contextlib.contextmanager
-def _connected(address: str | None, progress=_silent) -> Iterator[None]:
-    """Connect to the cluster at `address`, as `Cluster` has it; a connection that is there is kept."""
+def connected(address: str | None = None, progress=_silent) -> Iterator[None]:
+    """Connect to the cluster at `address`, as `Cluster` has it, and disconnect; a connection that is there is kept.
+
+    Raises LiteDetrError for a cluster that is not there, within seconds.
+    """
     ray = _import_ray()
     if ray.is_initialized():
         yield
@@ -638,20 +643,27 @@ def _detections(
             max_task_retries=TASK_RETRIES,
             **batches,
         )
-    for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for index, record in zip(table["index"].to_pylist(), table["found"].to_pylist()):
-            yield index, pickle.loads(record)
+    try:
+        for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for index, record in zip(table["index"].to_pylist(), table["found"].to_pylist()):
+                yield index, pickle.loads(record)
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise LiteDetrError(
+            f"Workers of the Ray cluster ended, {TASK_RETRIES + 1} times with the same images: {error}. If the memory "
+            "was not enough, take fewer workers (--workers) or a smaller batch; else see Ray's logs."
+        ) from error
 
 
-def _fill(folder: _Folder, todo: list[int], images, model: Path, options: Options, cluster: Cluster, progress) -> None:
+def _fill(folder: _Folder, todo: list[int], model: Path, options: Options, cluster: Cluster, progress) -> None:
     """Run the images whose numbers are `todo` and write their shards."""
-    ray = _import_ray()
+    ray, images = _import_ray(), folder.images
     needs = _needs(model, options.providers, options.threads or 1, cluster)
     worker = _Predictor(_Shipped(model), options)
     progress("load the model", 0, None)
     class_names, why = _ask(ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(_about).remote(worker))
     if why:
         warnings.warn(f"{model} {why}: its results are not proven", Notice, 3)
+    folder.begin()
     stage = f"predict with {needs.workers} worker{'s' * (needs.workers > 1)}"
     before = len(images) - len(todo)
     if before:
