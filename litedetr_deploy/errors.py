@@ -8,8 +8,8 @@ from collections.abc import Iterable
 # Top-level module -> the extra of this package that brings it.
 EXTRAS = {
     "av": "video", "cuda": "gpu", "matplotlib": "benchmark", "onnx": "export", "onnx_ir": "export",
-    "onnxruntime": "onnxruntime", "onnxscript": "export", "openvino": "openvino", "pycocotools": "evaluate",
-    "safetensors": "export", "scipy": "train", "torch": "export",
+    "onnxruntime": "onnxruntime", "onnxscript": "export", "openvino": "openvino", "pyarrow": "ray",
+    "pycocotools": "evaluate", "ray": "ray", "safetensors": "export", "scipy": "train", "torch": "export",
 }  # fmt: skip
 
 

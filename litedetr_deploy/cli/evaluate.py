@@ -29,6 +29,9 @@ def evaluate(
     against: str | None = None,
     tolerance: float | None = None,
     output: Path | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
+    workers: int | None = None,
     as_json: bool = False,
 ):
     """Compute the COCO AP and the latency of an artifact, or compare two.
@@ -56,10 +59,15 @@ def evaluate(
         options = evaluating.Options(
             variant, force_variant, size, resize, batch_size, provider or None, threads, runtime, precision
         )
+        elsewhere = None
+        if ray:
+            from ..serve.ray import Cluster, evaluator
+
+            elsewhere = evaluator(Cluster(ray_address, workers), stage)
         if against is None:
-            report = evaluating.evaluate(artifact, dataset, options, stage).to_dict()
+            report = evaluating.evaluate(artifact, dataset, options, stage, elsewhere).to_dict()
         else:
-            report = evaluating.compare(artifact, against, dataset, options, tolerance, stage).to_dict()
+            report = evaluating.compare(artifact, against, dataset, options, tolerance, stage, elsewhere).to_dict()
     passed = against is None or report["comparison"].get("passed", True)
     if output:
         with replaced_when_done(output) as temporary:

@@ -17,7 +17,7 @@ from ._console import Stages, print_json
 def predict(
     model: Path,
     images: list[str],
-    output: Path | None = None,
+    output: str | None = None,
     format: str | None = None,
     threshold: float = 0.3,
     classes: str | None = None,
@@ -29,6 +29,10 @@ def predict(
     runtime: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
+    workers: int | None = None,
+    shard_size: int | None = None,
     as_json: bool = False,
 ):
     """Detect objects on images and videos, print them, and save the images and videos with boxes, or the objects.
@@ -36,6 +40,21 @@ def predict(
     An image or a video that cannot be read is reported and left out; the exit status is then 2.  Ctrl-C finishes the
     files: they hold what was done so far.
     """
+    of_ray = {"ray_address": ray_address, "workers": workers, "shard_size": shard_size}
+    of_others = {"classes": classes, "max_detections": max_detections, "recursive": recursive}
+    for name, value in (of_others if ray else of_ray).items():
+        if value:
+            flag, why = f"--{name.replace('_', '-')}", "not for" if ray else "for"
+            fix = f"Leave out {flag} or --ray." if ray else "Add --ray, or leave it out."
+            raise LiteDetrError(f"{flag} is {why} jobs on a Ray cluster. {fix}")
+    if ray:
+        options = {
+            "threshold": threshold, "resize": resize, "runtime": runtime, "precision": precision, "device": device,
+            "batch_size": batch_size, "threads": threads, "format": format or "parquet",
+        }  # fmt: skip
+        options |= {"shard_size": shard_size} if shard_size else {}
+        _predict_on_ray(model, images, output, (ray_address, workers), as_json, options)
+        return
     from ..runtime.detector import Detector
     from ..runtime.predict import describe
     from ..runtime.predict import predict as run
@@ -44,7 +63,7 @@ def predict(
 
     check_file(model, "the model")
     sources = find_sources(images, recursive)
-    sink = open_sink(output, format, sources)  # before the model is loaded
+    sink = open_sink(Path(output) if output else None, format, sources)  # before the model is loaded
     to_stdout = sink is not None and output is None
     if to_stdout and as_json:
         raise LiteDetrError(f"--json and --format {format} both go to standard output. Give -o, or leave one out.")
@@ -110,3 +129,22 @@ class _Video:
             found = f"{self._objects.total()} objects{': ' * bool(objects)}{objects}"
             frames = f"{self._frames} frame{'s' * (self._frames != 1)}"
             print(printable(f"{self.path}: {frames}, {found} ({rate:.1f} frames/s)"), flush=True)
+
+
+def _predict_on_ray(model, images, output, cluster, as_json, options):
+    from ..serve.ray import FAILED, Cluster, predict
+
+    if output is None:
+        raise LiteDetrError("A job on a Ray cluster writes shards: give their folder with --output.")
+    with Stages() as stage:
+        report = predict(model, images, output, cluster=Cluster(*cluster), progress=stage, **options)
+    if as_json:
+        print_json(report)
+        return
+    if report["failed"]:
+        print(f"warning: {report['failed']} images failed, listed in {printable(output)}/{FAILED}.", file=sys.stderr)
+    before = f", {report['continued']} of them were done before" if report["continued"] else ""
+    print(
+        f"{report['images']} images in {report['shards']} shards in {printable(output)}{before}; "
+        f"{report['done']} in {report['seconds']:.0f} s"
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -83,8 +84,9 @@ def _silent(stage: str, done: int, total: int | None) -> None:
 
 
 def evaluate(
-    artifact, data: Dataset | str | os.PathLike, options: Options | None = None, progress=_silent, **single
-) -> Evaluation:
+    artifact, data: Dataset | str | os.PathLike, options: Options | None = None, progress=_silent, elsewhere=None,
+    **single,
+) -> Evaluation:  # fmt: skip
     """Run `artifact` on every image of `data` and return its AP and latency.
 
     Detections are kept in the user's cache while it runs, so that an interrupted evaluation continues.
@@ -95,30 +97,52 @@ def evaluate(
         data: a `Dataset`, the path of a COCO folder, or 'shapes'.
         progress: called as progress(stage, done, total) when a stage begins and after every image of it; total is None
             for a stage that does not count images.
+        elsewhere: what runs the images where this process does not; called as elsewhere(artifact, options, categories,
+            load, entries), it yields each of the data's entries and what `detect` yields for it, in any order.
         single: fields of `options`, as in batch_size=2.
 
     Raises LiteDetrError where the model cannot be run, lacks a category of the data, or gives a NaN; a file that was
     not verified, or was changed since, gives a `Notice`.
     """
-    [evaluation] = _evaluate([artifact], open_data(data), replace(options or Options(), **single), progress)
+    [evaluation] = _evaluate([artifact], open_data(data), replace(options or Options(), **single), progress, elsewhere)
     return evaluation
 
 
 def compare(
-    artifact, other, data, options: Options | None = None, tolerance: float | None = None, progress=_silent, **single
-) -> Comparison:
+    artifact, other, data, options: Options | None = None, tolerance: float | None = None, progress=_silent,
+    elsewhere=None, **single,
+) -> Comparison:  # fmt: skip
     """Evaluate two artifacts as `evaluate` does and compare their detections.
 
     Where one has a fixed input size, the other takes the same if its own is dynamic; where one takes no pixel mask,
     images of a fixed size are stretched for both, unless `resize` says otherwise.
     """
     options = replace(options or Options(), **single)
-    first, second = _evaluate([artifact, other], open_data(data), options, progress)
+    first, second = _evaluate([artifact, other], open_data(data), options, progress, elsewhere)
     found = compare_detections(first.detections, second.detections)
     return Comparison(first, second, second.metrics["AP"] - first.metrics["AP"], found, tolerance)
 
 
-def _evaluate(artifacts, dataset, options: Options, progress):
+def open_detector(artifact, options: Options) -> Detector:
+    """Return the detector of an artifact, which takes images of `options.image_size` where it could take any."""
+    name, session = _name(artifact), _open(artifact, options)
+    return Detector(_Measured(name, session, _fixed_size(session) or options.image_size))
+
+
+def detect(detector: Detector, images, categories: dict[int, int], options: Options) -> Iterator[dict]:
+    """Yield for each image what a detector of `open_detector` finds, in JSON types: seconds of its run, labels, boxes
+    and scores; and `finite`, whether the outputs of its run were.  categories: label -> category id of the data."""
+    for found in detector.stream(images, batch_size=options.batch_size, resize=options.resize, clip=False):
+        known = np.isin(found.labels, list(categories))
+        labels = [categories[label] for label in found.labels[known].tolist()]
+        boxes, scores = found.boxes[known].tolist(), found.scores[known].tolist()
+        yield {
+            "seconds": detector.session.seconds, "labels": labels, "boxes": boxes, "scores": scores,
+            "finite": detector.session.finite,
+        }  # fmt: skip
+
+
+def _evaluate(artifacts, dataset, options: Options, progress, elsewhere):
     import_pycocotools()  # before the work, not after it
     image_size, resize = options.image_size, options.resize
     names, sessions = list(map(_name, artifacts)), []
@@ -141,11 +165,16 @@ def _evaluate(artifacts, dataset, options: Options, progress):
     ]
     modes = [detector.resize_mode(resize) for detector in detectors]
     labels = [_categories(dataset, session.metadata, name) for session, name in zip(sessions, names)]
-    settings = asdict(replace(options, image_size=image_size, resize=resize))
-    stores = [_store(artifact, dataset, settings) for artifact in artifacts]
+    options = replace(options, image_size=image_size, resize=resize)
+    stores = [_store(artifact, dataset, asdict(options)) for artifact in artifacts]
     evaluations = []
-    for name, detector, mode, categories, store in zip(names, detectors, modes, labels, stores):
-        _run(name, detector, dataset, categories, store, mode, options.batch_size, progress)
+    for artifact, name, detector, mode, categories, store in zip(artifacts, names, detectors, modes, labels, stores):
+
+        def here(_artifact, options, categories, load, entries, detector=detector):
+            return zip(entries, detect(detector, map(load, entries), categories, options))
+
+        run = functools.partial(elsewhere or here, artifact, replace(options, resize=mode), categories, dataset.load)
+        _run(name, run, dataset, store, options.batch_size, progress)
         progress(f"compute AP of {name}", 0, None)
         evaluations.append(_summary(name, detector, dataset, store, mode, options.batch_size))
     for store in stores:  # only now: an interruption of the second leaves the first done
@@ -235,27 +264,22 @@ def _categories(dataset, metadata, name):
     return labels
 
 
-def _run(name, detector, dataset, categories, store, mode, batch_size, progress):
-    """Run the detector on the images that the store lacks, and add what it finds; labels become category ids."""
+def _run(name, run, dataset, store, batch_size, progress):
+    """Run the images that the store lacks, and add what is found."""
     todo = [entry for entry in dataset.images if str(entry["id"]) not in store.items]
     total, stage = len(dataset.images), f"evaluate {name}"
     if store.resumed:
         stage += f", continued: {store.resumed} of {total} images were done before"
     progress(stage, store.resumed, total)
-    stream = detector.stream(map(dataset.load, todo), batch_size=batch_size, resize=mode, clip=False)
     try:
-        for entry, found in zip(todo, stream):
-            if not detector.session.finite:
+        for entry, found in run(todo):
+            if not found.pop("finite"):
                 raise LiteDetrError(
                     f"{name} gives a NaN or an infinity for the image {entry['file_name']}"
                     f"{' or another one of its batch' if batch_size > 1 else ''}. Find out with "
                     "`litedetr verify` what it computes otherwise than its checkpoint does."
                 )
-            known = np.isin(found.labels, list(categories))
-            labels = [categories[label] for label in found.labels[known].tolist()]
-            boxes, scores = found.boxes[known].tolist(), found.scores[known].tolist()
-            result = {"seconds": detector.session.seconds, "labels": labels, "boxes": boxes, "scores": scores}
-            store.add(str(entry["id"]), result)
+            store.add(str(entry["id"]), found)
             progress(stage, len(store.items), total)
     except KeyboardInterrupt:
         where = f" and kept in {store.path}: the same command continues" if store.path else ""
