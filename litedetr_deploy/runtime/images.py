@@ -66,11 +66,11 @@ def load_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> 
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
     if isinstance(source, bytes):
-        content, name = source, f"a file of {len(source)} bytes"
+        name = f"a file of {len(source)} bytes"
     else:
-        content, name = Path(source), str(source)
-        check_file(content, "an image")
-    with _decoding(content, name) as image:
+        source, name = Path(source), str(source)
+        check_file(source, "an image")
+    with _decoding(source, name) as image:
         image.load()
         return _to_rgb(image, name)
 

@@ -258,7 +258,7 @@ def _write_jpeg(source: Source, report: RepositoryReport, repository: Path) -> N
     image = {"name": "image", "data_type": Word("TYPE_STRING"), "dims": [1]}
     common = {"max_batch_size": report.max_batch_size, "input": [image]}
     parameters = {"resize": detector.resize_mode(), "image_size": json.dumps(detector.image_size)}
-    prepares = {
+    prepares: dict[str, Any] = {
         "name": preprocess, "backend": "python", **common,
         "output": [_described(source, tensor) for tensor in source.inputs],
         "instance_group": [{"count": 1, "kind": Word("KIND_CPU")}],
@@ -269,7 +269,7 @@ def _write_jpeg(source: Source, report: RepositoryReport, repository: Path) -> N
         (preprocess, ["image"], [tensor.name for tensor in source.inputs]),
         (name, [tensor.name for tensor in source.inputs], [tensor.name for tensor in source.outputs]),
     )
-    whole = {
+    whole: dict[str, Any] = {
         "name": ensemble, "platform": "ensemble", **common,
         "output": [_described(source, tensor) for tensor in source.outputs],
         "ensemble_scheduling": {

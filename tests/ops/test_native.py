@@ -39,7 +39,7 @@ def test_missing_library(monkeypatch, tmp_path):
 
 
 def test_unknown_library():
-    names = "'core', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt-register'"
+    names = "'core', 'deepstream', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt-register'"
     with pytest.raises(ValueError, match=f"no library 'ort'; the libraries are {names}"):
         native.library("ort")
 

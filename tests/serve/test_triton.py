@@ -231,6 +231,8 @@ def test_the_copied_modules_need_what_requirements_say(tmp_path):
     assert (tmp_path / "repo" / "requirements.txt").read_text().splitlines() == report.requirements
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules);"
+        # An editable installation of this package would come first.
+        "sys.meta_path = [one for one in sys.meta_path if 'Redirecting' not in type(one).__name__];"
         "import onnxruntime, litedetr_deploy.runtime.session, litedetr_deploy.runtime.images;"
         "print(litedetr_deploy.__file__, *(set(sys.modules) - before))"
     )
@@ -288,7 +290,7 @@ def test_a_folder_that_exists(model, tmp_path):
 
 def test_what_is_not_verified(tmp_path):
     model = save_detector(tmp_path / "model.onnx", verification={"verdict": NOT_VERIFIED})
-    refused("was not verified, so no repository is made of it.*--allow-unverified", model, tmp_path / "repo")
+    refused("was not verified, so it is not served.*--allow-unverified", model, tmp_path / "repo")
     report = write_repository(model, tmp_path / "repo", allow_unverified=True)
     assert report.warnings == [f"{model} was not verified: its results are not proven"]
     rewritten = save_detector(tmp_path / "rewritten.onnx")
