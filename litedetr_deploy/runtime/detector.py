@@ -89,7 +89,7 @@ class Detector:
             raise LiteDetrError(f"batch_size is {batch_size}; it must be 1 or more.")
         mode = self.resize_mode(resize)
         is_array = isinstance(images, np.ndarray) and images.ndim < 4 and images.shape != (0,)
-        if is_array or isinstance(images, (str, os.PathLike, Image.Image)):
+        if is_array or isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             images = [images]
         taken: deque = deque()  # batches that are running
 

@@ -51,12 +51,12 @@ def load_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> 
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
     if isinstance(source, bytes):
-        name, file = f"a file of {len(source)} bytes", io.BytesIO(source)
+        name = f"a file of {len(source)} bytes"
     else:
-        name, file = str(source), Path(source)
-        check_file(file, "an image")
+        name = str(source)
+        check_file(source, "an image")
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return _to_rgb(image, name)
     except (LiteDetrError, MemoryError):
