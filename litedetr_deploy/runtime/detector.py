@@ -130,7 +130,7 @@ class Detector:
         wanted = None if classes is None else self.find_labels(classes)
         is_array = isinstance(images, np.ndarray) and images.ndim < 4 and images.shape != (0,)
         is_named = isinstance(images, (str, os.PathLike, int))
-        if is_array or is_named or isinstance(images, (Image.Image, Prepared)):
+        if is_array or is_named or isinstance(images, (bytes, Image.Image, Prepared)):
             images = [images]
         ready = (self._prepare(image, mode) for image in _images(images))
         taken: deque = deque()  # batches that are running

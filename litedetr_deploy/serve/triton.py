@@ -283,11 +283,11 @@ def _write_jpeg(source: Source, report: RepositoryReport, repository: Path) -> N
             ]
         },
     }  # fmt: skip
-    for config in (prepares, whole):
-        folder = repository / config["name"]
+    for model, config in ((preprocess, prepares), (ensemble, whole)):
+        folder = repository / model
         (folder / "1").mkdir(parents=True)  # empty in an ensemble, and asked for
         (folder / "config.pbtxt").write_text(to_text(config), "utf-8")
-        report.models.append(config["name"])
+        report.models.append(model)
     _copy_python("triton_preprocess.py", repository / preprocess / "1")
     report.requirements = report.requirements or _REQUIREMENTS
 

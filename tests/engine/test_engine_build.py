@@ -55,6 +55,8 @@ def test_record(build, tmp_path):
     assert record["onnx"] == {"name": "model.onnx", "sha256": sha256(tmp_path / "model.onnx")}
     assert record["metadata"]["class_names"][1] == "person" and record["plugin"] is None
     assert record["shapes"]["images"] == [[n, 3, 64, 96] for n in (1, 2, 3)]
+    assert record["tensors"]["images"] == {"type": "FLOAT", "shape": [-1, 3, 64, 96]}
+    assert record["tensors"]["labels"] == {"type": "INT64", "shape": [-1, 3]} and len(record["tensors"]) == 5
     done = [part for stage, part in stages if stage == "build the engine"]
     assert done == sorted(done) and 0 < done[-1] <= 1
 

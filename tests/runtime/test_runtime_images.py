@@ -162,6 +162,16 @@ def test_file_errors_name_the_file(tmp_path):
         load_image(tmp_path)
 
 
+def test_bytes_of_a_file(tmp_path):
+    gradient(200, 100).save(tmp_path / "a.png")
+    contents = (tmp_path / "a.png").read_bytes()
+    assert load_image(contents).tobytes() == load_image(tmp_path / "a.png").tobytes()
+    with pytest.raises(LiteDetrError, match="a file of 100 bytes cannot be read"):
+        load_image(contents[:100])
+    with pytest.raises(LiteDetrError, match="a file of 7 bytes is not an image"):
+        load_image(b"nothing")
+
+
 def test_find_images(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("b.PNG", "a.jpg", "notes.txt"):

@@ -56,7 +56,7 @@ def free_ports() -> dict[str, int]:
 
 
 def start(
-    repository: Path, folder: Path, ports: dict[str, int] | None = None, python_path: str = PYTHON_PATH
+    repository: Path, folder: Path, *options: str, ports: dict[str, int] | None = None, python_path: str = PYTHON_PATH
 ) -> Server:
     """Start `repository`/start.sh on the loopback; `folder` takes the server's log and its back ends."""
     triton, backends = PACKAGES / "pytriton" / "tritonserver", folder / "backends"
@@ -69,23 +69,23 @@ def start(
         "PYTHONPATH": python_path,
     }
     ports = ports or free_ports()
-    options = [f"--backend-directory={backends}"]
+    words = [f"--backend-directory={backends}", *options]
     for name in PORTS:
-        options += [f"--{name}-address=127.0.0.1", f"--{name}-port={ports[name]}"]
+        words += [f"--{name}-address=127.0.0.1", f"--{name}-port={ports[name]}"]
     log = folder / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            ["sh", str(repository / "start.sh"), *options], stdout=file, stderr=subprocess.STDOUT, env=environment
+            ["sh", str(repository / "start.sh"), *words], stdout=file, stderr=subprocess.STDOUT, env=environment
         )
     return Server(process, ports, log)
 
 
 @contextlib.contextmanager
-def serving(repository: Path, folder: Path) -> Iterator[Server]:
+def serving(repository: Path, folder: Path, *options: str) -> Iterator[Server]:
     """Give a server that has loaded all models of `repository`; it ends with the block."""
     import tritonclient.http
 
-    server = start(repository, folder)
+    server = start(repository, folder, *options)
     try:
         with contextlib.closing(tritonclient.http.InferenceServerClient(server.http)) as client:
             for _ in range(600):

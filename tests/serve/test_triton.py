@@ -19,7 +19,7 @@ from litedetr_deploy.runtime.tensorrt import read_record
 from litedetr_deploy.serve import triton
 from litedetr_deploy.serve.triton import write_repository
 
-from ..runtime.tiny_artifact import METADATA, NAMES, save_detector, save_raw_detector, save_with_attention_op
+from ..runtime.tiny_artifact import METADATA, NAMES, save_detector, save_raw_detector, save_with_attention_op, seal
 
 pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
 REPOSITORY = Path(__file__).parents[2]
@@ -50,8 +50,6 @@ def with_attention_op(path):
     proto = onnx.load(path)
     node = onnx.helper.make_node("KeyAwareDeformAttn", ["scale"], ["unused"], domain="litedetr")
     proto.graph.node.append(node)
-    from ..runtime.tiny_artifact import seal
-
     seal(proto, path, METADATA | {"attention": "op"})
     return path
 

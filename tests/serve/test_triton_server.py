@@ -4,6 +4,7 @@ import io
 import shutil
 import socket
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_a_port_in_use(tmp_path):
         one.bind(("127.0.0.1", 0))
         one.listen()
         taken = one.getsockname()[1]
-        server = start(tmp_path / "repository", tmp_path, free_ports() | {"http": taken})
+        server = start(tmp_path / "repository", tmp_path, ports=free_ports() | {"http": taken})
         try:
             assert server.process.wait(120) == 1
         finally:
@@ -186,3 +187,18 @@ def test_numpy_2_is_refused(tmp_path):
     finally:
         server.process.kill()
     assert f"NumPy {np.__version__} is installed; Triton's Python back end takes NumPy 1.26" in server.log.read_text()
+
+
+def test_a_new_version_takes_over(tmp_path):
+    for folder in ("repository", "new"):
+        write_repository(save_detector(tmp_path / "model.onnx"), tmp_path / folder)
+    feed = {"images": np.full((1, 3, 64, 96), 0.5, np.float32), "orig_target_sizes": np.array([[96, 64]], np.int64)}
+    poll = "--model-control-mode=poll", "--repository-poll-secs=1"
+    with serving(tmp_path / "repository", tmp_path, *poll) as server, Client(server, "http") as one:
+        before = one.detect("model", feed)
+        (tmp_path / "new" / "model" / "1").rename(tmp_path / "repository" / "model" / "2")
+        until = time.monotonic() + 120
+        while not one.raw.is_model_ready("model", "2") or one.raw.is_model_ready("model", "1"):
+            assert time.monotonic() < until, server.log.read_text()[-4000:]
+            time.sleep(0.2)
+        assert np.array_equal(one.detect("model", feed)["scores"], before["scores"])
