@@ -135,7 +135,10 @@ class Builder:
         network = self._network
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
-        return {one.name: {"type": one.dtype.name, "shape": list(one.shape)} for one in (*inputs, *outputs)}
+        return {
+            one.name: {"type": one.dtype.name, "shape": [one.shape[i] for i in range(len(one.shape))]}
+            for one in (*inputs, *outputs)
+        }
 
     def build(self, shapes: dict, options: Options, progress: Callable[[float], None]) -> bytes:
         """Return the serialized engine of the parsed network; raise LiteDetrError where TensorRT fails.

@@ -38,10 +38,10 @@ class EngineReport:
     onnx: dict  # name and sha256 of the model it was built from
     metadata: dict  # what `litedetr export` wrote into that; the verdict on the engine is its `verification`
     shapes: dict[str, list]  # input -> smallest, best and largest shape
-    # input or output -> its type, as TensorRT names it, and its shape in the network, -1 where a size varies
-    tensors: dict[str, dict]
     options: dict
     warnings: list[str]  # what is known against this version, or against the model
+    # Input or output -> its type, as TensorRT names it, and its shape in the network, -1 where a size varies.
+    tensors: dict[str, dict] = field(default_factory=dict)
     gpu: str | None = None  # that it was built on
     compute_capabilities: list[str] = field(default_factory=list)  # that it was built for
     plugin: dict | None = None  # name and sha256 of the plugin library, version of its ops
@@ -146,7 +146,7 @@ def build_engine(
         asked = asdict(options) | {"timing_cache": options.timing_cache and str(options.timing_cache)}
         report = EngineReport(
             str(path), backend, builder.version, {"name": graph.path.name, "sha256": sha256(graph.path)},
-            graph.metadata, shapes, builder.describe_tensors(), asked, warnings, gpu_name, list(gpus),
+            graph.metadata, shapes, asked, warnings, builder.describe_tensors(), gpu_name, list(gpus),
             network_types=types,
         )  # fmt: skip
         if uses_plugin:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # What was copied here counts, whatever else is installed; and some servers start Python without its environment.
-sys.path = [str(HERE), *sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+sys.path = [str(HERE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path]
 os.environ["LITEDETR_LIBRARY_PATH"] = str(HERE)
 
 import numpy as np  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # As in the detector's model.py.
-sys.path = [str(HERE), *sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+sys.path = [str(HERE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path]
 
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
