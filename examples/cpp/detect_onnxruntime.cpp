@@ -80,13 +80,4 @@ int detect(const Options& options) {
 
 }  // namespace
 
-int main(int count, char** arguments) {
-  try {
-    return detect(parse(count, arguments, "--op-library"));
-  } catch (const std::invalid_argument& error) {
-    std::fprintf(stderr, "error: %s\n%s", error.what(), kUsage);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-  }
-  return 2;
-}
+int main(int count, char** arguments) { return start(count, arguments, "--op-library", kUsage, detect); }

@@ -90,3 +90,16 @@ int run(const Options& options, Detect detect) {
   }
   return status;
 }
+
+// The program: parses the options, calls `detect` with them, and says what is wrong in a sentence.
+template <class Detect>
+int start(int count, char** arguments, const std::string& library, const char* usage, Detect detect) {
+  try {
+    return detect(parse(count, arguments, library));
+  } catch (const std::invalid_argument& error) {
+    std::fprintf(stderr, "error: %s\n%s", error.what(), usage);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+  }
+  return 2;
+}
