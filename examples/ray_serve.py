@@ -96,7 +96,8 @@ def main():
         with connected():  # to RAY_ADDRESS, a cluster that runs here, or a new one
             run(options)
     except LiteDetrError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         pass
 

@@ -1,7 +1,9 @@
 """litedetr evaluate: how right and how fast is an artifact on annotated images?"""
 
+import contextlib
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def evaluate(
     from ..evaluate.data import drawn_shapes, read_coco
 
     began = time.monotonic()
-    with Stages() as stage:
+    with Stages() as stage, contextlib.redirect_stdout(sys.stderr):  # where Ray says that workers ended
         stage("draw the shapes" if shapes else "read the annotations")
         dataset = drawn_shapes(count) if shapes else read_coco(data, images, count)
         options = evaluating.Options(

@@ -136,7 +136,7 @@ def _predict_on_ray(model, images, output, cluster, as_json, options):
 
     if output is None:
         raise LiteDetrError("A job on a Ray cluster writes shards: give their folder with --output.")
-    with Stages() as stage:
+    with Stages() as stage, contextlib.redirect_stdout(sys.stderr):  # where Ray says that workers ended
         report = predict(model, images, output, cluster=Cluster(*cluster), progress=stage, **options)
     if as_json:
         print_json(report)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
@@ -135,6 +135,8 @@ def evaluator(cluster: Cluster | None = None, progress=_silent) -> Callable:
     def run(artifact, options: EvaluationOptions, categories: dict, load: Callable, entries: list) -> Iterator:
         if not isinstance(artifact, (str, os.PathLike)):
             raise LiteDetrError("A session cannot be sent to a Ray cluster. Give the path of its model.")
+        if not entries:
+            return
         options = replace(options, threads=options.threads or 1)
         with connected(cluster.address, progress):
             providers = (one if isinstance(one, str) else one[0] for one in options.providers or ())
@@ -216,7 +218,8 @@ def _resolve(place: str) -> tuple[pyarrow.fs.FileSystem, str, str]:
         return fs.LocalFileSystem(), os.path.abspath(place), ""
     with _explained(place):
         try:
-            filesystem, path = fs.FileSystem.from_uri(place)
+            # A URI has no spaces and brackets, names and patterns have; what follows ? are options of the file system.
+            filesystem, path = fs.FileSystem.from_uri(quote(place, safe="/:?=&%@+,;~*!$'()"))
         except pyarrow.ArrowInvalid as error:
             known = "s3://, gs://, abfs://, hdfs:// and file://"
             raise LiteDetrError(f"{place} is no place that can be read: {error}. Give a path, or {known}.") from error
@@ -235,10 +238,7 @@ def _explained(place: str) -> Iterator[None]:
 
 
 class _Folder:
-    """The shards of a job, on any file system.
-
-    failed: shard number -> records of its images that failed, for the shards that are there
-    """
+    """The shards of a job, on any file system; `failed` has a record of each image that failed, of the shards there."""
 
     def __init__(self, output: str, options: Options, model: Path, images: Sequence[Source]):
         from pyarrow import fs
@@ -439,7 +439,7 @@ def connected(address: str | None = None, progress=_silent) -> Iterator[None]:
     if address:
         _check_address(address, fix)
     try:
-        ray.init(address, logging_level="error", log_to_driver=False)
+        ray.init(address, include_dashboard=False, logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise LiteDetrError(f"The Ray cluster {address} cannot be used: {error}. {fix}") from error
     try:

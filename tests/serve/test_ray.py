@@ -25,7 +25,7 @@ pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
 from litedetr_deploy.serve import ray as jobs  # noqa: E402
 
-SCENES, SHARD, SIZE = 500, 25, (256, 256)
+SCENES, SHARD, SIZE = 500, 25, (128, 128)
 COMMAND = [sys.executable, "-c", "from litedetr_deploy.cli import main; main()", "predict"]
 WORKER = b"ray::MapWorker(MapBatches(_Actor))"
 
@@ -75,7 +75,7 @@ def detector(tmp_path_factory):
         ("", "a.jpg b.png"),
         ("b.png", "b.png"),
         ("*", "a.jpg b.png"),
-        ("?.jpg", "a.jpg"),
+        ("[!b].jpg", "a.jpg"),
         ("*/*", "more/c.png"),
         ("**/*.[pP]*", "b.png more/c.png more/deep/d.PNG"),
     ],
@@ -179,7 +179,7 @@ def test_nothing_is_lost_and_nothing_twice(detector, scenes, address, tmp_path):
         os.kill(victim, signal.SIGKILL)
         killed_at = len(written(output))
         stdout, stderr = job.communicate()
-    assert job.returncode == 0, stderr
+    assert job.returncode == 0 and stdout.count("\n") == 1, stderr
     second = written(output)
     print(
         f"\njob killed after {len(first)} shards, worker {victim} killed after {killed_at} of {len(second)}; {stdout}"
@@ -281,10 +281,10 @@ def test_evaluate(detector, address, monkeypatch, tmp_path):
     from litedetr_deploy.evaluate.data import drawn_shapes
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    data = drawn_shapes(24)
+    data = drawn_shapes(24)  # of 256x256, stretched to the model
     plain = evaluate.evaluate(detector, data, batch_size=2)
     on_ray = evaluate.evaluate(detector, data, batch_size=2, elsewhere=jobs.evaluator(jobs.Cluster(address)))
-    assert on_ray.metrics == pytest.approx(plain.metrics, abs=1e-4) and plain.metrics["AP"] > 0.5
+    assert on_ray.metrics == pytest.approx(plain.metrics, abs=1e-4) and plain.metrics["AP"] > 0.2
     for image, found in plain.detections.items():
         np.testing.assert_allclose(on_ray.detections[image].boxes, found.boxes, atol=0.05)
         np.testing.assert_allclose(on_ray.detections[image].scores, found.scores, atol=1e-4)
