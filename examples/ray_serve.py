@@ -6,14 +6,11 @@ curl --data-binary @photo.jpg http://127.0.0.1:8000/detect
 
 import argparse
 import asyncio
-import io
 import os
 import socket
 import sys
 import threading
 from pathlib import Path
-
-from PIL import Image
 
 import litedetr_deploy as ld
 from litedetr_deploy.errors import LiteDetrError
@@ -53,9 +50,9 @@ def application(model, batch_size=8, wait=0.01, replicas=1, gpus=0, threads=1):
             if len(body) > MOST_BYTES:
                 return JSONResponse({"error": f"The image has more than {MOST_BYTES >> 20} MiB."}, 413)
             try:
-                image = await asyncio.to_thread(lambda: load_image(Image.open(io.BytesIO(body))))
-            except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-                return JSONResponse({"error": f"This is no image that can be read ({error})."}, 400)
+                image = await asyncio.to_thread(load_image, body)
+            except LiteDetrError as error:
+                return JSONResponse({"error": str(error)}, 400)
             found = await self.detect(image)
             names = found.names or [f"class {label}" for label in found.labels]
             rows = zip(found.labels.tolist(), names, found.scores.tolist(), found.boxes.tolist())

@@ -34,7 +34,7 @@ from ..errors import LiteDetrError, Notice, nearest, not_installed
 from ..evaluate.evaluate import Options as EvaluationOptions
 from ..evaluate.evaluate import detect, open_detector
 from ..runtime.detector import Detector
-from ..runtime.images import SUFFIXES, load_image
+from ..runtime.images import SUFFIXES, read_frames
 from ..runtime.postprocess import MAX_DETECTIONS
 
 if TYPE_CHECKING:
@@ -588,15 +588,13 @@ def _load(table, reference):
 def _open_source(source: Source) -> Image.Image:
     try:
         with source.filesystem.open_input_file(source.path) as file:
-            return load_image(Image.open(io.BytesIO(file.read())))
-    except Image.UnidentifiedImageError as error:
-        fix = "Give a JPEG, PNG, WebP, BMP or TIFF file."
-        raise LiteDetrError(f"{source.name} is not an image that can be read. {fix}") from error
+            content = file.read()
     except MemoryError:
         raise
-    except Exception as error:  # of the file system, and of decoders, which raise whatever a damaged file makes them
-        fix = "It may be damaged or incomplete: save it again, or leave it out."
+    except Exception as error:  # file systems raise what they like
+        fix = "Check that it can be read from there, or leave it out."
         raise LiteDetrError(f"The image {source.name} cannot be read: {error}. {fix}") from error
+    return next(read_frames(content, source.name)).image
 
 
 def _detections(

@@ -111,7 +111,7 @@ def test_requests_and_page(address, detector, scene, tmp_path):
         np.testing.assert_allclose([one["box"] for one in answer["detections"]], found.boxes, atol=0.01)
 
     status, answer = post(address, b"no image")
-    assert status == 400 and "no image that can be read" in answer["error"]
+    assert status == 400 and "is not an image that can be read" in answer["error"]
 
     pytest.importorskip("PyQt6.QtWebEngineWidgets", reason="the page's test needs a browser: PyQt6-WebEngine")
     state = browse(address, scene, tmp_path / "page.png")
@@ -128,7 +128,7 @@ def test_requests_and_page(address, detector, scene, tmp_path):
             assert np.abs(around - class_colour(int(label))).max(1).min() < 40, (label, box)
 
     state = browse(address, Path(__file__), tmp_path / "error.png")
-    assert state["error"] and "no image that can be read" in state["said"] and not state["shown"]
+    assert state["error"] and "is not an image that can be read" in state["said"] and not state["shown"]
 
 
 def browse(address, file, screenshot):
