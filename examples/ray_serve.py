@@ -42,7 +42,8 @@ def application(model, batch_size=8, wait=0.01, replicas=1, gpus=0, threads=1):
         @serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=wait)
         async def detect(self, images):
             # In a thread, so that requests are taken while a batch runs.
-            return await asyncio.to_thread(self.detector.predict, images, 0.3, batch_size)
+            found = await asyncio.to_thread(self.detector.predict, images, 0.3, batch_size)
+            return [(one, len(images)) for one in found]
 
         async def __call__(self, request):
             if request.url.path == "/" and request.method == "GET":
@@ -54,16 +55,17 @@ def application(model, batch_size=8, wait=0.01, replicas=1, gpus=0, threads=1):
                 return JSONResponse({"error": f"The image has more than {MOST_BYTES >> 20} MiB."}, 413)
             try:
                 image = await asyncio.to_thread(lambda: load_image(Image.open(io.BytesIO(body))))
-            except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-                return JSONResponse({"error": f"This is no image that can be read ({error})."}, 400)
-            found = await self.detect(image)
+            except Exception:  # decoders raise whatever a damaged file makes them trip over
+                return JSONResponse({"error": "This is no image that can be read."}, 400)
+            found, together = await self.detect(image)
             names = found.names or [f"class {label}" for label in found.labels]
             rows = zip(found.labels.tolist(), names, found.scores.tolist(), found.boxes.tolist())
             detections = [
                 {"label": label, "name": name, "score": score, "box": box, "colour": class_colour(label)}
                 for label, name, score, box in rows
             ]
-            return JSONResponse({"width": image.width, "height": image.height, "detections": detections})
+            size = {"width": image.width, "height": image.height}
+            return JSONResponse({**size, "batch": together, "detections": detections})
 
     return Detect.bind()
 
