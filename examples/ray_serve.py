@@ -39,7 +39,8 @@ def application(model, batch_size=8, wait=0.01, replicas=1, gpus=0, threads=1):
         @serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=wait)
         async def detect(self, images):
             # In a thread, so that requests are taken while a batch runs.
-            return await asyncio.to_thread(self.detector.predict, images, 0.3, batch_size)
+            found = await asyncio.to_thread(self.detector.predict, images, 0.3, batch_size)
+            return [(one, len(images)) for one in found]
 
         async def __call__(self, request):
             if request.url.path == "/" and request.method == "GET":
@@ -53,14 +54,15 @@ def application(model, batch_size=8, wait=0.01, replicas=1, gpus=0, threads=1):
                 image = await asyncio.to_thread(load_image, body)
             except LiteDetrError as error:
                 return JSONResponse({"error": str(error)}, 400)
-            found = await self.detect(image)
+            found, together = await self.detect(image)
             names = found.names or [f"class {label}" for label in found.labels]
             rows = zip(found.labels.tolist(), names, found.scores.tolist(), found.boxes.tolist())
             detections = [
                 {"label": label, "name": name, "score": score, "box": box, "colour": class_colour(label)}
                 for label, name, score, box in rows
             ]
-            return JSONResponse({"width": image.width, "height": image.height, "detections": detections})
+            size = {"width": image.width, "height": image.height}
+            return JSONResponse({**size, "batch": together, "detections": detections})
 
     return Detect.bind()
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from .. import __version__
 from ..artifact import ENGINE_SUFFIXES, check_file, distrust, json_object, sha256
-from ..errors import LiteDetrError, Notice, nearest, not_installed
+from ..errors import LiteDetrError, Notice, nearest, not_installed, printable
 from ..evaluate.evaluate import Options as EvaluationOptions
 from ..evaluate.evaluate import detect, open_detector
 from ..runtime.detector import Detector
@@ -44,7 +44,7 @@ FORMATS = {"parquet": ".parquet", "coco": ".json"}
 MANIFEST, FAILED = "manifest.json", "failed.jsonl"
 SHARD_SIZE = 256  # images
 MOST_BLOCKS = 4096  # of Ray Data; each costs its scheduler some milliseconds
-TASK_RETRIES = 3  # of the images that a worker held when it ended; those that end every worker must not do so for ever
+TASK_RETRIES = 3  # of images whose process ended: those that end every process must not do so for ever
 CONNECT_SECONDS = 5.0  # Ray itself takes five minutes to give up
 
 
@@ -619,22 +619,24 @@ def _detections(
         indexes = range(first, min(first + size, len(items)))
         pickled = [pickle.dumps(items[index]) for index in indexes]
         blocks.append(pa.table({"index": pa.array(indexes, pa.int64()), "item": pa.array(pickled, pa.large_binary())}))
+    workers = min(needs.workers, len(blocks))
     batches = {"batch_size": batch_size, "batch_format": "pyarrow"}
-    images = ray.data.from_arrow(blocks).map_batches(
-        _load,
-        fn_args=(ray.put(load),),
-        # Where the detectors take all CPUs, the tasks that read must not wait for one.
-        num_cpus=1 if needs.gpus else 0,
-        compute=ray.data.TaskPoolStrategy(None if needs.gpus else needs.workers),
-        **batches,
-    )
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to limit the retries, which have no limit by default.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        images = ray.data.from_arrow(blocks).map_batches(
+            _load,
+            fn_args=(ray.put(load),),
+            # Where the detectors take all CPUs, the tasks that read must not wait for one.
+            num_cpus=1 if needs.gpus else 0,
+            compute=ray.data.TaskPoolStrategy(None if needs.gpus else workers),
+            max_retries=TASK_RETRIES,
+            **batches,
+        )
         found = images.map_batches(
             _Actor,
             fn_constructor_args=(worker,),
-            compute=ray.data.ActorPoolStrategy(size=needs.workers),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=0 if needs.gpus else needs.cpus,
             num_gpus=needs.gpus,
             max_restarts=-1,
@@ -647,8 +649,9 @@ def _detections(
                 yield index, pickle.loads(record)
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise LiteDetrError(
-            f"Workers of the Ray cluster ended, {TASK_RETRIES + 1} times with the same images: {error}. If the memory "
-            "was not enough, take fewer workers (--workers) or a smaller batch; else see Ray's logs."
+            f"Processes of the Ray cluster ended, {TASK_RETRIES + 1} times with the same images: "
+            f"{printable(error)[:500]}. If the memory was not enough, take fewer workers (--workers) or a smaller "
+            "batch; else see Ray's logs."
         ) from error
 
 

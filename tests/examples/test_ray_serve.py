@@ -110,6 +110,10 @@ def test_requests_and_page(address, detector, scene, tmp_path):
         assert [one["name"] for one in answer["detections"]] == found.names and len(found)
         np.testing.assert_allclose([one["box"] for one in answer["detections"]], found.boxes, atol=0.01)
 
+    together = [answer["batch"] for _, answer in answers]
+    assert max(together) > 1 and max(together) <= 4, together
+    print(f"\n8 requests at once ran in batches of {together}")
+
     status, answer = post(address, b"no image")
     assert status == 400 and "is not an image that can be read" in answer["error"]
 

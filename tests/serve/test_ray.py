@@ -17,6 +17,7 @@ from PIL import Image
 import litedetr_deploy as ld
 from litedetr_deploy.assets import shapes
 from litedetr_deploy.errors import LiteDetrError
+from litedetr_deploy.evaluate.evaluate import Options
 from litedetr_deploy.runtime.images import load_image
 
 from ..runtime.tiny_artifact import save_detector
@@ -275,6 +276,14 @@ def test_interrupted(detector, scenes, address, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_image_that_ends_every_process(model, address):
+    options = Options(image_size=(64, 96), resize="stretch")
+    run = jobs.evaluator(jobs.Cluster(address, workers=1))
+    with pytest.raises(LiteDetrError, match="ended, 4 times with the same images"):
+        list(run(model, options, {}, lambda entry: os._exit(1), ["an image"]))
+
+
+@pytest.mark.slow
 def test_evaluate(detector, address, monkeypatch, tmp_path):
     pytest.importorskip("pycocotools")
     from litedetr_deploy.evaluate import evaluate
@@ -289,3 +298,38 @@ def test_evaluate(detector, address, monkeypatch, tmp_path):
         np.testing.assert_allclose(on_ray.detections[image].boxes, found.boxes, atol=0.05)
         np.testing.assert_allclose(on_ray.detections[image].scores, found.scores, atol=1e-4)
     assert on_ray.latency_ms["median"] > 0 and on_ray.batch_size == 2
+
+
+@pytest.mark.slow
+def test_a_bucket(model, pictures, monkeypatch):
+    """Images and shards in S3, whose protocol moto's server speaks; the cluster is a new one on this machine."""
+    server = pytest.importorskip("moto.server", reason="needs moto[server]").ThreadedMotoServer("127.0.0.1", 0)
+    from pyarrow import fs
+
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "RAY_ADDRESS": "local"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        bucket, path = fs.FileSystem.from_uri(f"s3://bucket?{options}")
+        bucket.create_dir(path)
+        fs.copy_files(str(pictures), "bucket/my pictures", destination_filesystem=bucket)
+        source, output = f"s3://bucket/my pictures/**/*.[jp]*?{options}", f"s3://bucket/found?{options}"
+        report = jobs.predict(model, [source], output, shard_size=2)
+        assert (report["done"], report["continued"], report["shards"]) == (3, 0, 2)
+        found = [info.path for info in bucket.get_file_info(fs.FileSelector("bucket/found"))]
+        shards = sorted(path for path in found if path.endswith(".parquet"))
+        assert sorted(found) == sorted([*shards, "bucket/found/manifest.json"])
+        rows = [row for path in shards for row in parquet.read_table(path, filesystem=bucket).to_pylist()]
+        assert [row["image"].removeprefix("s3://bucket/my pictures/") for row in rows] == [
+            "a.jpg",
+            "b.png",
+            "more/c.png",
+        ]
+        assert all(row["labels"][0] == 18 and row["names"][0] == "dog" for row in rows)
+        bucket.delete_file(shards[1])
+        report = jobs.predict(model, [source], output, shard_size=2)
+        assert (report["done"], report["continued"]) == (1, 2)
+    finally:
+        server.stop()
