@@ -266,14 +266,20 @@ class _Folder:
             if self.filesystem.get_file_info(self.path).type == fs.FileType.File:
                 raise LiteDetrError(f"The output {output} is a file, and the shards need a folder. Choose another.")
             self._check_manifest()
-            selector = fs.FileSelector(self.path, allow_not_found=True)
-            there = {PurePosixPath(info.path).name for info in self.filesystem.get_file_info(selector)}
-            self.done = {number for number, name in enumerate(self.names) if name in there}
+            there = self._there()
             self.failed = [record for record in self._read_failed() if record["shard"] in there]
 
     def todo(self) -> list[int]:
         """Return the numbers of the images whose shards are not there."""
-        return [image for number, shard in enumerate(self.shards) if number not in self.done for image in shard]
+        with _explained(self.output):
+            there = self._there()
+        return [image for name, shard in zip(self.names, self.shards) if name not in there for image in shard]
+
+    def _there(self) -> set[str]:
+        from pyarrow import fs
+
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        return {PurePosixPath(info.path).name for info in self.filesystem.get_file_info(selector)}
 
     def add(self, number: int, records: dict[int, dict], class_names: list[str] | None) -> None:
         """Write a shard: image number -> what was found on it."""
@@ -291,7 +297,6 @@ class _Folder:
         ]
         write = _parquet if self.options.format == "parquet" else _coco
         self._write(self.names[number], write(found, class_names))
-        self.done.add(number)
 
     def write_failed(self) -> None:
         records = sorted(self.failed, key=lambda record: (record["shard"], record["image"]))
@@ -682,8 +687,8 @@ def _fill(folder: _Folder, todo: list[int], model: Path, options: Options, clust
                 folder.add(shard, unwritten.pop(shard), class_names)
             progress(stage, done, len(images))
     except KeyboardInterrupt:
-        written = sum(len(folder.shards[shard]) for shard in folder.done)
-        kept = f"{written} of {len(images)} images are done and in {folder.output}: the same command continues"
+        done = len(images) - len(folder.todo())
+        kept = f"{done} of {len(images)} images are done and in {folder.output}: the same command continues"
         raise KeyboardInterrupt(kept) from None
 
 
