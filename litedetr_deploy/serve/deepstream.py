@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import LiteDetrError
-from ..files import check_writable, folder_beside
+from ..files import folder_beside
 from ..ops import native
-from .source import Source, copy_library, doubts, read_engine
+from .source import Source, check_new, copy_library, doubts, read_engine
 
 THRESHOLD = 0.3
 PARSER = "NvDsInferParseLiteDetr"  # of plugins/deepstream/parser.cpp
@@ -57,11 +57,9 @@ def write_folder(
     input than the images and their sizes, or that is not verified, and where the parser was not built.
     """
     start, engine, path = time.monotonic(), Path(engine), Path(path)
-    if path.exists() or path.is_symlink():
-        raise LiteDetrError(f"{path} exists, and a folder is not written over. Remove it, or choose another.")
+    check_new(path, "a folder")
     if not 0 <= threshold <= 1:
         raise LiteDetrError(f"threshold is {threshold}; it must be between 0 and 1.")
-    check_writable(path.absolute().parent)
     progress("read the engine")
     source = read_engine(engine)
     warnings = doubts(source, allow_unverified)

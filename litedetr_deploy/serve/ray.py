@@ -30,9 +30,10 @@ from PIL import Image
 
 from .. import __version__
 from ..artifact import ENGINE_SUFFIXES, check_file, distrust, json_object, sha256
-from ..errors import LiteDetrError, Notice, nearest, not_installed, printable
+from ..errors import LiteDetrError, Notice, not_installed, printable
 from ..evaluate.evaluate import Options as EvaluationOptions
 from ..evaluate.evaluate import detect, open_detector
+from ..export.limits import check_choice
 from ..runtime.detector import Detector
 from ..runtime.images import SUFFIXES, read_frames
 from ..runtime.postprocess import MAX_DETECTIONS
@@ -52,9 +53,8 @@ CONNECT_SECONDS = 5.0  # Ray itself takes five minutes to give up
 class Cluster:
     """Where a job runs."""
 
-    address: str | None = (
-        None  # as `ray.init` takes it; None: RAY_ADDRESS, else a cluster that runs here, else a new one
-    )
+    # As `ray.init` takes it; None: RAY_ADDRESS, else a cluster that runs here, else a new one.
+    address: str | None = None
     workers: int | None = None  # detectors; None: one a GPU, or as many as the CPUs are enough for
 
 
@@ -405,9 +405,7 @@ def _coco(found: list[dict], class_names: list[str] | None) -> bytes:
 
 
 def _check(options: Options, cluster: Cluster) -> None:
-    if options.format not in FORMATS:
-        known = " or ".join(FORMATS) + "." + nearest(options.format, FORMATS)
-        raise LiteDetrError(f"The format of the shards is {options.format!r}; it must be {known}")
+    check_choice("The format of the shards", options.format, tuple(FORMATS))
     for name, value in (
         ("batch_size", options.batch_size), ("shard_size", options.shard_size),
         ("workers", cluster.workers), ("threads", options.threads),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .. import artifact
 from ..errors import LiteDetrError
+from ..files import check_writable
 from ..ops import native, schema
 from ..runtime.images import LONGEST_EDGE, SHORTEST_EDGE
 from ..runtime.session import check_op_version
@@ -156,6 +157,13 @@ def _tensor(path: Path, name: str, kind: str, shape: Sequence[int]) -> Tensor:
     if kind not in _TYPES:
         raise LiteDetrError(f"{name!r} of {path} has the type {kind}, which servers do not take. Export it without.")
     return Tensor(name, _TYPES[kind], tuple(shape))
+
+
+def check_new(path: Path, what: str) -> None:
+    """Raise LiteDetrError unless the folder `path`, which is to become `what`, can be made."""
+    if path.exists() or path.is_symlink():
+        raise LiteDetrError(f"{path} exists, and {what} is not written over. Remove it, or choose another folder.")
+    check_writable(path.absolute().parent)
 
 
 def doubts(source: Source, allow_unverified: bool) -> list[str]:

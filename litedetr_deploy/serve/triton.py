@@ -19,13 +19,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..artifact import ENGINE_SUFFIXES, check_file
-from ..errors import LiteDetrError, nearest
-from ..files import check_writable, folder_beside
+from ..errors import LiteDetrError
+from ..export.limits import check_choice
+from ..files import folder_beside
 from ..ops import native
 from ..runtime.detector import Detector
 from ..runtime.tensorrt import record_path
 from .pbtxt import Word, to_text
-from .source import Source, Tensor, copy_library, doubts, read_engine, read_onnx
+from .source import Source, Tensor, check_new, copy_library, doubts, read_engine, read_onnx
 
 BACKENDS = {"python": ".onnx", "onnxruntime": ".onnx", "tensorrt": ".plan"}  # back end -> suffix of what it runs
 DEVICES = ("cpu", "gpu")
@@ -130,10 +131,8 @@ def write_repository(
 
 def _check(model: Path, path: Path, backend: str, name: str, instances: int, device: str) -> None:
     """Raise LiteDetrError for options that no model fits."""
-    for what, value, known in (("backend", backend, BACKENDS), ("device", device, DEVICES)):
-        if value not in known:
-            words = " or ".join(map(repr, known)) + "." + nearest(value, known)
-            raise LiteDetrError(f"{what} is {value!r}; it must be {words}")
+    check_choice("backend", backend, tuple(BACKENDS))
+    check_choice("device", device, DEVICES)
     check_file(
         model, "an ONNX model, for instance one that `litedetr export` made, or of an engine of `litedetr build`"
     )
@@ -153,11 +152,7 @@ def _check(model: Path, path: Path, backend: str, name: str, instances: int, dev
         raise LiteDetrError(f"the model's name is {name!r}; it must consist of {wanted}. Give another with --name.")
     if instances < 1:
         raise LiteDetrError(f"instances is {instances}; it must be 1 or more.")
-    if path.exists() or path.is_symlink():
-        raise LiteDetrError(
-            f"{path} exists, and a repository is not written over. Remove it, or choose another folder."
-        )
-    check_writable(path.absolute().parent)
+    check_new(path, "a repository")
 
 
 def _check_op_library(op_library: str, backend: str, uses_op: bool) -> None:
