@@ -9,7 +9,7 @@ JOBS := $(shell nproc)
 # Two processes on two cores: more threads in each would wait for one another and burn a third of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo check test test-slow aarch64 benchmark rtx clean
+.PHONY: demo check test test-slow aarch64 wheel release benchmark rtx clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -32,9 +32,17 @@ test-slow: $(VENV)/.installed-dev build/tests/.built-slow
 
 # The CPU kernels as a Jetson's processor runs them: cross-compiled, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user).
 aarch64:
-	cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=plugins/tests/aarch64.cmake -DLITEDETR_TESTS=ON
+	cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=plugins/aarch64.cmake -DLITEDETR_TESTS=ON
 	cmake --build build/aarch64 -j $(JOBS)
 	ctest --test-dir build/aarch64 --output-on-failure
+
+# Into dist/, for systems of glibc 2.28 and newer.
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python tools/build_wheel.py dist
+
+# The wheels and the source distribution, after all tests, each tried in an environment of its own; uploads nothing.
+release: $(VENV)/.installed-dev
+	$(BIN)/python tools/release.py
 
 benchmark: $(VENV)/.installed-benchmark
 	$(BIN)/python benchmarks/kernels.py --output benchmarks/results/kernels
@@ -78,4 +86,4 @@ build/tests/.built-slow: build/tests/.built
 	touch $@
 
 clean:
-	rm -rf build $(VENV) demo
+	rm -rf build dist $(VENV) demo

@@ -9,6 +9,7 @@
 # address and signing key are those that this machine's package manager already uses, and it checks the signature.
 # A second run finds the headers in FOLDER and downloads nothing.
 set -euo pipefail
+. "$(dirname "$0")/private_apt.sh"
 
 debian=trixie
 
@@ -38,29 +39,15 @@ trap 'rm -rf "$scratch"' EXIT
 log=$scratch/log
 mkdir "$scratch/unpacked"
 
-# A private apt: its own lists and cache, nothing of the system's state is read or written.
-private_apt() {
-  apt-get -qq \
-    -o Dir::State="$scratch/apt" -o Dir::State::Lists="$scratch/apt/lists" -o Dir::State::Status=/dev/null \
-    -o Dir::Cache="$scratch/apt/cache" \
-    -o Dir::Etc::SourceList="$scratch/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null \
-    -o APT::Sandbox::User= \
-    -o Acquire::Languages=none \
-    -o APT::Update::Error-Mode=any \
-    "$@"
-}
-
 from_apt() { # SUITE COMPONENT KEYRING
   [ -r "$3" ] || fail "$3, which verifies the archive of $1, is missing."
-  # The first archive that has the component and is no security or update suite.
   local site
-  site=$(apt-get indextargets --format '$(SITE) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
-    awk -v component="$2" '$3 == component && $2 !~ /-/ { print $1; exit }')
+  site=$(debian_archive "$2")
   [ -n "$site" ] || fail "apt on this machine has no archive with the component $2 among its sources."
-  mkdir -p "$scratch"/apt/{lists,cache}/partial
+  mkdir -p "$scratch/apt"
   echo "deb [signed-by=$3] $site $1 $2" >"$scratch/apt/sources.list"
-  private_apt update >"$log" 2>&1 || fail "the package list of $1 cannot be read ($(reason))."
-  (cd "$scratch" && private_apt download libonnxruntime-dev) >"$log" 2>&1 ||
+  private_apt "$scratch" update >"$log" 2>&1 || fail "the package list of $1 cannot be read ($(reason))."
+  (cd "$scratch" && private_apt "$scratch" download libonnxruntime-dev) >"$log" 2>&1 ||
     fail "libonnxruntime-dev of $1 cannot be downloaded ($(reason))."
   dpkg -x "$scratch"/libonnxruntime-dev_*.deb "$scratch/unpacked" || fail "libonnxruntime-dev does not unpack."
 }

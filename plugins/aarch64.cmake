@@ -1,5 +1,5 @@
 # Cross-compiles to aarch64 Linux and runs the tests under QEMU's user mode:
-#   cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=plugins/tests/aarch64.cmake -DLITEDETR_TESTS=ON
+#   cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=plugins/aarch64.cmake -DLITEDETR_TESTS=ON
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
