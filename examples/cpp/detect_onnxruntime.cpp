@@ -80,4 +80,4 @@ int detect(const Options& options) {
 
 }  // namespace
 
-int main(int count, char** arguments) { return start(count, arguments, "--op-library", kUsage, detect); }
+int main(int count, char** arguments) { return start(count, arguments, "--op-library", true, kUsage, detect); }

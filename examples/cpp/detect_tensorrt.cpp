@@ -121,4 +121,4 @@ int detect(const Options& options) {
 
 }  // namespace
 
-int main(int count, char** arguments) { return start(count, arguments, "--plugin", kUsage, detect); }
+int main(int count, char** arguments) { return start(count, arguments, "--plugin", false, kUsage, detect); }

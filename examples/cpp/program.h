@@ -25,8 +25,9 @@ inline double number(const std::string& name, const std::string& text, double le
   return value;
 }
 
-// library: the option that names the library with the attention op.
-inline Options parse(int count, char** arguments, const std::string& library) {
+// library: the option that names the library with the attention op; threads: whether there is an option for their
+// number.
+inline Options parse(int count, char** arguments, const std::string& library, bool threads) {
   Options options;
   std::vector<std::string> files;
   for (int i = 1; i < count; ++i) {
@@ -43,7 +44,7 @@ inline Options parse(int count, char** arguments, const std::string& library) {
       options.labels = value;
     else if (name == "--threshold")
       options.threshold = number(name, value, 0, 1);
-    else if (name == "--threads")
+    else if (threads && name == "--threads")
       options.threads = int(number(name, value, 1, 4096));
     else
       throw std::invalid_argument("there is no option " + name);
@@ -93,9 +94,9 @@ int run(const Options& options, Detect detect) {
 
 // The program: parses the options, calls `detect` with them, and says what is wrong in a sentence.
 template <class Detect>
-int start(int count, char** arguments, const std::string& library, const char* usage, Detect detect) {
+int start(int count, char** arguments, const std::string& library, bool threads, const char* usage, Detect detect) {
   try {
-    return detect(parse(count, arguments, library));
+    return detect(parse(count, arguments, library, threads));
   } catch (const std::invalid_argument& error) {
     std::fprintf(stderr, "error: %s\n%s", error.what(), usage);
   } catch (const std::exception& error) {

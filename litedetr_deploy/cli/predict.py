@@ -132,7 +132,8 @@ class _Video:
 
 
 def _predict_on_ray(model, images, output, cluster, as_json, options):
-    from ..serve.ray import FAILED, Cluster, predict
+    from ..serve.ray import Cluster, predict
+    from ..serve.shards import FAILED
 
     if output is None:
         raise LiteDetrError("A job on a Ray cluster writes shards: give their folder with --output.")

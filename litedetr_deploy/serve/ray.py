@@ -8,11 +8,7 @@ image or write it twice.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
-import hashlib
-import io
-import json
 import logging
 import os
 import pickle
@@ -22,28 +18,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from PIL import Image
 
-from .. import __version__
-from ..artifact import ENGINE_SUFFIXES, check_file, distrust, json_object, sha256
+from ..artifact import ENGINE_SUFFIXES, check_file, distrust
 from ..errors import LiteDetrError, Notice, not_installed, printable
 from ..evaluate.evaluate import Options as EvaluationOptions
 from ..evaluate.evaluate import detect, open_detector
 from ..export.limits import check_choice
 from ..runtime.detector import Detector
-from ..runtime.images import SUFFIXES, read_frames
-from ..runtime.postprocess import MAX_DETECTIONS
+from .shards import FORMATS, Options, Shards
+from .storage import find_images, open_image
 
-if TYPE_CHECKING:
-    import pyarrow.fs
-
-FORMATS = {"parquet": ".parquet", "coco": ".json"}
-MANIFEST, FAILED = "manifest.json", "failed.jsonl"
-SHARD_SIZE = 256  # images
 MOST_BLOCKS = 4096  # of Ray Data; each costs its scheduler some milliseconds
 TASK_RETRIES = 3  # of images whose process ended: those that end every process must not do so for ever
 CONNECT_SECONDS = 5.0  # Ray itself takes five minutes to give up
@@ -56,30 +45,6 @@ class Cluster:
     # As `ray.init` takes it; None: RAY_ADDRESS, else a cluster that runs here, else a new one.
     address: str | None = None
     workers: int | None = None  # detectors; None: one a GPU, or as many as the CPUs are enough for
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is detected, and how; the first six say what the shards hold."""
-
-    threshold: float = 0.3
-    resize: str | None = None  # as `Detector.predict` takes it
-    runtime: str | None = None  # of an ONNX model, as `open_session` takes it
-    precision: str | None = None  # of OpenVINO, as `open_session` takes it
-    format: str = "parquet"  # of FORMATS
-    shard_size: int = SHARD_SIZE  # images
-    batch_size: int = 1  # images a run at most
-    device: str | None = None  # of an ONNX model, as `open_session` takes it
-    threads: int | None = None  # of the CPU, for each worker; one when not given
-
-
-class Source(NamedTuple):
-    """An image on a file system."""
-
-    name: str  # absolute path, or URI
-    filesystem: pyarrow.fs.FileSystem
-    path: str  # in the file system
-    state: tuple  # size in bytes and time of change, by which a changed image is noticed
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
@@ -115,7 +80,7 @@ def predict(
     began = time.monotonic()
     progress("list the images", 0, None)
     images = find_images(sources)
-    folder = _Folder(os.fspath(output), options, Path(model), images)
+    folder = Shards(os.fspath(output), options, Path(model), images)
     todo = folder.todo()
     if todo:
         with connected(cluster.address, progress):
@@ -149,259 +114,6 @@ def evaluator(cluster: Cluster | None = None, progress=_silent) -> Callable:
                 yield entries[index], found
 
     return run
-
-
-def find_images(sources: Sequence[str | os.PathLike]) -> list[Source]:
-    """Return the images that `sources` stand for, each once, sorted by name within a source.
-
-    Raises LiteDetrError for a source that does not exist, a folder or pattern without images, and a file system that
-    pyarrow does not know or cannot reach.
-    """
-    found: dict[str, Source] = {}
-    for source in sources:
-        for image in _listed(os.fspath(source)):
-            found.setdefault(image.name, image)
-    return list(found.values())
-
-
-def _listed(source: str) -> list[Source]:
-    from pyarrow import fs
-
-    filesystem, path, prefix = _resolve(source)
-    # A name may hold what looks like a pattern, and is taken literally where it exists.
-    with _explained(source):
-        info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.File:
-            return [_source(prefix, filesystem, info)]
-        parts = PurePosixPath(path).parts
-        first = next((place for place, part in enumerate(parts) if any(c in part for c in "*?[")), None)
-        if info.type == fs.FileType.NotFound and first is None:
-            raise LiteDetrError(f"The image {source} does not exist. Check the path.")
-        pattern = ["*"] if info.type == fs.FileType.Directory else list(parts[first:])
-        folder = path if info.type == fs.FileType.Directory else str(PurePosixPath(*parts[:first]))
-        selector = fs.FileSelector(folder, allow_not_found=True, recursive=len(pattern) > 1 or "**" in pattern)
-        inside = filesystem.get_file_info(selector)
-    depth = len(PurePosixPath(folder).parts)
-    images = [
-        _source(prefix, filesystem, info)
-        for info in inside
-        if info.type == fs.FileType.File
-        and PurePosixPath(info.path).suffix.lower() in SUFFIXES
-        and _matches(PurePosixPath(info.path).parts[depth:], pattern)
-    ]
-    if not images:
-        what = "pattern" if info.type == fs.FileType.NotFound else "directory"
-        fix = "Give one that does, or name the files."
-        raise LiteDetrError(f"The {what} {source} holds no image ({', '.join(sorted(SUFFIXES))}). {fix}")
-    return sorted(images, key=lambda image: image.name)
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Return whether the parts of a path fit those of a glob pattern; ** stands for any number of folders."""
-    if not pattern or not parts:
-        return not parts and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _source(prefix, filesystem, info) -> Source:
-    return Source(prefix + info.path, filesystem, info.path, (info.size, info.mtime_ns))
-
-
-def _resolve(place: str) -> tuple[pyarrow.fs.FileSystem, str, str]:
-    """Return the file system of a local path or URI, the path in it, and what stands before that in a name."""
-    import pyarrow
-    from pyarrow import fs
-
-    if "://" not in place:
-        return fs.LocalFileSystem(), os.path.abspath(place), ""
-    with _explained(place):
-        try:
-            # A URI has no spaces and brackets, names and patterns have; what follows ? are options of the file system.
-            filesystem, path = fs.FileSystem.from_uri(quote(place, safe="/:?=&%@+,;~*!$'()"))
-        except pyarrow.ArrowInvalid as error:
-            known = "s3://, gs://, abfs://, hdfs:// and file://"
-            raise LiteDetrError(f"{place} is no place that can be read: {error}. Give a path, or {known}.") from error
-    scheme = place.partition("://")[0]
-    return filesystem, path.rstrip("/"), "" if scheme == "file" else f"{scheme}://"
-
-
-@contextlib.contextmanager
-def _explained(place: str) -> Iterator[None]:
-    """Turn what a file system raises into one paragraph; pyarrow's errors of remote systems are OSErrors."""
-    try:
-        yield
-    except OSError as error:
-        fix = "Check the address, the network and the permissions."
-        raise LiteDetrError(f"{place} cannot be used: {error}. {fix}") from error
-
-
-class _Folder:
-    """The shards of a job, on any file system; `failed` has a record of each image that failed, of the shards there."""
-
-    def __init__(self, output: str, options: Options, model: Path, images: Sequence[Source]):
-        from pyarrow import fs
-
-        self.output, self.options, self.images = output, options, images
-        self.filesystem, self.path, _ = _resolve(output)
-        listing = hashlib.sha256()
-        for image in images:
-            listing.update(json.dumps([image.name, *image.state]).encode())
-        self.identity = {
-            "version": __version__, "model": sha256(model), "images": listing.hexdigest(),
-            "threshold": options.threshold, "resize": options.resize, "runtime": options.runtime,
-            "precision": options.precision, "format": options.format, "shard_size": options.shard_size,
-        }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
-        self.shards = [
-            range(first, min(first + options.shard_size, len(images)))
-            for first in range(0, len(images), options.shard_size)
-        ]
-        self.names = [
-            f"{digest}-{number:05}-of-{len(self.shards):05}{FORMATS[options.format]}"
-            for number in range(len(self.shards))
-        ]
-        with _explained(output):
-            if self.filesystem.get_file_info(self.path).type == fs.FileType.File:
-                raise LiteDetrError(f"The output {output} is a file, and the shards need a folder. Choose another.")
-            self._check_manifest()
-            there = self._there()
-            self.failed = [record for record in self._read_failed() if record["shard"] in there]
-
-    def todo(self) -> list[int]:
-        """Return the numbers of the images whose shards are not there."""
-        with _explained(self.output):
-            there = self._there()
-        return [image for name, shard in zip(self.names, self.shards) if name not in there for image in shard]
-
-    def _there(self) -> set[str]:
-        from pyarrow import fs
-
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        return {PurePosixPath(info.path).name for info in self.filesystem.get_file_info(selector)}
-
-    def add(self, number: int, records: dict[int, dict], class_names: list[str] | None) -> None:
-        """Write a shard: image number -> what was found on it."""
-        failed = [image for image, record in sorted(records.items()) if "error" in record]
-        self.failed += [
-            {"image": self.images[image].name, "error": records[image]["error"], "shard": self.names[number]}
-            for image in failed
-        ]
-        if failed:  # before the shard, whose presence says that all of this is known
-            self.write_failed()
-        found = [
-            {"id": image + 1, "image": self.images[image].name, **records[image]}
-            for image in self.shards[number]
-            if image not in failed
-        ]
-        write = _parquet if self.options.format == "parquet" else _coco
-        self._write(self.names[number], write(found, class_names))
-
-    def write_failed(self) -> None:
-        records = sorted(self.failed, key=lambda record: (record["shard"], record["image"]))
-        if records or self._read(FAILED):
-            self._write(FAILED, "".join(json.dumps(record) + "\n" for record in records).encode())
-
-    def _read_failed(self) -> list[dict]:
-        return [json.loads(line) for line in self._read(FAILED).splitlines()]
-
-    def _check_manifest(self) -> None:
-        text = self._read(MANIFEST)
-        if not text:
-            return
-        before = (json_object(text.decode("utf-8", "replace")) or {}).get("made_from")
-        if not isinstance(before, dict):
-            raise LiteDetrError(f"{self.output}/{MANIFEST} is none of a job's. Choose another output folder.")
-        differ = [
-            f"{name} was {_short(before.get(name))} and is {_short(value)}"
-            for name, value in self.identity.items()
-            if before.get(name) != value
-        ]
-        if differ:
-            raise LiteDetrError(
-                f"{self.output} holds the shards of another job: {'; '.join(differ)}. Give the same command to "
-                "continue that one, or choose another output folder."
-            )
-
-    def begin(self) -> None:
-        """Make the folder and say in it what its shards are made from."""
-        with _explained(self.output):
-            self.filesystem.create_dir(self.path, recursive=True)
-        shards = [
-            {
-                "file": name,
-                "images": len(shard),
-                "first": self.images[shard[0]].name,
-                "last": self.images[shard[-1]].name,
-            }
-            for name, shard in zip(self.names, self.shards)
-        ]
-        manifest = {"made_from": self.identity, "images": len(self.images), "shards": shards}
-        self._write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-
-    def _read(self, name: str) -> bytes:
-        from pyarrow import fs
-
-        path = f"{self.path}/{name}"
-        if self.filesystem.get_file_info(path).type != fs.FileType.File:
-            return b""
-        with self.filesystem.open_input_stream(path) as file:
-            return file.read()
-
-    def _write(self, name: str, contents: bytes) -> None:
-        """Write a file that appears complete or not at all; what a killed process has left is overwritten."""
-        temporary = f"{self.path}/.{name}.unfinished"
-        with _explained(f"{self.output}/{name}"):
-            try:
-                with self.filesystem.open_output_stream(temporary) as file:
-                    file.write(contents)
-                self.filesystem.move(temporary, f"{self.path}/{name}")
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self.filesystem.delete_file(temporary)
-                raise
-
-
-def _short(value: object) -> str:
-    """Return a value for a sentence; of a digest the first digits are enough to tell it from another."""
-    return repr(value[:12] + "...") if isinstance(value, str) and len(value) == 64 else repr(value)
-
-
-def _parquet(found: list[dict], class_names: list[str] | None) -> bytes:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    columns = {
-        "image": pa.string(), "width": pa.int32(), "height": pa.int32(), "labels": pa.list_(pa.int64()),
-        "names": pa.list_(pa.string()), "scores": pa.list_(pa.float32()),
-        "boxes": pa.list_(pa.list_(pa.float32(), 4)),
-    }  # fmt: skip
-    table = pa.Table.from_pylist([{name: one[name] for name in columns} for one in found], pa.schema(columns.items()))
-    buffer = io.BytesIO()
-    parquet.write_table(table, buffer)
-    return buffer.getvalue()
-
-
-def _coco(found: list[dict], class_names: list[str] | None) -> bytes:
-    images, annotations = [], []
-    for one in found:
-        images.append(
-            {"id": one["id"], "file_name": one["image"], "width": one["width"], "height": one["height"]}
-        )  # fmt: skip
-        for number, (label, score, (x1, y1, x2, y2)) in enumerate(zip(one["labels"], one["scores"], one["boxes"]), 1):
-            box = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append({
-                # Unique in the whole job, so that shards can be joined.
-                "id": one["id"] * (MAX_DETECTIONS + 1) + number, "image_id": one["id"], "category_id": label,
-                "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "score": score,
-            })  # fmt: skip
-    if class_names is None:
-        labels = sorted({annotation["category_id"] for annotation in annotations})
-        categories = [{"id": label, "name": f"class {label}"} for label in labels]
-    else:
-        categories = [{"id": label, "name": name} for label, name in enumerate(class_names)]
-    return json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
 
 
 def _check(options: Options, cluster: Cluster) -> None:
@@ -588,18 +300,6 @@ def _load(table, reference):
     return pa.table({"index": table["index"], "image": pa.array(map(pickle.dumps, images), pa.large_binary())})
 
 
-def _open_source(source: Source) -> Image.Image:
-    try:
-        with source.filesystem.open_input_file(source.path) as file:
-            content = file.read()
-    except MemoryError:
-        raise
-    except Exception as error:  # file systems raise what they like
-        fix = "Check that it can be read from there, or leave it out."
-        raise LiteDetrError(f"The image {source.name} cannot be read: {error}. {fix}") from error
-    return next(read_frames(content, source.name)).image
-
-
 def _detections(
     items: Sequence, load: Callable, worker: _Predictor | _Evaluator, batch_size: int, needs: _Needs
 ) -> Iterator[tuple[int, dict]]:
@@ -658,7 +358,7 @@ def _detections(
         ) from error
 
 
-def _fill(folder: _Folder, todo: list[int], model: Path, options: Options, cluster: Cluster, progress) -> None:
+def _fill(folder: Shards, todo: list[int], model: Path, options: Options, cluster: Cluster, progress) -> None:
     """Run the images whose numbers are `todo` and write their shards."""
     ray, images = _import_ray(), folder.images
     needs = _needs(model, (options.device or "cpu") != "cpu", options.threads or 1, cluster)
@@ -677,7 +377,7 @@ def _fill(folder: _Folder, todo: list[int], model: Path, options: Options, clust
     items = [images[number] for number in todo]
     try:
         for done, (index, record) in enumerate(
-            _detections(items, _open_source, worker, options.batch_size, needs), before + 1
+            _detections(items, open_image, worker, options.batch_size, needs), before + 1
         ):
             shard, image = todo[index] // options.shard_size, todo[index]
             unwritten.setdefault(shard, {})[image] = record

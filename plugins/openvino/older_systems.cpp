@@ -1,5 +1,5 @@
-/* What the headers of GCC 9 to 11 and glibc 2.32 call and the libraries of older systems do not have: with these in it, the
- * extension runs wherever OpenVINO itself does (manylinux_2_28).  None of it leaves the library (exports.map).
+/* What the headers of GCC 9 to 11 and glibc 2.32 call and the libraries of older systems do not have: with these in it,
+ * the extension runs wherever OpenVINO itself does (manylinux_2_28).  None of it leaves the library (exports.map).
  */
 #include <new>
 #include <sstream>

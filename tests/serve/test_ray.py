@@ -25,6 +25,7 @@ from ..runtime.tiny_artifact import save_detector
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
 from litedetr_deploy.serve import ray as jobs  # noqa: E402
+from litedetr_deploy.serve import storage  # noqa: E402
 
 SCENES, SHARD, SIZE = 500, 25, (128, 128)
 COMMAND = [sys.executable, "-c", "from litedetr_deploy.cli import main; main()", "predict"]
@@ -83,13 +84,13 @@ def detector(tmp_path_factory):
 )
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_sources(pictures, source, names, scheme):
-    found = jobs.find_images([f"{scheme}{pictures}/{source}", f"{pictures}/b.png"])
+    found = storage.find_images([f"{scheme}{pictures}/{source}", f"{pictures}/b.png"])
     assert sorted(image.name for image in found) == [str(pictures / name) for name in sorted({*names.split(), "b.png"})]
 
 
 def test_a_name_that_looks_like_a_pattern(pictures):
     Image.new("RGB", (9, 9)).save(pictures / "a[b].png")
-    assert [image.name for image in jobs.find_images([pictures / "a[b].png"])] == [str(pictures / "a[b].png")]
+    assert [image.name for image in storage.find_images([pictures / "a[b].png"])] == [str(pictures / "a[b].png")]
 
 
 @pytest.mark.parametrize(
