@@ -62,8 +62,10 @@ def find_sources(given, recursive: bool = False) -> list[Source]:
             found += map(_of_file, _inside(Path(text), recursive))
         elif glob.has_magic(text) and not os.path.exists(text):
             found += map(_of_file, _matching(text))
+        elif os.path.isfile(text):
+            found.append(_of_file(Path(text)))
         else:
-            found += map(_of_file, images.find_images([one]))
+            raise LiteDetrError(f"There is no image or video {text}: the path does not exist. Check it.")
     return found
 
 

@@ -67,7 +67,7 @@ def test_the_api_takes_the_same_sources(detector, clip, tmp_path, monkeypatch):
     for index in range(3):
         grey(index).save(tmp_path / f"{index}.png")
     assert numbers(f"{tmp_path}/?.png") == numbers([tmp_path / "0.png", grey(1), str(tmp_path / "2.png")]) == [0, 1, 2]
-    with pytest.raises(LiteDetrError, match="gone.mp4 does not exist"):
+    with pytest.raises(LiteDetrError, match="gone.mp4: the path does not exist"):
         numbers(tmp_path / "gone.mp4")
     [found] = detector.predict(grey(9), classes=["person", 2], max_detections=1)
     assert list(found.labels) == [1]

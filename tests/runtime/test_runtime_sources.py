@@ -47,7 +47,7 @@ def test_a_file_may_be_named_like_a_pattern_or_a_camera(folder, monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("gone.png", "gone.png does not exist. Check the path"),
+        ("gone.png", "gone.png: the path does not exist. Check it"),
         ("*.bmp", "The pattern .*bmp matches no image and no video"),
         ("empty", "holds no image and no video .*--recursive"),
         ("ftp://host/a.png", "is no URL that can be opened"),
