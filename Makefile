@@ -22,12 +22,12 @@ check: $(VENV)/.installed-dev
 
 # What a change needs at once: some minutes on two cores.
 test: $(VENV)/.installed-dev build/tests/.built
-	ctest --test-dir build/tests --output-on-failure --label-exclude slow
+	ctest --test-dir build/tests -j $(JOBS) --output-on-failure --label-exclude slow
 	$(PYTEST) -m 'not slow'
 
 # The rest: exports and golden outputs of whole R50 detectors, sanitizers and emulation for every instruction set.
 test-slow: $(VENV)/.installed-dev build/tests/.built-slow
-	ctest --test-dir build/tests --output-on-failure --label-regex slow
+	ctest --test-dir build/tests -j $(JOBS) --output-on-failure --label-regex slow
 	$(PYTEST) -m slow
 
 # The CPU kernels as a Jetson's processor runs them: cross-compiled, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user).
