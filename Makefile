@@ -33,8 +33,8 @@ test-slow: $(VENV)/.installed-dev build/tests/.built-slow
 # The CPU kernels as a Jetson's processor runs them: cross-compiled, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user).
 aarch64:
 	cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=plugins/aarch64.cmake -DLITEDETR_TESTS=ON
-	cmake --build build/aarch64 -j $(JOBS)
-	ctest --test-dir build/aarch64 --output-on-failure
+	cmake --build build/aarch64 -j $(JOBS) --target kda_cpu_test
+	ctest --test-dir build/aarch64 --output-on-failure --tests-regex kda_cpu
 
 # Into dist/, for systems of glibc 2.28 and newer.
 wheel: $(VENV)/.installed-dev
