@@ -57,16 +57,13 @@ def shapes(
             "export the model for it: `litedetr export --image-size HEIGHTxWIDTH`, or 'dynamic' for several."
         )
     return {
-        name: [
-            _fill("images" if name == images else name, shape, n, size)
-            for n, size in zip(batch, sizes if len(sizes) == 3 else [*sizes] * 3)
-        ]
+        name: [_fill(shape, n, size) for n, size in zip(batch, sizes if len(sizes) == 3 else [*sizes] * 3)]
         for name, shape in inputs.items()
     }
 
 
-def _fill(name: str, shape: tuple[int, ...], n: int, size: Size) -> tuple[int, ...]:
-    wanted = {"images": (n, 3, *size), "pixel_mask": (n, *size)}.get(name, (n,))
+def _fill(shape: tuple[int, ...], n: int, size: Size) -> tuple[int, ...]:
+    wanted = {4: (n, 3, *size), 3: (n, *size)}.get(len(shape), (n,))  # images, a mask of their pixels, sizes
     return tuple(want if fixed < 0 else fixed for fixed, want in zip_longest(shape, wanted))
 
 
