@@ -37,7 +37,7 @@ NOT_OURS = ("libopenvino.so.*", "libtbb.so.*")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--machine", choices=("x86_64", "aarch64"), default=os.uname().machine)
+    parser.add_argument("--machine", choices=sorted({os.uname().machine, "aarch64"}), default=os.uname().machine)
     arguments = parser.parse_args()
     print_libraries(build_wheel(arguments.folder, arguments.machine))
 
@@ -85,6 +85,9 @@ def build_wheel(folder: Path, machine: str) -> Path:
         auditwheel = [sys.executable, "-m", "auditwheel", "repair", *platform, *excluded, "--wheel-dir", repaired]
         run(*auditwheel, built, env={**os.environ, "PATH": path})
         (wheel,) = repaired.glob("*.whl")
+        needed = re.search(r"manylinux_2_(\d+)_", wheel.name)
+        if not needed or int(needed[1]) > NEWEST_GLIBC[1]:
+            sys.exit(f"{wheel.name} would need a newer system than {POLICY}.")
         return Path(shutil.move(wheel, folder / wheel.name))
 
 
@@ -148,7 +151,7 @@ def crossed_cuda(build: Path, machine: str) -> dict[str, str]:
 
 def get_package(requirement: str, machine: str, build: Path) -> Path:
     """Unpack a Python package for another processor into a folder of `build`, once, and return that."""
-    folder = build / requirement.partition("=")[0]
+    folder = build / requirement.rstrip(".*").replace("==", "-")
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(prefix="package.", dir=build) as scratch:
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]

@@ -13,15 +13,16 @@ command -v qemu-aarch64 >/dev/null || { echo "$0: qemu-aarch64 is not installed 
 wheel=$(realpath "$1") model=$2 image=$3
 folder=$(realpath "$(dirname "$0")/..")/build/aarch64-python
 root=$folder/root
-if ! [ -e "$root/usr/bin/python3" ]; then
-  mkdir -p "$folder/apt" "$root"
+if ! [ -d "$root" ]; then
+  mkdir -p "$folder/apt"
   suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_archive main) $suite main" \
     >"$folder/apt/sources.list"
   arm() { private_apt "$folder" -o APT::Architecture=arm64 -o APT::Architectures=arm64 "$@"; }
   arm update
   arm install --yes --no-install-recommends --download-only python3-minimal libpython3-stdlib libstdc++6
-  for package in "$folder"/apt/cache/archives/*.deb; do dpkg -x "$package" "$root"; done
+  for package in "$folder"/apt/cache/archives/*.deb; do dpkg -x "$package" "$root.unfinished"; done
+  mv "$root.unfinished" "$root"
 fi
 python=$(readlink -f "$root/usr/bin/python3")
 version=${python##*python}
@@ -32,4 +33,5 @@ rm -rf "$folder/site"
   --only-binary=:all: --implementation cp --python-version "$version" \
   $(for glibc in $(seq 17 36); do echo "--platform=manylinux_2_${glibc}_aarch64"; done) \
   "$wheel[onnxruntime]" 'onnxruntime<1.21'
-PYTHONPATH=$folder/site qemu-aarch64 -L "$root" "$python" "$folder/site/bin/litedetr" predict "$model" "$image" -o "$folder/found.png"
+PYTHONPATH=$folder/site qemu-aarch64 -L "$root" \
+  "$python" "$folder/site/bin/litedetr" predict "$model" "$image" -o "$folder/found.png"
