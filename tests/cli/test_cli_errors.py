@@ -122,11 +122,12 @@ def test_interrupted(tmp_path, sent):
     from ..runtime.tiny_artifact import save_detector
 
     model = save_detector(tmp_path / "model.onnx")
-    # Reading the image takes for ever.
+    (tmp_path / "a.jpg").touch()
+    # Reading the image takes for ever.  In short sleeps: a signal that comes just before one is
+    # noticed after it.
     code = (
         "import litedetr_deploy.runtime.images as images, time; from litedetr_deploy.cli import main; "
-        "images.find_images = lambda paths: list(paths); "
-        "images.load_image = lambda path: (print('waiting', flush=True), time.sleep(60)); main()"
+        "images.load_image = lambda path: (print('waiting', flush=True), [time.sleep(0.1) for _ in range(600)]); main()"
     )
     # A shell's background jobs, in which the tests may run, ignore SIGINT, and so would this process.
     process = subprocess.Popen(

@@ -164,12 +164,12 @@ def test_a_slim_installation_names_the_extra(image, tmp_path, arguments, module,
 
 
 def test_no_memory_is_no_bug(main, image, tmp_path, monkeypatch):
-    from litedetr_deploy.runtime import images
+    from litedetr_deploy.runtime import sources
 
     def load_image(path):
         raise MemoryError("240 GB")
 
-    monkeypatch.setattr(images, "find_images", load_image)
+    monkeypatch.setattr(sources, "load_image", load_image)
     status, _, err = main("predict", save_detector(tmp_path / "m.onnx"), image)
     assert status == 2 and "the memory is not enough (240 GB)" in err
 

@@ -83,7 +83,7 @@ def test_standard_input(model, clip):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gone.mp4"], "gone.mp4 does not exist. Check the path."),
+        (["gone.mp4"], "There is no image or video gone.mp4: the path does not exist. Check it."),
         (["rtsp://user:secret@127.0.0.1:9/live"], "rtsp://127.0.0.1:9/live cannot be opened: Connection refused."),
         (["http://127.0.0.1:9/a.mp4"], "http://127.0.0.1:9/a.mp4 cannot be opened: Connection refused."),
         (["text.mp4"], "text.mp4 cannot be read as a video: Invalid data"),
@@ -119,11 +119,12 @@ def test_a_gpu_that_is_not_there(litedetr, model, clip):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_finishes_the_video(model, tmp_path, sent):
     clip = save_clip(tmp_path / "clip.mp4", 12)
-    # Every frame takes a moment, and from the fourth on for ever.
+    # Every frame takes a moment, and from the fourth on for ever.  In short sleeps: a signal that comes just before one is
+    # noticed after it.
     code = (
         "import time, litedetr_deploy.runtime.session as session; from litedetr_deploy.cli import main; "
         "run, count = session.OnnxSession.run, []; "
-        "wait = lambda: (print('waiting', flush=True), time.sleep(60)); "
+        "wait = lambda: (print('waiting', flush=True), [time.sleep(0.1) for _ in range(600)]); "
         "slow = lambda self, feed: (count.append(1), len(count) > 3 and wait(), run(self, feed))[2]; "
         "session.OnnxSession.run = slow; main()"
     )
