@@ -119,8 +119,8 @@ def test_a_gpu_that_is_not_there(litedetr, model, clip):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_finishes_the_video(model, tmp_path, sent):
     clip = save_clip(tmp_path / "clip.mp4", 12)
-    # Every frame takes a moment, and from the fourth on for ever.  In short sleeps: a signal that comes just before one is
-    # noticed after it.
+    # Every frame takes a moment, and from the fourth on for ever.  In short sleeps: a signal that comes just before
+    # one is noticed after it.
     code = (
         "import time, litedetr_deploy.runtime.session as session; from litedetr_deploy.cli import main; "
         "run, count = session.OnnxSession.run, []; "
