@@ -19,7 +19,6 @@ import numpy as np
 
 import litedetr_deploy as ld
 from litedetr_deploy.assets import shapes
-from litedetr_deploy.runtime.images import load_image
 from litedetr_deploy.serve.triton import write_repository
 from tests.serve.client import Client, largest_difference
 from tests.serve.server import serving
@@ -32,7 +31,7 @@ def jpegs(count: int, size: tuple[int, int] = (256, 256)) -> list[bytes]:
     files = []
     for index in range(count):
         file = io.BytesIO()
-        load_image(shapes.scene(index, 1, size)[0]).save(file, "JPEG", quality=95)
+        shapes.scene(index, 1, size)[0].save(file, "JPEG", quality=95)
         files.append(file.getvalue())
     return files
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from litedetr_deploy.ops.native import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
-POLICY = "manylinux_2_28"
 NEWEST_GLIBC = (2, 28)
+POLICY = "manylinux_{}_{}".format(*NEWEST_GLIBC)
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 # Until glibc 2.34 these were libraries of their own, and programs that are to start there name them.
 OLDER_LIBRARIES = {
     "libdl.so.2": r"dl\w+",
@@ -73,8 +74,7 @@ def build_wheel(folder: Path, machine: str) -> Path:
     with tempfile.TemporaryDirectory(prefix="wheel.", dir=build) as scratch:
         options = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
         options += ["--wheel-dir", scratch]
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
-        run(*pip, *options, ROOT, env=environment)
+        run(*PIP, "wheel", "--quiet", "--no-deps", *options, ROOT, env=environment)
         (built,) = Path(scratch).glob("*.whl")
         excluded = [f"--exclude={name}" for name in NOT_OURS]
         # auditwheel takes names of platforms of its own processor alone.
@@ -154,9 +154,9 @@ def get_package(requirement: str, machine: str, build: Path) -> Path:
     folder = build / requirement.rstrip(".*").replace("==", "-")
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(prefix="package.", dir=build) as scratch:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
             platforms = [f"--platform=manylinux_2_{glibc}_{machine}" for glibc in range(17, 40)]
-            run(*pip, "--only-binary=:all:", *platforms, requirement, "--dest", scratch)
+            options = ["--quiet", "--no-deps", "--only-binary=:all:", *platforms, "--dest", scratch]
+            run(*PIP, "download", *options, requirement)
             (wheel,) = Path(scratch).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(Path(scratch) / "unpacked")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,8 @@ from litedetr_deploy import cli
 from litedetr_deploy.cli._checks import image_size
 from litedetr_deploy.cli._console import guarded
 from litedetr_deploy.errors import CheckFailed, LiteDetrError
+
+from .interruption import interrupt
 
 
 def raising(error):
@@ -123,22 +124,10 @@ def test_interrupted(tmp_path, sent):
 
     model = save_detector(tmp_path / "model.onnx")
     (tmp_path / "a.jpg").touch()
-    # Reading the image takes for ever.  In short sleeps: a signal that comes just before one is
-    # noticed after it.
+    # Reading the image takes for ever.
     code = (
         "import litedetr_deploy.runtime.images as images, time; from litedetr_deploy.cli import main; "
         "images.load_image = lambda path: (print('waiting', flush=True), [time.sleep(0.1) for _ in range(600)]); main()"
     )
-    # A shell's background jobs, in which the tests may run, ignore SIGINT, and so would this process.
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "predict", model, tmp_path / "a.jpg"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "waiting\n"
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 128 + sent
+    errors = interrupt(code, ["predict", model, tmp_path / "a.jpg"], sent, timeout=20)
     assert errors.endswith("interrupted; 0 of 1 images were written\n")

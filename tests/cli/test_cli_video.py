@@ -12,6 +12,7 @@ from litedetr_deploy.runtime.sources import find_sources
 
 from ..runtime.clips import grey, save_clip, save_gif
 from ..runtime.tiny_artifact import save_detector
+from .interruption import interrupt
 
 av = pytest.importorskip("av")
 
@@ -119,8 +120,7 @@ def test_a_gpu_that_is_not_there(litedetr, model, clip):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_finishes_the_video(model, tmp_path, sent):
     clip = save_clip(tmp_path / "clip.mp4", 12)
-    # Every frame takes a moment, and from the fourth on for ever.  In short sleeps: a signal that comes just before
-    # one is noticed after it.
+    # Every frame takes a moment, and from the fourth on for ever.
     code = (
         "import time, litedetr_deploy.runtime.session as session; from litedetr_deploy.cli import main; "
         "run, count = session.OnnxSession.run, []; "
@@ -128,17 +128,7 @@ def test_an_interruption_finishes_the_video(model, tmp_path, sent):
         "slow = lambda self, feed: (count.append(1), len(count) > 3 and wait(), run(self, feed))[2]; "
         "session.OnnxSession.run = slow; main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "predict", model, clip, "-o", tmp_path / "found.mp4"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "waiting\n"
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + sent
+    errors = interrupt(code, ["predict", model, clip, "-o", tmp_path / "found.mp4"], sent, timeout=60)
     assert errors.endswith("interrupted; 3 frames were written\n")
     assert len(frames(tmp_path / "found.mp4")) == 3
     assert sorted(os.listdir(tmp_path)) == ["clip.mp4", "found.mp4", "model.onnx"]

@@ -156,18 +156,23 @@ def test_what_the_server_says_of_the_models(server):
     assert "not proven" not in server.log.read_text()
 
 
+def log_of_failure(server) -> str:
+    """Return the log of a server that ends by itself with status 1."""
+    try:
+        assert server.process.wait(120) == 1
+    finally:
+        server.process.kill()
+    return server.log.read_text()
+
+
 def test_a_port_in_use(tmp_path):
     write_repository(save_detector(tmp_path / "model.onnx"), tmp_path / "repository")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         one.listen()
         taken = one.getsockname()[1]
-        server = start(tmp_path / "repository", tmp_path, ports=free_ports() | {"http": taken})
-        try:
-            assert server.process.wait(120) == 1
-        finally:
-            server.process.kill()
-    assert f"Socket '127.0.0.1:{taken}' already in use" in server.log.read_text()
+        log = log_of_failure(start(tmp_path / "repository", tmp_path, ports=free_ports() | {"http": taken}))
+    assert f"Socket '127.0.0.1:{taken}' already in use" in log
 
 
 def test_an_unverified_model_is_said_in_the_log(tmp_path):
@@ -181,12 +186,8 @@ def test_numpy_2_is_refused(tmp_path):
     if np.lib.NumpyVersion(np.__version__) < "2.0.0":
         pytest.skip("NumPy 1 is installed")
     write_repository(save_detector(tmp_path / "model.onnx"), tmp_path / "repository")
-    server = start(tmp_path / "repository", tmp_path, python_path=sysconfig.get_path("purelib"))
-    try:
-        assert server.process.wait(120) == 1
-    finally:
-        server.process.kill()
-    assert f"NumPy {np.__version__} is installed; Triton's Python back end takes NumPy 1.26" in server.log.read_text()
+    log = log_of_failure(start(tmp_path / "repository", tmp_path, python_path=sysconfig.get_path("purelib")))
+    assert f"NumPy {np.__version__} is installed; Triton's Python back end takes NumPy 1.26" in log
 
 
 def test_a_new_version_takes_over(tmp_path):
