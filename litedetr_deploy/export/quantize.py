@@ -173,12 +173,12 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], targe
     `names`, and for a CPU around what their convolutions give; `ranges` is the largest magnitude, by tensor."""
     precision.refuse_typed(model.graph)
     quantized, chosen = ir.from_proto(ir.to_proto(model)), set(names)
-    graph, dequantized = quantized.graph, {}
+    graph, dequantized, ranges = quantized.graph, {}, dict(ranges)
     nodes = [node for node in graph if node.name in chosen]
     if target == "cpu":
         _pool_before_relu(graph)
         nodes, rows = _with_gemms(quantized, nodes)
-        ranges = ranges | {value.name: ranges[name] for name, value in rows.items() if name in ranges}
+        ranges |= {value.name: ranges[name] for name, value in rows.items() if name in ranges}
 
     def add(place: ir.Node, op_type: str, source: str, inputs: list[ir.Value], dtype: ir.DataType, **attributes):
         output = ir.val(f"{source}_{op_type}_Output", dtype, inputs[0].shape)
@@ -211,6 +211,28 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], targe
         graph.initializers.pop(bias.name)
         return result
 
+    def finish_for_cpu(node: ir.Node, data: ir.Value, steps: np.ndarray) -> None:
+        """Quantize the node's bias, and what a convolution gives."""
+        given, bias = node.outputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        users = list(given.uses())
+        # Where OpenVINO asks such an output for its shape, it gives all channels the bias of the first one, unless
+        # the bias is added to what was quantized.  Sums of the backbone read INT8, and are not asked.
+        gives_quantized = _gives_quantized(node)
+        is_apart = bias is not None and gives_quantized and users[0][0].op_type != "Add"
+        if is_apart:
+            node.resize_inputs(2)
+            ranges[given.name] += float(np.abs(bias.const_value.numpy()).max())
+        elif bias is not None:
+            node.replace_input_with(2, bias_of(node, bias, data, steps))
+        if gives_quantized:
+            result = rounded(given, users[0][0])
+            if is_apart:
+                columns = constant(graph, f"{bias.name}_column", bias.const_value.numpy().reshape(-1, 1, 1))
+                result = add(users[0][0], "Add", given.name, [result, columns], ir.DataType.FLOAT)
+                graph.initializers.pop(bias.name)
+            for user, i in users:
+                user.replace_input_with(i, result)
+
     for node in nodes:
         data, weight = node.inputs[:2]
         reader = node
@@ -223,26 +245,7 @@ def apply(model: ir.Model, names: Sequence[str], ranges: dict[str, float], targe
         node.replace_input_with(1, stored(weight.name, whole, steps.ravel(), node, axis=axis))
         graph.initializers.pop(weight.name)
         if target == "cpu":
-            given, bias = node.outputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-            users = list(given.uses())
-            # Where OpenVINO asks such an output for its shape, it gives all channels the bias of the first one, unless
-            # the bias is added to what was quantized.  Sums of the backbone read INT8, and are not asked.
-            gives_quantized = _gives_quantized(node)
-            is_apart = bias is not None and gives_quantized and users[0][0].op_type != "Add"
-            if is_apart:
-                node.resize_inputs(2)
-                largest = float(np.abs(bias.const_value.numpy()).max())
-                ranges = ranges | {given.name: ranges[given.name] + largest}
-            elif bias is not None:
-                node.replace_input_with(2, bias_of(node, bias, data, steps))
-            if gives_quantized:
-                result = rounded(given, users[0][0])
-                if is_apart:
-                    columns = constant(graph, f"{bias.name}_column", bias.const_value.numpy().reshape(-1, 1, 1))
-                    result = add(users[0][0], "Add", given.name, [result, columns], ir.DataType.FLOAT)
-                    graph.initializers.pop(bias.name)
-                for user, i in users:
-                    user.replace_input_with(i, result)
+            finish_for_cpu(node, data, steps)
     if target == "cpu":
         for value, result in dequantized.items():  # what is added to a convolution's output is read from INT8 too
             if (maker := value.producer()) is not None and maker.op_type == "Relu":
