@@ -10,6 +10,7 @@ bootstrap draws the same scenes for all of them: the interval of a ratio is that
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from datetime import datetime, timezone
@@ -200,7 +201,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("gflops", "encoder_gflops"), ("GFLOPs", "GFLOPs of the encoder")):
-        for row, colour in zip(rows, report.COLOURS):
+        for row, colour in zip(rows, itertools.cycle(report.COLOURS)):
             low, high = row["AP"]["interval"]
             value = row["AP"]["value"]
             axes.errorbar(row[key], value, [[value - low], [high - value]], fmt="o", color=colour, label=row["name"])
